@@ -1,0 +1,1 @@
+"""Curvature-aware optimizers as ordinary optax transformations, over any loss JAX can trace."""

@@ -1,0 +1,166 @@
+"""Layers: what capture finds in a loss, and all that an optimizer needs to know of it.
+
+A layer is a product `y = x W (+ b)` in which `W` is a view of one parameter. `Layers` is static:
+plain, hashable data, no arrays. Statistics of a captured loss travel in `Stats`.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+from typing import Any, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fop_optax import views
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """One block of curvature: a weight, with its bias if it has one.
+
+  Attributes:
+    path: printable path of the weight, with the part of it where it has several.
+    kind: what the layer is, `"dense"`.
+    weight: index of the weight among the leaves of `params`.
+    view: takes that leaf to `[stack, inputs, outputs]`.
+    stack: number of independent matrices: slices of a scan, experts of a batched product.
+    inputs: rows of each matrix, without the bias.
+    outputs: columns of each matrix.
+    bias: index of the bias among the leaves, or None.
+    bias_view: takes that leaf to `[stack, outputs]`.
+    uses: in how many products of the loss the weight stands (a scan's body counts once).
+    diagonal: whether the input and the output factor are kept as their diagonals.
+  """
+
+  path: str
+  kind: str
+  weight: int
+  view: views.View
+  stack: int
+  inputs: int
+  outputs: int
+  bias: int | None = None
+  bias_view: views.View | None = None
+  uses: int = 1
+  diagonal: tuple[bool, bool] = (False, False)
+
+  @property
+  def leaves(self) -> tuple[int, ...]:
+    """Indices of the layer's parameters among the leaves of `params`."""
+    return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+  @property
+  def rows(self) -> int:
+    """Rows of the layer's matrix: its inputs and, where it has a bias, the homogeneous one."""
+    return self.inputs + (self.bias is not None)
+
+  @property
+  def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the stacked factors `A` and `G`: `[stack, d, d]`, or `[stack, d]` for a diagonal."""
+    a, g = (
+      (self.stack, d) if diagonal else (self.stack, d, d)
+      for d, diagonal in zip((self.rows, self.outputs), self.diagonal, strict=True)
+    )
+    return a, g
+
+  def matrix(self, leaves: Sequence[Any]) -> jax.Array:
+    """The layer's parameters (or gradients) as matrices `[stack, rows, outputs]`, bias last."""
+    matrix = views.replay(self.view, leaves[self.weight])
+    if self.bias is None:
+      return matrix
+    bias = views.replay(self.bias_view, leaves[self.bias])
+    return jnp.concatenate([matrix, bias[:, None].astype(matrix.dtype)], axis=1)
+
+  def spread(self, matrix: jax.Array, shapes: Sequence[tuple[int, ...]]) -> dict[int, jax.Array]:
+    """The transpose of `matrix`: what each leaf of the layer receives, by leaf index.
+
+    Several layers can share a leaf (parts of one weight): their shares add up.
+    """
+    weight = matrix[:, : self.inputs]
+    out = {self.weight: views.transpose(self.view, weight, shapes[self.weight])}
+    if self.bias is not None:
+      out[self.bias] = views.transpose(self.bias_view, matrix[:, self.inputs], shapes[self.bias])
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers(Sequence[Layer]):
+  """The layers of a loss: static, hashable; the only thing an optimizer needs.
+
+  Attributes:
+    entries: the layers.
+    shapes: shape of every leaf of `params`, in the order of `jax.tree.leaves`.
+    paths: printable path of every leaf.
+    groups: number of groups of examples the gradient is taken over; contrasts are one fewer.
+  """
+
+  entries: tuple[Layer, ...]
+  shapes: tuple[tuple[int, ...], ...]
+  paths: tuple[str, ...]
+  groups: int
+
+  @overload
+  def __getitem__(self, index: int) -> Layer: ...
+  @overload
+  def __getitem__(self, index: slice) -> tuple[Layer, ...]: ...
+  def __getitem__(self, index):
+    return self.entries[index]
+
+  def __len__(self) -> int:
+    return len(self.entries)
+
+  def __iter__(self) -> Iterator[Layer]:
+    return iter(self.entries)
+
+  @property
+  def covered(self) -> frozenset[int]:
+    """Indices of the leaves that are in a layer."""
+    return frozenset(leaf for layer in self for leaf in layer.leaves)
+
+  def leaves(self, tree: PyTree, what: str) -> list[Any]:
+    """Flattens `tree` and checks its leaves against these layers.
+
+    Trees are matched by number and shapes of leaves, never by keys: Flax NNX hands an optimizer
+    the same parameters in two containers. A leaf masked by optax comes back as `optax.MaskedNode`.
+
+    Raises:
+      ValueError: if the leaves are not those of the captured `params`; `what` names the tree.
+    """
+    leaves = jax.tree.leaves(tree, is_leaf=is_masked)
+    if len(leaves) != len(self.shapes):
+      raise ValueError(
+        f"{what} has {len(leaves)} leaves, but these layers were captured from params with"
+        f" {len(self.shapes)}: {', '.join(self.paths[:4])}{', ...' if len(self.paths) > 4 else ''}."
+        " Pass the tree that went into `fop_optax.capture(loss, params, ...)`, or capture anew."
+      )
+    for leaf, shape, path in zip(leaves, self.shapes, self.paths, strict=True):
+      if not is_masked(leaf) and tuple(jnp.shape(leaf)) != shape:
+        raise ValueError(
+          f"{what} has shape {tuple(jnp.shape(leaf))} at {path}, but these layers were captured from"
+          f" params with {shape} there. Pass the tree that went into `fop_optax.capture(loss, params,"
+          " ...)`, or capture anew."
+        )
+    return leaves
+
+
+def is_masked(leaf: Any) -> bool:
+  """Whether optax has masked this leaf."""
+  return isinstance(leaf, optax.MaskedNode)
+
+
+class Factors(NamedTuple):
+  """Kronecker statistics of one layer: `A (x) G` estimates its block of the Fisher matrix."""
+
+  A: jax.Array  # [stack, rows, rows], or [stack, rows] where diagonal
+  G: jax.Array  # [stack, outputs, outputs], or [stack, outputs] where diagonal
+
+
+class Stats(NamedTuple):
+  """What `Captured.value_and_grad` hands to an optimizer beside the mean gradient."""
+
+  refresh: jax.Array  # bool, shape=(): whether `factors` hold statistics of this batch
+  factors: tuple[Factors, ...]  # one a layer, in the order of `Captured.layers`
+  contrasts: tuple[PyTree, ...]  # groups - 1 trees like the gradient; two groups: grad_1 - grad_2
