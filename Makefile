@@ -1,0 +1,51 @@
+# On a fresh clone: `make demo` runs the comparison, `make test` the default tests. Each sets up
+# .venv once and reuses it. Variables: PYTHON (interpreter), VENV (folder), ARGS (for demo), N (fuzz).
+SHELL := bash
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+N ?= 2000
+READY := $(VENV)/.ready
+RUN := $(VENV)/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test slow fuzz lint types doctest format clean
+
+demo: $(READY)
+	$(RUN) -m experiments compare $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest -n 2 -m "not slow"
+
+slow: $(READY)
+	$(RUN) -m pytest -n 2 -m slow
+
+fuzz: $(READY)
+	FUZZ_EXAMPLES=$(N) $(RUN) -m pytest tests/test_fuzz.py -m slow
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(READY)
+	$(RUN) -m pyrefly check --python-interpreter-path $(RUN)
+
+doctest: $(READY)
+	$(RUN) -m pytest --doctest-modules fop_optax
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+$(READY): pyproject.toml
+	@if command -v uv >/dev/null; then \
+	  set -ex; uv venv --quiet --allow-existing --python "$(PYTHON)" $(VENV); \
+	  uv pip install --quiet --python $(VENV)/bin/python -e '.[dev]'; \
+	else \
+	  set -ex; "$(PYTHON)" -m venv $(VENV); \
+	  $(VENV)/bin/python -m pip install --quiet -e '.[dev]'; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist results
