@@ -1,0 +1,1 @@
+"""Comparisons of optimizers on real data: `python -m experiments compare --help`."""

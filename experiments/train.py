@@ -1,0 +1,127 @@
+"""One training loop for every optimizer: an epoch is one compiled scan over its batches."""
+
+from collections.abc import Callable, Iterator
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import models
+from experiments.configs import Compare
+from experiments.data import Data
+
+EVAL_BATCH = 1000
+
+
+class Row(NamedTuple):
+  """What one epoch of one run came to."""
+
+  optimizer: str
+  seed: int
+  epoch: int
+  seconds: float  # of training so far, without compilation and evaluation
+  train_loss: float  # mean over the epoch's batches
+  test_loss: float
+  test_accuracy: float
+
+
+class Run(NamedTuple):
+  """One optimizer, compiled: `train(seed)` yields a `Row` an epoch."""
+
+  train: Callable[[int], Iterator[Row]]
+  compile_seconds: float
+  steps_per_epoch: int
+
+
+def schedule_for(config: Compare, peak: float, steps: int) -> optax.Schedule:
+  """Linear warm-up from a first step above zero, then a cosine to zero: the same for all."""
+  warmup = round(config.warmup * steps)
+  return optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, steps)
+
+
+def compile_run(config: Compare, name: str, data: Data) -> Run:
+  """Compiles the epoch and the evaluation of optimizer `name` for `config`."""
+  hyper = getattr(config, name)
+  batch_size = config.batch_size
+  steps_per_epoch = len(data.train_labels) // batch_size
+  if not steps_per_epoch:
+    raise SystemExit(
+      f"--batch-size {batch_size} is larger than the {len(data.train_labels)} training examples."
+    )
+  model = models.mlp(data.train_images.shape[1:], data.classes, config.hidden)
+
+  def normalize(images):
+    return (images.astype(jnp.float32) - data.mean) / data.std
+
+  def loss_fn(params, x, y):
+    logits = model.apply(params, x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+  def gradient(params, opt_state, x, y):
+    del opt_state
+    loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+    return loss, grads, {}
+
+  schedule = schedule_for(config, hyper.learning_rate, config.epochs * steps_per_epoch)
+  tx = optax.with_extra_args_support(hyper.make(schedule, None))
+
+  def epoch(params, opt_state, images, labels, order):
+    def step(carry, batch):
+      params, opt_state = carry
+      x, y = normalize(images[batch]), labels[batch]
+      loss, grads, extra = gradient(params, opt_state, x, y)
+      updates, opt_state = tx.update(grads, opt_state, params, **extra)
+      return (optax.apply_updates(params, updates), opt_state), loss
+
+    (params, opt_state), losses = jax.lax.scan(step, (params, opt_state), order)
+    return params, opt_state, losses.mean()
+
+  @jax.jit
+  def score(params, images, labels):
+    logits = model.apply(params, normalize(images))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.sum(), (logits.argmax(-1) == labels).sum()
+
+  def evaluate(params):
+    loss, correct = 0.0, 0
+    for start in range(0, len(data.test_labels), EVAL_BATCH):
+      part = slice(start, start + EVAL_BATCH)
+      part_loss, part_correct = score(params, data.test_images[part], data.test_labels[part])
+      loss, correct = loss + float(part_loss), correct + int(part_correct)
+    return loss / len(data.test_labels), correct / len(data.test_labels)
+
+  def start_of(seed):
+    params = model.init(seed)
+    return params, jax.jit(tx.init)(params)
+
+  def order_of(rng):
+    order = rng.permutation(len(data.train_labels))[: steps_per_epoch * batch_size]
+    return order.astype(np.int32).reshape(steps_per_epoch, batch_size)
+
+  start = time.perf_counter()
+  images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
+  warm = (*start_of(0), images, labels, order_of(np.random.default_rng(0)))
+  compiled = jax.jit(epoch, donate_argnums=(0, 1)).lower(*warm).compile()
+  jax.block_until_ready(compiled(*warm))  # first call: buffers and threads, no compilation
+  evaluate(model.init(0))
+  compile_seconds = time.perf_counter() - start
+
+  def train(seed: int) -> Iterator[Row]:
+    # Weights and the order of the batches depend on the seed alone: runs are paired.
+    params, opt_state = start_of(seed)
+    rng = np.random.default_rng(seed)
+    seconds = 0.0
+    for number in range(1, config.epochs + 1):
+      order = jnp.asarray(order_of(rng))
+      jax.block_until_ready((params, opt_state, order))
+      clock = time.perf_counter()
+      params, opt_state, loss = jax.block_until_ready(
+        compiled(params, opt_state, images, labels, order)
+      )
+      seconds += time.perf_counter() - clock
+      yield Row(name, seed, number, seconds, float(loss), *evaluate(params))
+
+  return Run(train, compile_seconds, steps_per_epoch)
