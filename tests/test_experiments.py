@@ -1,0 +1,195 @@
+"""The comparison: from its command line to its files, and the rules of its report."""
+
+import csv
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import configs, data, optimizers, report
+from experiments.train import Row
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(*args, **env):
+  """The command line in a process of its own: users have neither x64 nor eight devices."""
+  keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+  return subprocess.run(
+    [sys.executable, "-m", "experiments", *args],
+    cwd=ROOT,
+    env={**keep, "JAX_PLATFORMS": "cpu", **env},
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+
+
+def rows(name, seed, accuracies, seconds=0.5):
+  return [
+    Row(name, seed, i, seconds * i, 1.0, 1.0, accuracy)
+    for i, accuracy in enumerate(accuracies, start=1)
+  ]
+
+
+def test_compare_runs_all_and_saves(tmp_path):
+  done = run("compare", "--seeds", "2", "--epochs", "2", "--out", str(tmp_path))
+  assert done.returncode == 0, done.stderr
+  assert done.stderr == ""  # no progress bar where there is no terminal
+  for row in optimizers.TABLE.values():
+    assert row.title in done.stdout
+  with (tmp_path / "digits_mlp/curves.csv").open() as file:
+    curves = list(csv.DictReader(file))
+  names = list(optimizers.TABLE)
+  assert [(c["optimizer"], c["seed"], c["epoch"]) for c in curves] == [
+    (n, s, e) for n in names for s in "01" for e in "12"
+  ]
+  assert all(np.isfinite(float(c["train_loss"])) for c in curves)
+  for name in names:  # two epochs teach every optimizer something
+    assert max(float(c["test_accuracy"]) for c in curves if c["optimizer"] == name) > 0.3
+  summary = json.loads((tmp_path / "digits_mlp/summary.json").read_text())
+  assert summary["seeds"] == [0, 1]
+  assert summary["config"]["epochs"] == 2
+  assert set(summary["config"]) >= set(names)
+  assert summary["versions"]["jax"]
+  assert (tmp_path / "digits_mlp/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_seed_gives_the_same_run_again(tmp_path):
+  curves = []
+  for folder in ("one", "two"):
+    done = run(
+      "compare", "--optimizers", "sgd", "--seeds", "1", "--first-seed", "3", "--epochs", "3",
+      "--out", str(tmp_path / folder),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / folder / "digits_mlp/curves.csv").open() as file:
+      curves.append([(c["seed"], c["train_loss"], c["test_loss"]) for c in csv.DictReader(file)])
+  assert curves[0] == curves[1]
+  assert len(curves[0]) == 3
+  assert curves[0][0][0] == "3"
+
+
+@pytest.mark.slow
+def test_tune_ranks_the_grid():
+  done = run("tune", "--optimizers", "sgd", "--seeds", "1", "--epochs", "2")
+  assert done.returncode == 0, done.stderr
+  _, grid = configs.load("digits_mlp")
+  for values in grid["sgd"].values():
+    assert all(f"{value:g}" in done.stdout for value in values)
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (["train"], "unknown command 'train'"),
+    (["compare", "imagenet"], "unknown CONFIG 'imagenet': one of digits_mlp"),
+    (["compare", "--optimizers", "lion"], "unknown optimizers .'lion'.: any of sgd, adamw"),
+    (["compare", "--epoch", "3"], "--epoch"),
+    (["compare", "--batch-size", "5000"], "larger than the 1437 training examples"),
+  ],
+)
+def test_bad_command_lines(args, message):
+  done = run(*args)
+  assert done.returncode != 0
+  assert "Traceback" not in done.stderr
+  assert re.search(message, done.stderr + done.stdout)
+
+
+@pytest.mark.parametrize("name", configs.NAMES)
+def test_grids_are_of_one_size_and_hold_the_chosen_values(name):
+  config, grid = configs.load(name)
+  assert set(grid) == set(optimizers.TABLE)
+  sizes = {np.prod([len(values) for values in row.values()]) for row in grid.values()}
+  assert len(sizes) == 1
+  for optimizer, axes in grid.items():
+    for field, values in axes.items():
+      assert getattr(getattr(config, optimizer), field) in values
+
+
+def test_digits():
+  digits = data.load("digits")
+  assert digits.train_images.shape == (1437, 8, 8, 1)
+  assert digits.test_images.shape == (360, 8, 8, 1)
+  assert set(digits.test_labels) == set(range(10))
+  np.testing.assert_allclose(digits.mean, digits.train_images.mean(), rtol=1e-6)
+  np.testing.assert_allclose(digits.std, digits.train_images.std(), rtol=1e-6)
+
+
+def test_holdout_has_no_test_image():
+  digits = data.load("digits")
+  part = data.holdout(digits)
+  assert len(part.test_labels) == 287
+  assert len(part.train_labels) + len(part.test_labels) == len(digits.train_labels)
+  images = np.concatenate([part.train_images, part.test_images])
+  as_rows = lambda array: sorted(map(bytes, array))
+  assert as_rows(images) == as_rows(digits.train_images)
+
+
+def test_report_shows_runs_that_never_arrive():
+  found = report.summarize(
+    rows("sgd", 0, [0.1, 0.8, 0.9])
+    + rows("sgd", 1, [0.1, 0.9, 0.7])
+    + rows("adamw", 0, [0.9, 0.9, 0.9])
+    + rows("adamw", 1, [0.1, 0.1, 0.8]),
+    target=0.9,
+  )
+  sgd, adamw = found
+  assert sgd.epochs_to_target == [3, 2]
+  assert sgd.seconds_to_target == [1.5, 1.0]
+  assert sgd.final_accuracy == [0.9, 0.7]
+  assert sgd.seconds_per_epoch == 0.5
+  assert report.reached(sgd.epochs_to_target, 1) == "2.5 ± 0.7"
+  assert adamw.epochs_to_target == [1, None]
+  assert report.reached(adamw.epochs_to_target, 1) == "– (1/2 reached)"
+  assert report.spread([1.0], 2) == "1.00"
+
+
+def test_missing_data_says_how_to_get_it(tmp_path):
+  done = run("compare", "cifar10_mlp", "--data-dir", str(tmp_path))
+  assert done.returncode == 1
+  assert "Traceback" not in done.stderr
+  assert "file_format='array_record'" in done.stderr
+  assert f"data_dir={str(tmp_path)!r}" in done.stderr
+  assert "pip install 'fop_optax[experiments]' tensorflow" in done.stderr
+
+
+def test_missing_package_says_which_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+  with pytest.raises(SystemExit, match=r"fop_optax\[experiments\]"):
+    data.load("cifar10")
+
+
+needs_tfds = pytest.mark.skipif(
+  "TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR names no folder of prepared data sets"
+)
+
+
+@needs_tfds
+@pytest.mark.parametrize(
+  ("name", "shape"), [("cifar10", (50000, 32, 32, 3)), ("fashion_mnist", (60000, 28, 28, 1))]
+)
+def test_tfds_folders(name, shape):
+  read = data.load(name)
+  assert read.train_images.shape == shape
+  assert read.train_images.dtype == np.uint8
+  assert read.test_images.shape == (10000, *shape[1:])
+  assert (np.bincount(read.train_labels) == shape[0] // 10).all()
+  mean = read.train_images.mean((0, 1, 2))
+  np.testing.assert_allclose(read.mean, mean, rtol=1e-6)
+  np.testing.assert_allclose(read.std, read.train_images.std((0, 1, 2)), rtol=1e-6)
+
+
+@needs_tfds
+@pytest.mark.parametrize("name", ["cifar10_mlp", "fashion_mnist_mlp"])
+def test_compare_on_tfds_folders(name, tmp_path):
+  done = run(
+    "compare", name, "--seeds", "1", "--epochs", "1", "--hidden", "32", "--out", str(tmp_path)
+  )
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / name / "curves.png").exists()
