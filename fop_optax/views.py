@@ -15,6 +15,8 @@ step                                    meaning
 ``("slice", start, limit, strides)``    strided rectangle
 ``("scan", length)``                    the leading axis is one that `jax.lax.scan` goes over;
                                         the steps that follow act on its slices
+``("stack",)``                          ends all scans: their axes and the slices' leading one
+                                        become one
 ======================================  ==========================================================
 """
 
@@ -36,6 +38,9 @@ def replay(view: View, leaf: Any) -> Any:
   for name, *args in view:
     if name == "scan":
       levels += 1
+    elif name == "stack":
+      leaf = leaf.reshape((math.prod(leaf.shape[: levels + 1]), *leaf.shape[levels + 1 :]))
+      levels = 0
     elif isinstance(leaf, np.ndarray):
       leaf = _NUMPY[name](leaf, levels, *args)
     else:
@@ -52,7 +57,7 @@ def transpose(view: View, cotangent: jax.Array, shape: tuple[int, ...]) -> jax.A
 
 def shape_of(view: View, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Shape of `replay(view, leaf)` for a leaf of `shape`, scanned axes first."""
-  return jax.eval_shape(lambda leaf: replay(view, leaf), jax.ShapeDtypeStruct(shape, "float32")).shape
+  return replay(view, np.broadcast_to(np.int8(0), shape)).shape  # strides of 0: takes no memory
 
 
 def simplify(view: View, shape: tuple[int, ...]) -> View:
@@ -67,7 +72,8 @@ def simplify(view: View, shape: tuple[int, ...]) -> View:
     steps.append(step)
   kept: list[Step] = []
   for step in steps:
-    before = shape_of(tuple(kept), shape)[sum(s[0] == "scan" for s in kept) :]
+    levels = 0 if any(s[0] == "stack" for s in kept) else sum(s[0] == "scan" for s in kept)
+    before = shape_of(tuple(kept), shape)[levels:]
     if step == ("reshape", before) or step == ("transpose", tuple(range(len(before)))):
       continue
     if step[0] == "slice" and step == full_slice(before):

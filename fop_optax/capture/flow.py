@@ -1,0 +1,116 @@
+"""Two analyses of a jaxpr: where a gradient flows, and what depends on the batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend import core
+from jax.extend.core import primitives
+import jax.numpy as jnp
+
+from fop_optax import _compat
+
+INLINED = (primitives.jit_p, primitives.remat_p, primitives.closed_call_p)
+
+
+def inner_jaxpr(equation: Any) -> Any:
+  """The (possibly closed) jaxpr of a `jit`, `checkpoint`, `closed_call` or `scan` equation."""
+  params = equation.params
+  return params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+
+
+def differentiable(variable: Any) -> bool:
+  return jnp.issubdtype(variable.aval.dtype, jnp.inexact)
+
+
+def relevant(jaxpr: Any, needed: Sequence[bool]) -> tuple[set[int], set[Any]]:
+  """The equations through which a gradient of the `needed` outputs flows.
+
+  What a loss computes beside its value (metrics, the step after `stop_gradient`) takes no part in
+  the gradient, so that a parameter's use there says nothing of its curvature.
+
+  Returns:
+    The indices of the equations, and the variables that a gradient reaches.
+  """
+  wanted = {v for v, need in zip(jaxpr.outvars, needed, strict=True) if need and _is_variable(v)}
+  wanted = set(filter(differentiable, wanted))
+  live = set()
+  for index, equation in reversed(list(enumerate(jaxpr.eqns))):
+    outputs = [v in wanted for v in equation.outvars]
+    if not any(outputs) or equation.primitive is primitives.stop_gradient_p:
+      continue
+    live.add(index)
+    for v, need in zip(equation.invars, _relevant_operands(equation, outputs), strict=True):
+      if need and _is_variable(v) and differentiable(v):
+        wanted.add(v)
+  return live, wanted
+
+
+def _relevant_inputs(jaxpr: Any, needed: Sequence[bool]) -> list[bool]:
+  wanted = relevant(jaxpr, needed)[1]
+  return [v in wanted for v in jaxpr.invars]
+
+
+def _relevant_operands(equation: Any, needed: Sequence[bool]) -> Sequence[bool]:
+  if equation.primitive in INLINED:
+    return _relevant_inputs(_compat.open_jaxpr(inner_jaxpr(equation))[0], needed)
+  if equation.primitive is primitives.scan_p:
+    return scan_relevant(equation, needed)[1]
+  return [True] * len(equation.invars)
+
+
+def scan_relevant(equation: Any, needed: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+  """`relevant` for a scan: which outputs of its body, and which of its operands."""
+  body, _ = _compat.open_jaxpr(equation.params["jaxpr"])
+  consts, carry = _compat.scan_split(equation.params, len(equation.invars))
+  outputs = list(needed)
+  while True:  # a carry is needed if the next step needs it
+    inputs = _relevant_inputs(body, outputs)
+    carried = [a or b for a, b in zip(outputs[:carry], inputs[consts : consts + carry], strict=True)]
+    if carried == outputs[:carry]:
+      return outputs, inputs
+    outputs[:carry] = carried
+
+
+def depends(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
+  """Which outputs of a jaxpr depend on the inputs that are flagged."""
+  flagged = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
+  for equation in jaxpr.eqns:
+    operands = [_is_variable(v) and v in flagged for v in equation.invars]
+    for v, flag in zip(equation.outvars, _equation_depends(equation, operands), strict=True):
+      if flag:
+        flagged.add(v)
+  return [_is_variable(v) and v in flagged for v in jaxpr.outvars]
+
+
+def _equation_depends(equation: Any, flags: Sequence[bool]) -> list[bool]:
+  if equation.primitive in INLINED:
+    return depends(_compat.open_jaxpr(inner_jaxpr(equation))[0], flags)
+  if equation.primitive is primitives.scan_p:
+    return scan_depends(equation, flags)[1]
+  return [any(flags)] * len(equation.outvars)
+
+
+def scan_depends(equation: Any, flags: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+  """`depends` for a scan: which inputs of its body, and which of its outputs."""
+  body, _ = _compat.open_jaxpr(equation.params["jaxpr"])
+  consts, carry = _compat.scan_split(equation.params, len(equation.invars))
+  inputs = list(flags)
+  while True:  # what enters the carry later counts as well
+    outputs = depends(body, inputs)
+    carried = [a or b for a, b in zip(inputs[consts : consts + carry], outputs[:carry], strict=True)]
+    if carried == inputs[consts : consts + carry]:
+      return inputs, outputs
+    inputs[consts : consts + carry] = carried
+
+
+def contains(jaxpr: Any, primitive: Any) -> bool:
+  """Whether `primitive` stands anywhere in a jaxpr."""
+  return any(
+    equation.primitive is primitive
+    or any(contains(inner, primitive) for inner in core.jaxprs_in_params(equation.params))
+    for equation in jaxpr.eqns
+  )
+
+
+def _is_variable(atom: Any) -> bool:
+  return not isinstance(atom, core.Literal)

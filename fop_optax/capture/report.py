@@ -1,0 +1,74 @@
+"""Words about what was captured: the table of parameters, and the error when there is too little."""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+import jax
+
+from fop_optax.layers import Layer, Layers
+
+SMALL = 0.5  # share of parameters in layers below which the table warns
+
+
+def printable(path: tuple[Any, ...]) -> str:
+  """A leaf's path, without the `.value` by which Flax NNX wraps it."""
+  text = jax.tree_util.keystr(path)
+  return text.removesuffix(".value") or "(the array itself)"
+
+
+def table(layers: Layers, fallbacks: Mapping[str, str]) -> str:
+  """One row a parameter: its layer, factor sizes and uses, or why it is in none."""
+  rows = [("parameter", "shape", "layer", "factors", "uses")]
+  covered = set()
+  for layer in layers:
+    covered.add(layer.weight)
+    shape = _shape(layers.shapes[layer.weight])
+    rows.append((layer.path, shape, layer.kind, _factors(layer), str(layer.uses)))
+    if layer.bias is not None:
+      covered.add(layer.bias)
+      shape = _shape(layers.shapes[layer.bias])
+      rows.append((layers.paths[layer.bias], shape, f"bias of {layer.path}", "", ""))
+  for path, shape in zip(layers.paths, layers.shapes, strict=True):
+    if path in fallbacks:
+      rows.append((path, _shape(shape), f"fallback: {fallbacks[path]}", "", ""))
+  # the reasons of fallbacks are long and stand last in their rows: they widen no column
+  widths = [
+    max(len(row[i]) for row in rows if i < 2 or not row[2].startswith("fallback"))
+    for i in range(len(rows[0]))
+  ]
+  lines = [
+    "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for row in rows
+  ]
+  total = sum(math.prod(shape) for shape in layers.shapes)
+  inside = sum(math.prod(layers.shapes[leaf]) for leaf in covered)
+  share = inside / max(total, 1)
+  lines.append(f"{inside:,} of {total:,} parameters ({share:.1%}) are in layers.")
+  if share < SMALL:
+    lines.append(
+      "Warning: most parameters are left to the fallback optimizer; the reasons stand above."
+    )
+  return "\n".join(lines)
+
+
+def refusal(layers: Layers, fallbacks: Mapping[str, str]) -> str:
+  """The message of the error when no parameter, or with `strict` not every one, is in a layer."""
+  reasons = "\n".join(f"  {path}: {why}" for path, why in fallbacks.items())
+  if not len(layers):
+    return (
+      "`fop_optax.capture` found no layer: every parameter would be left to the fallback optimizer."
+      " A layer is a product of a parameter with something that depends on the batch.\n" + reasons
+    )
+  return f"`fop_optax.capture(strict=True)`: these parameters are in no layer.\n{reasons}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+  return "x".join(map(str, shape)) or "scalar"
+
+
+def _factors(layer: Layer) -> str:
+  """Sizes of the two factors, with the number of stacked matrices, `d` marking a diagonal."""
+  sides = zip((layer.rows, layer.outputs), layer.diagonal, strict=True)
+  text = " x ".join(f"{size}{'d' if diagonal else ''}" for size, diagonal in sides)
+  return text if layer.stack == 1 else f"{layer.stack} * {text}"

@@ -1,0 +1,137 @@
+"""What the walk knows of a variable of the loss, and the records it leaves behind."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from fop_optax.views import View
+
+Path = tuple[int, ...]  # indices of equations, from the loss's jaxpr inwards
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamView:
+  """A variable that holds entries of one parameter and nothing else.
+
+  `shape` is the variable's, with 1 on the axes along which the entries are repeated by a
+  broadcast. `levels` are the depths of the enclosing scans that go over the parameter.
+  """
+
+  leaf: int
+  steps: View
+  shape: tuple[int, ...]
+  levels: tuple[int, ...] = ()
+
+
+class Atom(NamedTuple):
+  """An axis of a product's output, or a part of one: `kind` is `"stack"`, `"row"` or `"out"`."""
+
+  kind: str
+  order: tuple[int, ...]  # sorts the atoms of a kind into the order of the weight's axes
+  size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+  """A variable that is a product's output plus something else, so that its cotangent is the same.
+
+  `axes` says for each axis of the variable which atoms of the product's output it is made of.
+  """
+
+  use: Path
+  leaf: int
+  axes: tuple[tuple[Atom, ...], ...]
+
+  def transposed(self, permutation: tuple[int, ...]) -> "Linear":
+    return dataclasses.replace(self, axes=tuple(self.axes[axis] for axis in permutation))
+
+  def reshaped(self, shape: tuple[int, ...]) -> "Linear | None":
+    """The atoms regrouped for `shape`, split where need be; None if they do not fit."""
+    atoms = [atom for axis in self.axes for atom in axis]
+    axes = []
+    for size in shape:
+      axis = []
+      while size > 1:
+        atom = atoms.pop(0)
+        if size % atom.size == 0:
+          size //= atom.size
+        elif atom.size % size == 0:  # split: the outer part belongs here, the inner one comes next
+          atoms.insert(0, Atom(atom.kind, (*atom.order, 1), atom.size // size))
+          atom, size = Atom(atom.kind, (*atom.order, 0), size), 1
+        else:
+          return None
+        axis.append(atom)
+      axes.append(tuple(axis))
+    return dataclasses.replace(self, axes=tuple(axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+  """What is known of a variable.
+
+  Attributes:
+    batch: whether it depends on the batch (or on a key that differs between groups).
+    view: set if it is a view of a parameter.
+    linear: set if a bias added to it would be the bias of a layer.
+  """
+
+  batch: bool = False
+  view: ParamView | None = None
+  linear: Linear | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """How a product `y = dot_general(x, w)` is a layer: the axes of `x` and `y` by their role.
+
+  `x_stack`, `x_in`, `y_stack` and `y_out` follow the order of the weight's own axes.
+  """
+
+  weight: int  # which operand is the weight
+  x_rows: tuple[int, ...]
+  x_stack: tuple[int, ...]
+  x_in: tuple[int, ...]
+  y_rows: tuple[int, ...]
+  y_stack: tuple[int, ...]
+  y_out: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasUse:
+  """An addition of a view of parameter `leaf` to the output of the product at `use`."""
+
+  leaf: int
+  view: View  # to [stack, outputs]
+  use: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+  """One product of the loss in which a parameter is the weight.
+
+  Attributes:
+    path: where the equation stands.
+    leaf: the parameter.
+    view: takes the parameter to `[stack, inputs, outputs]`.
+    levels: depths of the enclosing scans that go over the parameter.
+    product: roles of the axes.
+    stack, inputs, outputs: sizes of the view.
+    rows: rows that the weight is applied to in one evaluation of the loss.
+    source: source line of the equation.
+  """
+
+  path: Path
+  leaf: int
+  view: View
+  levels: tuple[int, ...]
+  product: Product
+  stack: int
+  inputs: int
+  outputs: int
+  rows: int
+  source: str
+
+
+def sizes(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+  """Product of the sizes of some axes."""
+  return math.prod(shape[axis] for axis in axes)
