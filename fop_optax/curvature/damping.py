@@ -1,0 +1,33 @@
+"""Damping `F + lambda I` shared out between two Kronecker factors."""
+
+import jax
+import jax.numpy as jnp
+
+from fop_optax.layers import Factors
+
+
+def split_damping(factors: Factors, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
+  r"""Damping of `A` and of `G`, one block, split by their mean traces.
+
+  .. math::
+    \pi = \sqrt{\frac{\mathrm{tr} A / \dim A}{\mathrm{tr} G / \dim G}}, \qquad
+    (A + \pi \sqrt\lambda I) \otimes (G + \sqrt\lambda / \pi\, I)
+
+  The choice of pi that makes the error `pi sqrt(lambda) I (x) G + A (x) sqrt(lambda) / pi I`
+  smallest in trace norm (Martens and Grosse, 2015, section 6.3). Where a trace is zero, pi is 1:
+  the block is then damped by lambda, as in `F + lambda I` (ASDL gives lambda to each factor there,
+  and so lambda squared to the block).
+  """
+  pi = jnp.sqrt(_mean_diagonal(factors.A) / _mean_diagonal(factors.G))
+  pi = jnp.where(jnp.isfinite(pi) & (pi > 0), pi, 1)
+  root = jnp.sqrt(damping)
+  return pi * root, root / pi
+
+
+def add_damping(factor: jax.Array, damping: jax.Array) -> jax.Array:
+  """`factor + damping I`, for a matrix or for its diagonal."""
+  return factor + damping * (jnp.eye(len(factor), dtype=factor.dtype) if factor.ndim == 2 else 1)
+
+
+def _mean_diagonal(factor):
+  return jnp.mean(jnp.diagonal(factor) if factor.ndim == 2 else factor)

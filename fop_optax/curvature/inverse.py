@@ -1,0 +1,161 @@
+"""Damped inverses of one block, and when they are made anew.
+
+A *scaling* says what `M`, the damped Fisher block, is and how its inverse is kept:
+
+- "factored": `M = (A + pi sqrt(lambda) I) (x) (G + sqrt(lambda) / pi I)`, the inverses of both;
+- "exact": `M = A (x) G + lambda I`, the eigenvectors and eigenvalues of both.
+
+Each is one row of `SCALINGS`. A block without an inverse has zeros for it: its direction is zero.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fop_optax.curvature.damping import add_damping, split_damping
+from fop_optax.curvature.precondition import Side, matmul, multiply, sandwich, transposed
+from fop_optax.layers import Factors
+
+
+class FactoredInverse(NamedTuple):
+  """Inverses of both damped factors."""
+
+  A: jax.Array  # like the factor
+  G: jax.Array
+  damping_A: jax.Array  # shape=(): pi sqrt(lambda) when the inverse was made
+  damping_G: jax.Array  # shape=(): sqrt(lambda) / pi
+
+
+class ExactInverse(NamedTuple):
+  """Eigenvectors (None for a diagonal factor) and eigenvalues of both factors."""
+
+  basis_A: Side
+  basis_G: Side
+  values_A: jax.Array
+  values_G: jax.Array
+  damping: jax.Array  # shape=(): lambda when the inverse was made
+
+
+class Scaling(NamedTuple):
+  """How one kind of inverse is made and used, for one block."""
+
+  empty: Callable[[Factors], Any]  # factors -> inverse of zeros
+  invert: Callable[[Factors, jax.Array], tuple[Any, jax.Array]]  # -> inverse, whether it is sound
+  solve: Callable[[Any, jax.Array], jax.Array]  # V -> M^-1 V
+  damped: Callable[[Any, Factors, jax.Array], jax.Array]  # V -> M V
+
+
+def _factored_empty(factors):
+  zero = jnp.zeros((), factors.A.dtype)
+  return FactoredInverse(jnp.zeros_like(factors.A), jnp.zeros_like(factors.G), zero, zero)
+
+
+def _factored_invert(factors, damping):
+  damping_A, damping_G = split_damping(factors, damping)
+  inverse = FactoredInverse(
+    A=_positive_inverse(add_damping(factors.A, damping_A)),
+    G=_positive_inverse(add_damping(factors.G, damping_G)),
+    damping_A=damping_A,
+    damping_G=damping_G,
+  )
+  return inverse, _all_finite(inverse)
+
+
+def _factored_solve(inverse, V):
+  return sandwich(inverse.A, V, inverse.G)
+
+
+def _factored_damped(inverse, factors, V):
+  A = add_damping(factors.A, inverse.damping_A)
+  G = add_damping(factors.G, inverse.damping_G)
+  return sandwich(A, V, G)
+
+
+def _positive_inverse(factor):
+  """Inverse of a positive definite matrix; NaN (or an infinity, on a diagonal) if it is not."""
+  if factor.ndim == 1:
+    return jnp.where(factor > 0, 1 / factor, jnp.nan)
+  chol = jax.lax.linalg.cholesky(factor, symmetrize_input=False)
+  root = jax.lax.linalg.triangular_solve(
+    chol, jnp.eye(len(factor), dtype=factor.dtype), left_side=True, lower=True
+  )
+  return matmul(root.T, root)  # L^-T L^-1: symmetric and positive, however it is rounded
+
+
+def _exact_empty(factors):
+  return ExactInverse(
+    basis_A=jnp.zeros_like(factors.A) if factors.A.ndim == 2 else None,
+    basis_G=jnp.zeros_like(factors.G) if factors.G.ndim == 2 else None,
+    values_A=jnp.full(len(factors.A), jnp.inf, factors.A.dtype),
+    values_G=jnp.full(len(factors.G), jnp.inf, factors.G.dtype),
+    damping=jnp.zeros((), factors.A.dtype),
+  )
+
+
+def _exact_invert(factors, damping):
+  values_A, basis_A = _eigen(factors.A)
+  values_G, basis_G = _eigen(factors.G)
+  inverse = ExactInverse(basis_A, basis_G, values_A, values_G, damping)
+  # The smallest eigenvalue of M is all there is to fear: at lambda = 0 it may be zero.
+  smallest = jnp.min(values_A) * jnp.min(values_G) + damping
+  return inverse, _all_finite(inverse) & jnp.isfinite(1 / smallest)
+
+
+def _eigen(factor):
+  if factor.ndim == 1:
+    return jnp.maximum(factor, 0), None
+  values, basis = jnp.linalg.eigh(factor)
+  return jnp.maximum(values, 0), basis  # rounding may make them negative
+
+
+def _exact_solve(inverse, V):
+  # vec(V) -> (U_A (x) U_G) (l_A (x) l_G + lambda)^-1 (U_A (x) U_G)' vec(V)
+  rotated = sandwich(transposed(inverse.basis_A), V, inverse.basis_G)
+  rotated /= jnp.outer(inverse.values_A, inverse.values_G) + inverse.damping
+  return sandwich(inverse.basis_A, rotated, transposed(inverse.basis_G))
+
+
+def _exact_damped(inverse, factors, V):
+  return multiply(factors, V) + inverse.damping * V
+
+
+SCALINGS = {
+  "factored": Scaling(_factored_empty, _factored_invert, _factored_solve, _factored_damped),
+  "exact": Scaling(_exact_empty, _exact_invert, _exact_solve, _exact_damped),
+}
+
+
+class Inverse(NamedTuple):
+  """A block's inverse, or those of a stack of blocks with a leading axis everywhere."""
+
+  value: FactoredInverse | ExactInverse
+  made: jax.Array  # int32, shape=(): inverses stored
+  failed: jax.Array  # int32, shape=(): inverses refused because they were not finite
+
+
+def init_inverse(factors: Factors, scaling: str) -> Inverse:
+  """Inverses of a stack before any statistics."""
+  counter = jnp.zeros(len(factors.A), jnp.int32)
+  return Inverse(jax.vmap(SCALINGS[scaling].empty)(factors), counter, counter)
+
+
+def remake(
+  inverse: Inverse, factors: Factors, folds: jax.Array, damping: jax.Array, scaling: str
+) -> Inverse:
+  """One block's inverse made anew; the last good one stays if that fails, which is counted.
+
+  A block without statistics (`folds` is zero) is left without an inverse.
+  """
+  value, sound = SCALINGS[scaling].invert(factors, damping)
+  known = folds > 0
+  return Inverse(
+    value=jax.tree.map(lambda new, old: jnp.where(known & sound, new, old), value, inverse.value),
+    made=inverse.made + (known & sound),
+    failed=inverse.failed + (known & ~sound),
+  )
+
+
+def _all_finite(tree):
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

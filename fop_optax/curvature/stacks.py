@@ -1,0 +1,126 @@
+"""Stacks: layers of equal shape side by side, so that each operation is one batched operation.
+
+A *block* is one matrix of one layer, the unit of curvature. Which block stands where follows from
+`Layers` alone (and from which leaves are masked), so a plan is static and costs nothing to remake.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fop_optax.layers import Factors, Layers, is_masked
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """Layers of equal shape.
+
+  Attributes:
+    layers: indices of the layers, in the order of their blocks.
+    blocks: number of matrices, all layers together.
+    rows: rows of each.
+    outputs: columns of each.
+    diagonal: whether the input and the output factor are kept as their diagonals.
+  """
+
+  layers: tuple[int, ...]
+  blocks: int
+  rows: int
+  outputs: int
+  diagonal: tuple[bool, bool]
+
+  @property
+  def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the stacked factors `A` and `G`."""
+    a, g = (
+      (self.blocks, d) if diagonal else (self.blocks, d, d)
+      for d, diagonal in zip((self.rows, self.outputs), self.diagonal, strict=True)
+    )
+    return a, g
+
+
+def plan_stacks(layers: Layers, leaves: Sequence[Any] | None = None) -> tuple[Stack, ...]:
+  """Groups layers by shape; leaves out those whose leaves optax has all masked.
+
+  A stack whose layers are all masked keeps one block of one entry: so the structure of a state does
+  not depend on masks (which `optax.tree.map_params` does not know) and none of its arrays is empty
+  (Orbax saves none).
+
+  Raises:
+    ValueError: if some leaves of a layer are masked and some are not.
+  """
+  by_shape: dict[tuple, list[int]] = {}
+  for index, layer in enumerate(layers):
+    members = by_shape.setdefault((layer.rows, layer.outputs, layer.diagonal), [])
+    if leaves is None or not _masked(layers, index, leaves):
+      members.append(index)
+  return tuple(
+    Stack(tuple(members), sum(layers[i].stack for i in members), rows, outputs, diagonal)
+    if members
+    else Stack((), 1, 1, 1, diagonal)
+    for (rows, outputs, diagonal), members in by_shape.items()
+  )
+
+
+def _masked(layers: Layers, index: int, leaves: Sequence[Any]) -> bool:
+  masked = [leaf for leaf in layers[index].leaves if is_masked(leaves[leaf])]
+  if masked and len(masked) < len(layers[index].leaves):
+    names = ", ".join(layers.paths[leaf] for leaf in masked)
+    raise ValueError(
+      f"The layer {layers[index].path} is masked in part: {names} is masked, the rest is not."
+      " Weight and bias are one block of curvature: mask both or neither (to keep one of them fixed,"
+      " close over it in the loss and capture without it)."
+    )
+  return bool(masked)
+
+
+def stack_matrices(stack: Stack, layers: Layers, leaves: Sequence[Any], dtype: Any) -> jax.Array:
+  """The blocks of `stack` out of the leaves of a tree like params: `[blocks, rows, outputs]`."""
+  if not stack.layers:
+    return jnp.zeros((stack.blocks, stack.rows, stack.outputs), dtype)
+  matrices = []
+  for layer in (layers[i] for i in stack.layers):
+    wide = {leaf: jnp.asarray(leaves[leaf], dtype) for leaf in layer.leaves}
+    matrices.append(layer.matrix(wide))
+  return _concatenate(matrices)
+
+
+def stack_factors(stack: Stack, factors: Sequence[Factors], dtype: Any) -> Factors:
+  """The factors of the layers of `stack`, side by side."""
+  if not stack.layers:
+    return Factors(*(jnp.zeros(shape, dtype) for shape in stack.factor_shapes))
+  members = [factors[i] for i in stack.layers]
+  return Factors(
+    A=_concatenate([f.A.astype(dtype) for f in members]),
+    G=_concatenate([f.G.astype(dtype) for f in members]),
+  )
+
+
+def unstack(
+  stacks: Sequence[Stack], layers: Layers, matrices: Sequence[jax.Array], leaves: Sequence[Any]
+) -> list[Any]:
+  """`leaves` with those in a layer replaced by what `matrices` hold for them, in their dtype."""
+  shares: dict[int, jax.Array] = {}
+  for stack, blocks in zip(stacks, matrices, strict=True):
+    start = 0
+    for layer in (layers[i] for i in stack.layers):
+      own = blocks[start : start + layer.stack]
+      start += layer.stack
+      for leaf, share in layer.spread(own, layers.shapes).items():
+        shares[leaf] = shares[leaf] + share if leaf in shares else share
+  out = list(leaves)
+  for leaf, share in shares.items():
+    out[leaf] = share.astype(dtype_of(leaves[leaf]))
+  return out
+
+
+def dtype_of(leaf: Any) -> Any:
+  """dtype of an array, of a `jax.ShapeDtypeStruct` or of a Python number."""
+  return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def _concatenate(arrays):
+  return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)

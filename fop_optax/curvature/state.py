@@ -1,0 +1,167 @@
+"""The curvature state of an optimizer, and one step of it."""
+
+from collections.abc import Sequence
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fop_optax.curvature.factors import Running, fold, init_running
+from fop_optax.curvature.inverse import Inverse, init_inverse, remake
+from fop_optax.curvature.stacks import Stack, dtype_of, stack_factors
+from fop_optax.layers import Factors, Layers
+
+
+class StackState(NamedTuple):
+  """Curvature of one stack of blocks; every array has the blocks as its leading axis."""
+
+  running: Running
+  inverse: Inverse
+  layer: jax.Array  # int32, shape=(blocks,): the layer of each block, -1 for none
+
+  @property
+  def dtype(self):
+    return self.running.factors.A.dtype
+
+
+class CurvatureState(NamedTuple):
+  """Curvature of all layers. `refresh_due` knows it by its fields' names."""
+
+  count: jax.Array  # int32, shape=(): steps taken
+  curvature_update_period: jax.Array  # int32, shape=()
+  inverse_update_period: jax.Array  # int32, shape=()
+  nonfinite_gradients: jax.Array  # int32, shape=(): steps skipped
+  stacks: tuple[StackState, ...]
+
+
+class CurvatureOptions(NamedTuple):
+  """When and how a step updates the curvature."""
+
+  decay: jax.typing.ArrayLike
+  scaling: str
+  curvature_update_period: jax.typing.ArrayLike
+  inverse_update_period: jax.typing.ArrayLike | None
+  stagger: bool
+
+  @property
+  def periods(self) -> tuple[jax.Array, jax.Array]:
+    """Both periods as arrays; an inverse period of None is that of the statistics."""
+    curvature = jnp.asarray(self.curvature_update_period, jnp.int32)
+    if self.inverse_update_period is None:
+      return curvature, curvature
+    return curvature, jnp.asarray(self.inverse_update_period, jnp.int32)
+
+
+def init_curvature(
+  layers: Layers, stacks: Sequence[Stack], leaves: Sequence[Any] | None, options: CurvatureOptions
+) -> CurvatureState:
+  """State before any step: zeros of the final shapes and dtypes, from shapes alone.
+
+  Arithmetic is in the widest dtype of a stack's parameters and in float32 at least.
+  """
+  states = []
+  for stack in stacks:
+    members = [leaf for i in stack.layers for leaf in layers[i].leaves] if leaves else []
+    dtype = jnp.result_type(jnp.float32, *(dtype_of(leaves[leaf]) for leaf in members))
+    running = init_running(stack.factor_shapes, stack.blocks, dtype)
+    owners = [i for i in stack.layers for _ in range(layers[i].stack)]
+    states.append(
+      StackState(
+        running=running,
+        inverse=init_inverse(running.factors, options.scaling),
+        layer=jnp.asarray(owners or [-1], jnp.int32),
+      )
+    )
+  zero = jnp.zeros((), jnp.int32)
+  return CurvatureState(zero, *options.periods, zero, tuple(states))
+
+
+def advance(
+  state: CurvatureState,
+  stacks: Sequence[Stack],
+  factors: Sequence[Factors],
+  refresh: jax.Array,
+  finite: jax.Array,
+  damping: jax.Array,
+  options: CurvatureOptions,
+) -> CurvatureState:
+  """One step: folds statistics in if `refresh`, remakes the inverses that are due.
+
+  A step whose gradient is not `finite` is counted and changes nothing else; the count stands still,
+  so that a refresh that fell on it is made up for by the next.
+  """
+  curvature_period, inverse_period = options.periods
+  refresh = jnp.asarray(refresh) & finite
+  decay = jnp.asarray(options.decay)
+
+  def fold_all(running):
+    return tuple(
+      jax.vmap(fold, (0, 0, None))(old, stack_factors(stack, factors, s.dtype), decay)
+      for old, stack, s in zip(running, stacks, state.stacks, strict=True)
+    )
+
+  running = tuple(s.running for s in state.stacks)
+  running = jax.lax.cond(refresh, fold_all, lambda running: running, running)
+
+  kept = tuple(s.inverse for s in state.stacks)
+  if options.stagger:
+    phase = state.count % inverse_period, inverse_period
+    inverse = _remake_in_turn(kept, running, finite, phase, damping, options.scaling)
+  else:
+    due = refresh
+    if options.inverse_update_period is not None:
+      waiting = [jnp.any(_waiting(i, r)) for i, r in zip(kept, running, strict=True)]
+      due = finite & ((state.count % inverse_period == 0) | jnp.any(jnp.stack(waiting)))
+    inverse = _remake_all(kept, running, due, damping, options.scaling)
+
+  return CurvatureState(
+    count=jnp.where(finite, optax.safe_increment(state.count), state.count),
+    curvature_update_period=curvature_period,
+    inverse_update_period=inverse_period,
+    nonfinite_gradients=state.nonfinite_gradients + ~finite,
+    stacks=tuple(
+      StackState(r, i, s.layer) for r, i, s in zip(running, inverse, state.stacks, strict=True)
+    ),
+  )
+
+
+def _remake_all(kept, running, due, damping, scaling):
+  def remake_all(kept):
+    make = jax.vmap(functools.partial(remake, scaling=scaling), (0, 0, 0, None))
+    return tuple(
+      make(old, r.factors, r.folds, damping.astype(r.factors.A.dtype))
+      for old, r in zip(kept, running, strict=True)
+    )
+
+  return jax.lax.cond(due, remake_all, lambda kept: kept, kept)
+
+
+def _remake_in_turn(kept, running, finite, phase, damping, scaling):
+  """Remakes block `i` (over all stacks) at `count % period == i % period`, and its first at once.
+
+  A loop over the blocks with a `cond` each: a batched `cond` would make them all.
+  """
+  turn, period = phase
+
+  def one(block):
+    index, old, r = block
+
+    def make(old):
+      return remake(old, r.factors, r.folds, damping.astype(r.factors.A.dtype), scaling)
+
+    due = finite & ((turn == index % period) | _waiting(old, r))
+    return jax.lax.cond(due, make, lambda old: old, old)
+
+  out, first = [], 0
+  for old, r in zip(kept, running, strict=True):
+    indices = first + jnp.arange(len(r.folds), dtype=jnp.int32)
+    out.append(jax.lax.map(one, (indices, old, r)))
+    first += len(indices)
+  return tuple(out)
+
+
+def _waiting(inverse: Inverse, running: Running) -> jax.Array:
+  """Whether a block has statistics and nobody has tried to invert them."""
+  return (running.folds > 0) & (inverse.made + inverse.failed == 0)
