@@ -1,0 +1,272 @@
+"""FOP: Fisher-orthogonal projection on top of K-FAC (Lu and Armour, 2025)."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fop_optax.curvature import precondition
+from fop_optax.curvature.inverse import SCALINGS
+from fop_optax.curvature.state import CurvatureState, StackState
+from fop_optax.layers import Layers, Stats
+from fop_optax.optimizers import common
+from fop_optax.optimizers.common import Options, ScalarOrSchedule
+from fop_optax.projection import FopDirection, check_total_gradient, fop_direction
+
+METRICS = ("fisher", "damped", "inverse")
+
+
+class Projection(NamedTuple):
+  """What FOP found at its last step, one stack: see `fop_optax.projection`."""
+
+  beta: jax.Array  # shape=(blocks, groups - 1)
+  eta: jax.Array  # shape=(blocks,)
+  rho2: jax.Array  # shape=(blocks,)
+  residual: jax.Array  # shape=(blocks,)
+  s: jax.Array  # shape=(blocks, groups - 1)
+
+
+class ScaleByFopState(NamedTuple):
+  """State of the layers' part of `scale_by_fop`."""
+
+  curvature: CurvatureState
+  projections: tuple[Projection, ...]  # one a stack
+
+
+class FopOptions(NamedTuple):
+  """Hyperparameters that FOP has beyond K-FAC's."""
+
+  projection_metric: str
+  total_gradient: str
+  adaptive_step: bool
+  beta: ScalarOrSchedule | None
+
+  def check(self, layers: Layers) -> None:
+    common.one_of("projection_metric", self.projection_metric, METRICS)
+    check_total_gradient(self.total_gradient)
+    if layers.groups < 2:
+      raise ValueError(
+        "FOP needs the gradients of at least two groups of examples, but these layers were captured"
+        " with groups=1: use `fop_optax.capture(loss, params, ..., groups=2)`, or `fop_optax.kfac`."
+      )
+    if self.beta is not None and layers.groups > 2:
+      raise ValueError(
+        f"`beta={self.beta}` is a number, but these layers were captured with"
+        f" groups={layers.groups}: with more than two groups it would depend on the basis of the"
+        " contrasts. Leave `beta=None`, or capture with groups=2."
+      )
+
+
+def scale_by_fop(
+  layers: Layers,
+  *,
+  damping: ScalarOrSchedule = 1e-3,
+  decay: jax.typing.ArrayLike = 0.95,
+  scaling: str = "factored",
+  curvature_update_period: jax.typing.ArrayLike = 10,
+  inverse_update_period: jax.typing.ArrayLike | None = None,
+  stagger: bool = False,
+  projection_metric: str = "fisher",
+  total_gradient: str = "mean",
+  adaptive_step: bool = True,
+  beta: ScalarOrSchedule | None = None,
+  norm_constraint: ScalarOrSchedule | None = None,
+  learning_rate: ScalarOrSchedule = 1.0,
+  fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Turns gradients into FOP's direction; no rate and no sign.
+
+  See :func:`fop_optax.fop` for more details. `learning_rate` is only what `norm_constraint`
+  reckons with; `fallback` is a direction for the leaves in no layer, by default
+  `optax.scale_by_adam()`.
+  """
+  options = Options(
+    layers,
+    damping,
+    decay,
+    scaling,
+    curvature_update_period,
+    inverse_update_period,
+    stagger,
+    norm_constraint,
+    learning_rate,
+  )
+  fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
+  return common.by_layer(layers, _project(options, fop_options), fallback or optax.scale_by_adam())
+
+
+def _project(options: Options, fop_options: FopOptions) -> optax.GradientTransformationExtraArgs:
+  """FOP on the leaves that are in layers; the others have to be masked."""
+  fop_options.check(options.layers)
+
+  def init(params):
+    stacks, curvature = common.init(options, params)
+    contrasts = options.layers.groups - 1
+    projections = []
+    for stack, s in zip(stacks, curvature.stacks, strict=True):
+      zero, zeros = (jnp.zeros((stack.blocks, *k), s.dtype) for k in ((), (contrasts,)))
+      projections.append(Projection(beta=zeros, eta=zero, rho2=zero, residual=zero, s=zeros))
+    return ScaleByFopState(curvature, tuple(projections))
+
+  def update(updates, state, params=None, *, stats: Stats | None = None, **extra_args):
+    del params, extra_args
+    count = state.curvature.count
+    step = common.begin(options, updates, state.curvature, stats, contrasts=True)
+    beta = None if fop_options.beta is None else common.value_at(fop_options.beta, count)
+    results = [
+      jax.vmap(functools.partial(_block_direction, options.scaling, fop_options, beta, resolution))(
+        s, V, contrasts
+      )
+      for s, V, contrasts, resolution in zip(
+        step.curvature.stacks, step.matrices, step.contrasts, step.resolutions, strict=True
+      )
+    ]
+    norm2 = sum((jnp.sum(r.norm2) for r in results), start=jnp.zeros(()))
+    updates = common.finish(options, step, [r.direction for r in results], norm2, count)
+    projections = tuple(Projection(r.beta, r.eta, r.rho2, r.residual, r.s) for r in results)
+    projections = common.keep_if(step.finite, projections, state.projections)
+    return updates, ScaleByFopState(step.curvature, projections)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _block_direction(
+  scaling: str,
+  fop_options: FopOptions,
+  beta: jax.Array | None,
+  resolution: float,
+  state: StackState,
+  V: jax.Array,
+  contrasts: jax.Array,
+) -> FopDirection:
+  """`fop_direction` with the metric and the inverse of one block."""
+  factors, inverse = state.running.factors, state.inverse.value
+  multiply, fisher_norm = {
+    "fisher": (lambda V: precondition.multiply(factors, V), precondition.norm(factors)),
+    # M with the running factors of now, damped as when they were last inverted.
+    "damped": (lambda V: SCALINGS[scaling].damped(inverse, factors, V), 0.0),
+    "inverse": (None, 0.0),
+  }[fop_options.projection_metric]
+  return fop_direction(
+    V,
+    contrasts,
+    lambda V: SCALINGS[scaling].solve(inverse, V),
+    multiply,
+    fisher_norm=fisher_norm,
+    total_gradient=fop_options.total_gradient,
+    adaptive_step=fop_options.adaptive_step,
+    beta=beta,
+    resolution=resolution,
+  )
+
+
+def fop(
+  learning_rate: ScalarOrSchedule,
+  layers: Layers,
+  *,
+  damping: ScalarOrSchedule = 1e-3,
+  decay: jax.typing.ArrayLike = 0.95,
+  momentum: jax.typing.ArrayLike | None = 0.9,
+  nesterov: bool = False,
+  weight_decay: jax.typing.ArrayLike = 0.0,
+  mask: Any = None,
+  scaling: str = "factored",
+  curvature_update_period: jax.typing.ArrayLike = 10,
+  inverse_update_period: jax.typing.ArrayLike | None = None,
+  stagger: bool = False,
+  projection_metric: str = "fisher",
+  total_gradient: str = "mean",
+  adaptive_step: bool = True,
+  beta: ScalarOrSchedule | None = None,
+  norm_constraint: ScalarOrSchedule | None = None,
+  fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""FOP: natural gradient plus what the difference of two half-batch gradients tells.
+
+  With the gradients :math:`g_1, g_2` of two halves of a batch, per layer,
+
+  .. math::
+    g_{avg} = (g_1 + g_2) / 2, \quad
+    g_\perp = (g_1 - g_2) - s \, g_{avg}, \quad
+    s = \frac{(g_1 - g_2)^\top F g_{avg}}{g_{avg}^\top F g_{avg}}
+
+  .. math::
+    \eta \, M^{-1} (g_{avg} + \beta \, g_\perp), \quad
+    \beta = \frac{g_{avg}^\top M^{-1} g_\perp}{g_\perp^\top M^{-1} g_\perp}
+
+  with the running Kronecker factors' `F` and its damped `M` as in :func:`fop_optax.kfac`, and eta
+  as in `fop_optax.projection`, which has the equations, their form for more groups and the guards.
+  Weight and bias of a layer are one block. The sign of beta tells nothing (the halves can be
+  swapped); rho^2 says how much FOP differs from K-FAC. Everything else is as in `kfac`, with which
+  it shares all arguments but these:
+
+  Args:
+    learning_rate: a number, an array or a schedule.
+    layers: `captured.layers` of a loss captured with `groups=2` or more.
+    damping: see :func:`fop_optax.kfac`, as for all that follow here.
+    decay: weight of the old average of the factors.
+    momentum: decay of the trace of directions, None for none.
+    nesterov: whether momentum looks ahead.
+    weight_decay: decoupled decay, times the learning rate; of leaves in layers.
+    mask: which leaves decay.
+    scaling: `"factored"` or `"exact"`.
+    curvature_update_period: statistics every that many steps (the paper's curvature interval).
+    inverse_update_period: inverses every that many steps; None: whenever statistics came.
+    stagger: whether blocks take turns to remake their inverses.
+    projection_metric: the matrix in `s`: `"fisher"`, the undamped running `F` (the paper's equation
+      4); `"damped"`, `M`; `"inverse"`, `M^-1` (its Algorithm 1 hands over nothing else): beta is
+      then zero and FOP is K-FAC, a control.
+    total_gradient: `"mean"` or `"sum"`, the gradient eta weighs a step with. The paper's equation 8
+      says the sum, its prose fits the mean; with the sum, steps are twice as long.
+    adaptive_step: whether eta scales each layer's step; else eta is 1.
+    beta: None for the formula, or a number or schedule in its place (two groups only).
+    norm_constraint: a bound of the squared length of a step in the damped Fisher metric, eta in it.
+    fallback: a complete optimizer for leaves that are in no layer; by default `optax.adamw` at a
+      hundredth of `learning_rate`.
+
+  Returns:
+    A transformation whose `update` takes `stats=`.
+
+  Raises:
+    ValueError: as `kfac`; if the loss was captured with `groups=1`; if a `beta` is given with more
+      than two groups.
+
+  Example:
+    >>> import fop_optax, jax, jax.numpy as jnp, optax
+    >>> def loss(params, x, y):
+    ...   return jnp.mean((x @ params["w"] + params["b"] - y) ** 2)
+    >>> params = {"w": jnp.zeros((3, 1)), "b": jnp.zeros(1)}
+    >>> x = jax.random.normal(jax.random.key(0), (64, 3))
+    >>> y = x @ jnp.array([[1.0], [-2.0], [3.0]]) + 0.5
+    >>> captured = fop_optax.capture(loss, params, x, y, groups=2)
+    >>> tx = fop_optax.fop(0.5, captured.layers, momentum=None)
+    >>> state = tx.init(params)
+    >>> for _ in range(30):
+    ...   refresh = fop_optax.refresh_due(state)
+    ...   value, grads, stats = captured.value_and_grad(params, x, y, refresh=refresh)
+    ...   updates, state = tx.update(grads, state, params, stats=stats)
+    ...   params = optax.apply_updates(params, updates)
+    >>> print(params["w"].round(1).ravel(), params["b"].round(1))
+    [ 1. -2.  3.] [0.5]
+
+  References:
+    Lu and Armour, `Fisher-Orthogonal Projection Methods for Natural Gradient Descent with Large
+    Batches <https://arxiv.org/abs/2508.13898>`_, 2025
+  """
+  options = Options(
+    layers,
+    damping,
+    decay,
+    scaling,
+    curvature_update_period,
+    inverse_update_period,
+    stagger,
+    norm_constraint,
+    learning_rate,
+  )
+  fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
+  return common.complete(
+    options, _project(options, fop_options), momentum, nesterov, weight_decay, mask, fallback
+  )

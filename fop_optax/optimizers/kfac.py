@@ -1,0 +1,180 @@
+"""K-FAC: natural gradient with Kronecker-factored curvature (Martens and Grosse, 2015)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fop_optax.curvature.inverse import SCALINGS
+from fop_optax.curvature.state import CurvatureState
+from fop_optax.layers import Layers, Stats
+from fop_optax.optimizers import common
+from fop_optax.optimizers.common import Options, ScalarOrSchedule
+
+
+class ScaleByKfacState(NamedTuple):
+  """State of the layers' part of `scale_by_kfac`."""
+
+  curvature: CurvatureState
+
+
+def scale_by_kfac(
+  layers: Layers,
+  *,
+  damping: ScalarOrSchedule = 1e-3,
+  decay: jax.typing.ArrayLike = 0.95,
+  scaling: str = "factored",
+  curvature_update_period: jax.typing.ArrayLike = 10,
+  inverse_update_period: jax.typing.ArrayLike | None = None,
+  stagger: bool = False,
+  norm_constraint: ScalarOrSchedule | None = None,
+  learning_rate: ScalarOrSchedule = 1.0,
+  fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Rescales gradients by K-FAC's inverse; no rate and no sign.
+
+  See :func:`fop_optax.kfac` for more details. `learning_rate` is only what `norm_constraint`
+  reckons with; `fallback` is a direction for the leaves in no layer, by default
+  `optax.scale_by_adam()`.
+  """
+  options = Options(
+    layers,
+    damping,
+    decay,
+    scaling,
+    curvature_update_period,
+    inverse_update_period,
+    stagger,
+    norm_constraint,
+    learning_rate,
+  )
+  return common.by_layer(layers, _precondition(options), fallback or optax.scale_by_adam())
+
+
+def _precondition(options: Options) -> optax.GradientTransformationExtraArgs:
+  """K-FAC on the leaves that are in layers; the others have to be masked."""
+  solve = jax.vmap(SCALINGS[options.scaling].solve)
+
+  def init(params):
+    _, curvature = common.init(options, params)
+    return ScaleByKfacState(curvature)
+
+  def update(updates, state, params=None, *, stats: Stats | None = None, **extra_args):
+    del params, extra_args
+    step = common.begin(options, updates, state.curvature, stats, contrasts=False)
+    directions = [
+      solve(s.inverse.value, V) for s, V in zip(step.curvature.stacks, step.matrices, strict=True)
+    ]
+    # d' M d = V' M^-1 V
+    norm2 = sum(
+      (jnp.sum(V * d) for V, d in zip(step.matrices, directions, strict=True)), start=jnp.zeros(())
+    )
+    updates = common.finish(options, step, directions, norm2, state.curvature.count)
+    return updates, ScaleByKfacState(step.curvature)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def kfac(
+  learning_rate: ScalarOrSchedule,
+  layers: Layers,
+  *,
+  damping: ScalarOrSchedule = 1e-3,
+  decay: jax.typing.ArrayLike = 0.95,
+  momentum: jax.typing.ArrayLike | None = 0.9,
+  nesterov: bool = False,
+  weight_decay: jax.typing.ArrayLike = 0.0,
+  mask: Any = None,
+  scaling: str = "factored",
+  curvature_update_period: jax.typing.ArrayLike = 10,
+  inverse_update_period: jax.typing.ArrayLike | None = None,
+  stagger: bool = False,
+  norm_constraint: ScalarOrSchedule | None = None,
+  fallback: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""K-FAC: natural gradient with Kronecker-factored curvature.
+
+  The Fisher block of a layer `y = x W + b` is taken for :math:`A \otimes G`, with `A` the second
+  moment of its inputs (a one appended for the bias) and `G` that of the gradients at its outputs.
+  With running averages of both and :math:`V = [\nabla W; \nabla b]` the direction is
+
+  .. math::
+    M^{-1} V = (A + \pi \sqrt\lambda I)^{-1} \, V \, (G + \sqrt\lambda / \pi \, I)^{-1}
+
+  or, with `scaling="exact"`, :math:`(A \otimes G + \lambda I)^{-1} V`. Then come momentum,
+  decoupled weight decay and the learning rate. Statistics of the present batch enter before its
+  gradient is preconditioned, so that the first step is exact.
+
+  A step whose gradient is not finite in some layer gives a zero direction and leaves the curvature
+  alone; it is counted, as are statistics that are not finite and inverses that fail (the last good
+  one stays). Momentum and weight decay go on. See :func:`fop_optax.diagnostics`.
+
+  `optax.MultiSteps` hands on the `stats` of its last micro-step only: accumulate with
+  `fop_optax.capture(..., micro_batches=...)` instead.
+
+  Args:
+    learning_rate: a number, an array or a schedule.
+    layers: `captured.layers` of `captured = fop_optax.capture(loss, params, ...)`.
+    damping: lambda, a number, an array or a schedule of the step. Means the same in every model
+      and width; independent of the learning rate.
+    decay: weight of the old average when statistics are folded in; less in the beginning, so that
+      the average starts exact.
+    momentum: decay of the trace of directions, None for none.
+    nesterov: whether momentum looks ahead.
+    weight_decay: decoupled decay, times the learning rate; of leaves in layers.
+    mask: which leaves decay, a tree of bools or a callable of params, as in `optax.adamw`. Under
+      `optax.inject_hyperparams` declare a callable with `static_args="mask"`.
+    scaling: `"factored"` or `"exact"`.
+    curvature_update_period: statistics every that many steps, through
+      :func:`fop_optax.refresh_due`; statistics that come are folded in whatever the period.
+    inverse_update_period: inverses every that many steps; None: whenever statistics came.
+    stagger: whether blocks take turns to remake their inverses, so that no step pays for all.
+    norm_constraint: kappa, a bound of the squared length of a step in the damped Fisher metric.
+    fallback: a complete optimizer for leaves that are in no layer, applied as it is; by default
+      `optax.adamw` at a hundredth of `learning_rate`.
+
+  Returns:
+    A transformation whose `update` takes `stats=`.
+
+  Raises:
+    ValueError: for hyperparameters out of range; in `init` and `update` for trees, statistics or
+      states that are not of these layers, and layers that are masked in part.
+    TypeError: if `layers` or `stats` are of another type.
+
+  Example:
+    >>> import fop_optax, jax, jax.numpy as jnp, optax
+    >>> def loss(params, x, y):
+    ...   return jnp.mean((x @ params["w"] + params["b"] - y) ** 2)
+    >>> params = {"w": jnp.zeros((3, 1)), "b": jnp.zeros(1)}
+    >>> x = jax.random.normal(jax.random.key(0), (64, 3))
+    >>> y = x @ jnp.array([[1.0], [-2.0], [3.0]]) + 0.5
+    >>> captured = fop_optax.capture(loss, params, x, y)
+    >>> tx = fop_optax.kfac(0.5, captured.layers, momentum=None)
+    >>> state = tx.init(params)
+    >>> for _ in range(30):
+    ...   refresh = fop_optax.refresh_due(state)
+    ...   value, grads, stats = captured.value_and_grad(params, x, y, refresh=refresh)
+    ...   updates, state = tx.update(grads, state, params, stats=stats)
+    ...   params = optax.apply_updates(params, updates)
+    >>> print(params["w"].round(1).ravel(), params["b"].round(1))
+    [ 1. -2.  3.] [0.5]
+
+  References:
+    Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
+    <https://arxiv.org/abs/1503.05671>`_, 2015
+  """
+  options = Options(
+    layers,
+    damping,
+    decay,
+    scaling,
+    curvature_update_period,
+    inverse_update_period,
+    stagger,
+    norm_constraint,
+    learning_rate,
+  )
+  return common.complete(
+    options, _precondition(options), momentum, nesterov, weight_decay, mask, fallback
+  )

@@ -1,0 +1,63 @@
+"""When the next statistics are due, read from an optimizer's state wherever it is kept."""
+
+from typing import Any
+
+import jax
+
+from fop_optax.curvature.state import CurvatureState
+
+
+def curvature_states(opt_state: Any) -> dict[str, dict[str, list[jax.Array]]]:
+  """Curvature states in a tree: where each is -> its field -> the arrays under that field.
+
+  Found by the names of its fields and not by its type, which Flax NNX (a `State` of Variables) and
+  checkpoints (nested dictionaries) do not keep.
+  """
+  found: dict[str, dict[str, list[jax.Array]]] = {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
+    names = [str(getattr(key, "name", getattr(key, "key", None))) for key in path]
+    for depth, name in reversed(list(enumerate(names))):
+      if name in CurvatureState._fields:
+        fields = found.setdefault(jax.tree_util.keystr(path[:depth]), {})
+        fields.setdefault(name, []).append(leaf)
+        break
+  wanted = set(CurvatureState._fields)
+  return {where: fields for where, fields in found.items() if set(fields) == wanted}
+
+
+def refresh_due(opt_state: Any) -> jax.Array:
+  """Whether the step to come should take statistics: every `curvature_update_period` steps.
+
+  Args:
+    opt_state: state of an optimizer that holds one curvature state, however deep (in `optax.chain`,
+      `inject_hyperparams`, `masked`, `partition`), or the `opt_state` of a `flax.nnx.Optimizer`.
+
+  Returns:
+    A boolean array, for `captured.value_and_grad(..., refresh=refresh_due(opt_state))`.
+
+  Raises:
+    ValueError: if there is no curvature state in it, or more than one.
+
+  Example:
+    >>> import fop_optax, jax.numpy as jnp
+    >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+    >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+    >>> captured = fop_optax.capture(loss, params, x)
+    >>> tx = fop_optax.kfac(0.1, captured.layers, curvature_update_period=10)
+    >>> print(fop_optax.refresh_due(tx.init(params)))
+    True
+  """
+  found = curvature_states(opt_state)
+  if not found:
+    raise ValueError(
+      "`refresh_due(opt_state)` found no curvature state. Pass the whole state that"
+      " `tx.init(params)` made, with `tx` a `fop_optax` optimizer such as `kfac` or `fop`."
+    )
+  if len(found) > 1:
+    raise ValueError(
+      f"`refresh_due(opt_state)` found {len(found)} curvature states, at"
+      f" {' and '.join(f'opt_state{where}' for where in found)}. Pass the part of one of them."
+    )
+  ((fields),) = found.values()
+  (count,), (period,) = fields["count"], fields["curvature_update_period"]
+  return count % period == 0
