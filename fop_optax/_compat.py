@@ -62,8 +62,8 @@ def zip_variables(atoms: Sequence[Any], values: Sequence[Any]) -> list[tuple[Any
 def source_of(jaxpr: Jaxpr, equation: Equation) -> str:
   """The source line an equation comes from, as `file:line:column (function)`; empty if unknown."""
   text = single(jaxpr, equation)[0].pretty_print(source_info=True)
-  line = next((line for line in text.splitlines()[1:] if " = " in line), "")
-  return line.rpartition("# ")[2].strip() if "# " in line else ""
+  line = next((line for line in text.splitlines() if " # " in line), "")
+  return line.rpartition(" # ")[2].strip()
 
 
 @functools.cache

@@ -1,0 +1,240 @@
+"""Losses that look as if they had a layer where there is none: never silently wrong."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fop_optax
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+N, T, D, C = 8, 3, 4, 3
+
+
+def draw(*shape, seed=0):
+  return np.random.default_rng(seed + sum(shape)).normal(size=shape) / np.sqrt(shape[0])
+
+
+def cross_entropy(logits, y):
+  return fop_optax.softmax_cross_entropy(logits, y)
+
+
+def grouped_gradient(loss, params, x, y, groups=2):
+  """Gradient of the mean over groups of the loss, by `jax.grad`."""
+  mean = lambda p: sum(loss(p, x[i::groups], y[i::groups]) for i in range(groups)) / groups
+  return jax.jit(jax.grad(mean))(params)
+
+
+def penalty(p, x, y):  # `w @ v` in a penalty is a product, but not with the batch
+  return cross_entropy(x @ p["w"] @ p["head"], y) + jnp.sum((p["w"] @ jnp.ones(D)) ** 2)
+
+
+def spectral_norm(p, x, y):
+  v = jnp.ones(D)
+  for _ in range(2):
+    v = p["w"] @ v / jnp.linalg.norm(p["w"] @ v)
+  return cross_entropy(x @ (p["w"] / jnp.linalg.norm(v)) @ p["head"], y)
+
+
+def l2_inside(p, x, y):
+  return cross_entropy(x @ p["w"] @ p["head"], y) + 0.01 * jnp.sum(p["w"] ** 2)
+
+
+def standardised(p, x, y):
+  w = (p["w"] - p["w"].mean(0)) / p["w"].std(0)
+  return cross_entropy(x @ w @ p["head"], y)
+
+
+def scaled(p, x, y):
+  return cross_entropy(x @ (2.0 * p["w"]) @ p["head"], y)
+
+
+def positions(p, x, y):  # a table [T, D] has the shape of a broadcast bias
+  h = jnp.tanh(jnp.stack([x] * T, 1) @ p["ok"] + p["w"])
+  return cross_entropy(h.mean(1) @ p["head"], y)
+
+
+def bias_by_example(p, x, y):  # one entry an output feature, but only of the first product's rows
+  h = jnp.tanh(x @ p["ok"] + jnp.sum(p["w"][:1], 0))
+  return cross_entropy(h @ p["head"], y)
+
+
+def scalar_bias(p, x, y):
+  return cross_entropy(jnp.tanh(x @ p["ok"] + p["w"]) @ p["head"], y)
+
+
+def product_read_twice(p, x, y):  # the gradient at the product is not the one at the sum
+  z = x @ p["ok"]
+  return cross_entropy((jnp.tanh(z + p["w"]) + z) @ p["head"], y)
+
+
+def bias_read_twice(p, x, y):
+  return cross_entropy(jnp.tanh(x @ p["ok"] + p["w"]) @ p["head"] + jnp.sum(p["w"]) * x[:, :C], y)
+
+
+def subtracted_bias(p, x, y):
+  return cross_entropy(jnp.tanh(x @ p["ok"] - p["w"]) @ p["head"], y)
+
+
+def bias_of_two(p, x, y):
+  return cross_entropy((jnp.tanh(x @ p["ok"] + p["w"]) @ p["ok2"] + p["w"]) @ p["head"], y)
+
+
+def overlapping(p, x, y):
+  return cross_entropy((x @ p["w"][:, :3] @ p["a"] + x @ p["w"][:, 1:] @ p["a"]) @ p["head"], y)
+
+
+def tied(p, x, y):
+  return cross_entropy(jnp.tanh(x @ p["w"]) @ p["w"].T @ p["head"], y)
+
+
+def gradient_inside(p, x, y):
+  inner = jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["w"]) ** 2))
+  return cross_entropy(inner(x) @ p["head"], y)
+
+
+@jax.custom_vjp
+def tripled(x, w):
+  return x @ w
+
+
+tripled.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, dy: (dy @ r[1].T, 3.0 * r[0].T @ dy))
+
+
+def custom_vjp(p, x, y):  # its gradient is what its author says, not the product's
+  return cross_entropy(tripled(x, p["w"]) @ p["head"], y)
+
+
+@jax.custom_jvp
+def doubled(x, w):
+  return x @ w
+
+
+doubled.defjvp(lambda primals, tangents: (
+  doubled(*primals), tangents[0] @ primals[1] + 2.0 * primals[0] @ tangents[1]))
+
+
+def custom_jvp(p, x, y):
+  return cross_entropy(doubled(x, p["w"]) @ p["head"], y)
+
+
+def traced_index(p, x, y):
+  h = jax.lax.fori_loop(0, 2, lambda i, h: jnp.tanh(h @ p["w"][i]), x)
+  return cross_entropy(h @ p["head"], y)
+
+
+def branch(p, x, y):
+  h = jax.lax.cond(x[0, 0] > 0, lambda x: x @ p["w"], lambda x: -(x @ p["w"]), x)
+  return cross_entropy(h @ p["head"], y)
+
+
+def repeated(p, x, y):
+  return cross_entropy(jnp.einsum("nd,nde->ne", x, jnp.broadcast_to(p["w"], (len(x), D, D))) @ p["head"], y)
+
+
+def joined(p, x, y):
+  return cross_entropy(x @ jnp.concatenate([p["w"], p["w"]], 1)[:, :D] @ p["head"], y)
+
+
+def merged_adapter(p, x, y):
+  return cross_entropy(x @ (p["ok"] + p["w"] @ p["a"]) @ p["head"], y)
+
+
+def pooled(p, x, y):  # depends on the batch, but has no row an example
+  return cross_entropy(x @ p["ok"] @ p["head"] + (jnp.mean(x, 0) @ p["w"])[:C], y)
+
+
+def gram(p, x, y):  # [D, D] rows, whatever the batch
+  return cross_entropy(x @ (x.T @ x @ p["w"]) @ p["head"], y)
+
+
+def stopped(p, x, y):
+  return cross_entropy(x @ jax.lax.stop_gradient(p["w"]) @ p["head"], y)
+
+
+def looked_up(p, x, y):
+  return cross_entropy(p["w"][y] @ p["head"], y)
+
+
+def carried(p, x, y):
+  step = lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1] * 0.9), None)
+  (h, _), _ = jax.lax.scan(step, (x, p["w"]), None, length=2)
+  return cross_entropy(h @ p["head"], y)
+
+
+def multiplied_weights(p, x, y):
+  return cross_entropy(x @ (p["w"] @ p["a"]) @ p["head"], y)
+
+
+W = draw(D, D)
+TRAPS = [
+  (penalty, {"w": W}, {"w": "does not depend on the batch"}),
+  (spectral_norm, {"w": W}, {"w": "does not depend on the batch"}),
+  (l2_inside, {"w": W}, {"w": "`integer_pow`|`square`|`mul`"}),
+  (standardised, {"w": W}, {"w": "`reduce_sum`|`sub`"}),
+  (scaled, {"w": W}, {"w": "multiplied entry by entry"}),
+  (positions, {"w": draw(T, D), "ok": W}, {"w": "differs between rows"}),
+  (bias_by_example, {"w": W, "ok": W}, {"w": "`reduce_sum`"}),
+  (scalar_bias, {"w": draw(1), "ok": W}, {"w": "one entry for each output feature"}),
+  (product_read_twice, {"w": draw(D), "ok": W}, {"w": "not the output of one layer"}),
+  (bias_read_twice, {"w": draw(D), "ok": W}, {"w": "`reduce_sum`"}),
+  (subtracted_bias, {"w": draw(D), "ok": W}, {"w": "`sub`"}),
+  (bias_of_two, {"w": draw(D), "ok": W, "ok2": W}, {"w": "bias of two layers"}),
+  (overlapping, {"w": W, "a": draw(3, D)}, {"w": "overlapping parts"}),
+  (tied, {"w": W}, {"w": "two orientations"}),
+  (gradient_inside, {"w": W}, {"w": "two orientations"}),
+  (custom_vjp, {"w": W}, {"w": "custom_vjp"}),
+  (custom_jvp, {"w": W}, {"w": "custom_jvp"}),
+  (traced_index, {"w": draw(2, D, D)}, {"w": "traced index"}),
+  (branch, {"w": W}, {"w": "inside a branch"}),
+  (repeated, {"w": W}, {"w": "entries are repeated"}),
+  (joined, {"w": W}, {"w": "joined with other arrays"}),
+  (merged_adapter, {"w": draw(D, 2), "a": draw(2, D), "ok": W},
+   {"w": "another parameter", "a": "another parameter", "ok": "not the output of one layer"}),
+  (pooled, {"w": W, "ok": W}, {"w": "do not grow with the batch"}),
+  (gram, {"w": W}, {"w": "do not grow with the batch"}),
+  (stopped, {"w": W}, {"w": "no gradient of the loss reaches it"}),
+  (looked_up, {"w": draw(C, D)}, {"w": "looked up by index"}),
+  (carried, {"w": W}, {"w": "carried through a `scan`"}),
+  (multiplied_weights, {"w": W, "a": W}, {"w": "another parameter", "a": "another parameter"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss, params, refused", TRAPS, ids=[trap[0].__name__ for trap in TRAPS])
+def test_trap(loss, params, refused):
+  params = jax.tree.map(jnp.asarray, params | {"head": draw(D, C)})
+  x, y = jnp.asarray(draw(N, D)), jnp.arange(N) % C
+  captured = fop_optax.capture(loss, params, x, y)
+  for name, why in refused.items():
+    reason = captured.fallbacks[f"['{name}']"]
+    assert re.search(why, reason), reason
+  in_layers = {captured.layers.paths[leaf] for leaf in captured.layers.covered}
+  assert in_layers == {f"['{name}']" for name in params if name not in refused}
+  expected = grouped_gradient(loss, params, x, y)
+  value_and_grad = jax.jit(captured.value_and_grad, static_argnames="refresh")
+  for refresh in (True, False):
+    _, grads, _ = value_and_grad(params, x, y, refresh=refresh)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), grads, expected)
+
+
+def test_strict_quotes_the_equation_and_its_source_line():
+  params = {"w": W, "head": draw(D, C)}
+  with pytest.raises(ValueError, match=r"(?s)in no layer.*\['w'\]: .*`mul`.*test_capture_traps\.py:\d+"):
+    fop_optax.capture(scaled, params, draw(N, D), jnp.arange(N) % C, strict=True)
+
+
+def test_metrics_beside_the_loss_refuse_nothing():
+  def loss(p, x, y):
+    logits = x @ p["w"] + p["b"]
+    norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p)))
+    accuracy = jnp.mean(jnp.argmax(logits, 1) == y)
+    target = jax.lax.stop_gradient(jnp.tanh(x @ p["w"]).sum(1))
+    return cross_entropy(logits, y) + 0.1 * jnp.mean(target), (norm, accuracy)
+
+  params, x, y = {"w": draw(D, C), "b": draw(C)}, draw(N, D), jnp.arange(N) % C
+  captured = fop_optax.capture(loss, params, x, y, has_aux=True)
+  assert not captured.fallbacks
+  assert captured.layers[0].uses == 1
