@@ -2,6 +2,7 @@
 
 from fop_optax.capture import Captured as Captured
 from fop_optax.capture import capture as capture
+from fop_optax.diagnostics import diagnostics as diagnostics
 from fop_optax.layers import Layer as Layer
 from fop_optax.layers import Layers as Layers
 from fop_optax.layers import Stats as Stats

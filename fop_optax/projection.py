@@ -17,7 +17,8 @@ metric of the Fisher block, and adds a multiple of what is left:
     N = <g_avg, g_avg>     D_i = <g_avg, g_perp,i>     E_ij = <g_perp,i, g_perp,j>
 
 it solves `E beta = D`; for two groups `beta = D / E`. Directions in which `E` vanishes (a group
-that repeats another) add nothing. The step is then scaled for its layer (17, 18): for the mean gradient
+that repeats another) add nothing. The step is then scaled for its layer (17, 18); for the mean
+gradient
 
     eta       = <g_avg, g_comb> / <g_comb, g_comb>
               = (N + beta' D) / (N + 2 beta' D + beta' E beta)

@@ -71,8 +71,8 @@ def _masked(layers: Layers, index: int, leaves: Sequence[Any]) -> bool:
     names = ", ".join(layers.paths[leaf] for leaf in masked)
     raise ValueError(
       f"The layer {layers[index].path} is masked in part: {names} is masked, the rest is not."
-      " Weight and bias are one block of curvature: mask both or neither (to keep one of them fixed,"
-      " close over it in the loss and capture without it)."
+      " Weight and bias are one block of curvature: mask both or neither (to keep one of them"
+      " fixed, close over it in the loss and capture without it)."
     )
   return bool(masked)
 

@@ -241,9 +241,9 @@ def fop(
     >>> x = jax.random.normal(jax.random.key(0), (64, 3))
     >>> y = x @ jnp.array([[1.0], [-2.0], [3.0]]) + 0.5
     >>> captured = fop_optax.capture(loss, params, x, y, groups=2)
-    >>> tx = fop_optax.fop(0.5, captured.layers, momentum=None)
+    >>> tx = fop_optax.fop(1.0, captured.layers, momentum=None, curvature_update_period=1)
     >>> state = tx.init(params)
-    >>> for _ in range(30):
+    >>> for _ in range(50):
     ...   refresh = fop_optax.refresh_due(state)
     ...   value, grads, stats = captured.value_and_grad(params, x, y, refresh=refresh)
     ...   updates, state = tx.update(grads, state, params, stats=stats)

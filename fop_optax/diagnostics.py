@@ -1,0 +1,144 @@
+"""Read-outs of an optimizer's state: what each layer did, and what went wrong."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fop_optax.curvature.inverse import FactoredInverse
+from fop_optax.curvature.stacks import plan_stacks
+from fop_optax.curvature.state import CurvatureState, StackState
+from fop_optax.layers import Layers
+from fop_optax.optimizers.fop import ScaleByFopState
+from fop_optax.optimizers.kfac import ScaleByKfacState
+
+STATES = (ScaleByKfacState, ScaleByFopState)
+
+
+def diagnostics(
+  opt_state: Any, layers: Layers | None = None, condition: bool = False
+) -> dict[str, Any]:
+  """Numbers of the last step and events so far.
+
+  Args:
+    opt_state: state of an optimizer that holds one K-FAC or FOP state, however deep.
+    layers: `captured.layers`, for the names of layers; needed under `jax.jit`. Without it layers
+      are named by their number.
+    condition: whether to work out condition numbers, an eigendecomposition of each factor.
+
+  Returns:
+    `count` (steps taken), `nonfinite_gradients` (steps skipped) and `layers`: for each layer a
+    dictionary of arrays with one entry a matrix of the layer along the leading axis:
+
+    - `folds` and `nonfinite_statistics`: statistics folded in and refused;
+    - `inverses` and `failed_inverses`: inverses stored and refused. A layer without any (0) gets
+      no update;
+    - `damping_A` and `damping_G`, or `damping` with `scaling="exact"`: at the last inverse;
+    - FOP: `beta` and `s` (one a contrast), `eta`, `rho2` (how far FOP is from K-FAC) and
+      `residual` (of orthogonality), as in `fop_optax.projection`;
+    - with `condition`: `condition_A` and `condition_G` of the running factors, and `condition` of
+      the damped Fisher block that they give with that damping.
+
+  Raises:
+    ValueError: if there is no such state or more than one; under `jax.jit`, without `layers` or
+      where some of them are masked.
+
+  Example:
+    >>> import fop_optax, jax.numpy as jnp
+    >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+    >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+    >>> captured = fop_optax.capture(loss, params, x, groups=2)
+    >>> tx = fop_optax.fop(0.1, captured.layers)
+    >>> _, grads, stats = captured.value_and_grad(params, x)
+    >>> _, state = tx.update(grads, tx.init(params), params, stats=stats)
+    >>> (layer,) = fop_optax.diagnostics(state, captured.layers)["layers"].values()
+    >>> print(layer["folds"], layer["inverses"], layer["beta"])  # equal halves: beta is 0
+    [1] [1] [[0.]]
+  """
+  state = _find(opt_state)
+  curvature: CurvatureState = state.curvature
+  owners = _owners(curvature.stacks, layers)
+  out: dict[str, dict[str, jax.Array]] = {}
+  for index, (stack, owner) in enumerate(zip(curvature.stacks, owners, strict=True)):
+    numbers = _numbers(stack, condition)
+    if isinstance(state, ScaleByFopState):
+      numbers |= state.projections[index]._asdict()
+    for layer in sorted(set(owner.tolist()) - {-1}):
+      name = layers[layer].path if layers is not None else f"layer {layer}"
+      out[name] = {key: value[owner == layer] for key, value in numbers.items()}
+  return {
+    "count": curvature.count,
+    "nonfinite_gradients": curvature.nonfinite_gradients,
+    "layers": out,
+  }
+
+
+def _numbers(stack: StackState, condition: bool) -> dict[str, jax.Array]:
+  running, inverse = stack.running, stack.inverse
+  numbers = {
+    "folds": running.folds,
+    "nonfinite_statistics": running.nonfinite,
+    "inverses": inverse.made,
+    "failed_inverses": inverse.failed,
+  }
+  value = inverse.value
+  if isinstance(value, FactoredInverse):
+    numbers |= {"damping_A": value.damping_A, "damping_G": value.damping_G}
+  else:
+    numbers |= {"damping": value.damping}
+  return numbers | _conditions(stack) if condition else numbers
+
+
+def _conditions(stack: StackState) -> dict[str, jax.Array]:
+  (low_A, high_A), (low_G, high_G) = map(_extremes, stack.running.factors)
+  value = stack.inverse.value
+  if isinstance(value, FactoredInverse):
+    damped = (high_A + value.damping_A) / (low_A + value.damping_A)
+    damped *= (high_G + value.damping_G) / (low_G + value.damping_G)
+  else:
+    damped = (high_A * high_G + value.damping) / (low_A * low_G + value.damping)
+  return {"condition_A": high_A / low_A, "condition_G": high_G / low_G, "condition": damped}
+
+
+def _extremes(factor):
+  """Smallest and largest eigenvalue of each matrix of a stack, at least 0."""
+  values = jnp.linalg.eigvalsh(factor) if factor.ndim == 3 else factor
+  return jnp.maximum(jnp.min(values, -1), 0), jnp.maximum(jnp.max(values, -1), 0)
+
+
+def _find(opt_state: Any) -> Any:
+  is_state = lambda x: isinstance(x, STATES)
+  found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+  if len(found) != 1:
+    raise ValueError(
+      f"`diagnostics(opt_state)` found {len(found)} states of K-FAC or FOP where it needs one. Pass"
+      " the state that `tx.init(params)` made, or the part of it with one of them (of a"
+      " `flax.nnx.Optimizer`, its `opt_state`)."
+    )
+  return jax.tree.map(_unwrap, found[0], is_leaf=_is_wrapped)
+
+
+def _is_wrapped(x: Any) -> bool:
+  """Whether `x` is a node around one array: a Flax Variable, told from a container of arrays."""
+  return not isinstance(x, tuple) and len(jax.tree.leaves(x)) == 1
+
+
+def _unwrap(x: Any) -> Any:
+  return jax.tree.leaves(x)[0]
+
+
+def _owners(stacks: Sequence[StackState], layers: Layers | None) -> list[np.ndarray]:
+  """For each stack, the layer of each of its blocks."""
+  if not any(isinstance(stack.layer, jax.core.Tracer) for stack in stacks):
+    return [np.asarray(stack.layer) for stack in stacks]
+  if layers is None:
+    raise ValueError("`diagnostics` under `jax.jit` needs `layers`: pass `captured.layers`.")
+  plan = plan_stacks(layers)
+  if [stack.blocks for stack in plan] != [len(stack.layer) for stack in stacks]:
+    raise ValueError(
+      "`diagnostics` cannot tell under `jax.jit` which of the layers are masked (or `layers` are of"
+      " another loss): call it outside."
+    )
+  return [np.repeat(p.layers, [layers[i].stack for i in p.layers]) for p in plan]
