@@ -105,10 +105,10 @@ def fop_direction(
 
     >>> import jax.numpy as jnp
     >>> from fop_optax.projection import fop_direction
-    >>> g1, g2 = jnp.array([1.0, 2.0]), jnp.array([3.0, -1.0])
+    >>> g1, g2 = jnp.array([1.0, 2.0]), jnp.array([3.0, -2.0])
     >>> out = fop_direction((g1 + g2) / 2, (g1 - g2)[None], lambda v: v / 2, lambda v: v)
     >>> print(out.beta, out.eta, out.direction)
-    [0.] 1.0 [1.   0.25]
+    [0.] 1.0 [1. 0.]
 
   References:
     Lu and Armour, `Fisher-Orthogonal Projection Methods for Natural Gradient Descent with Large

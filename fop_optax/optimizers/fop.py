@@ -243,11 +243,14 @@ def fop(
     >>> captured = fop_optax.capture(loss, params, x, y, groups=2)
     >>> tx = fop_optax.fop(1.0, captured.layers, momentum=None, curvature_update_period=1)
     >>> state = tx.init(params)
-    >>> for _ in range(50):
+    >>> @jax.jit
+    ... def step(params, state):
     ...   refresh = fop_optax.refresh_due(state)
-    ...   value, grads, stats = captured.value_and_grad(params, x, y, refresh=refresh)
+    ...   _, grads, stats = captured.value_and_grad(params, x, y, refresh=refresh)
     ...   updates, state = tx.update(grads, state, params, stats=stats)
-    ...   params = optax.apply_updates(params, updates)
+    ...   return optax.apply_updates(params, updates), state
+    >>> for _ in range(50):
+    ...   params, state = step(params, state)
     >>> print(params["w"].round(1).ravel(), params["b"].round(1))
     [ 1. -2.  3.] [0.5]
 
