@@ -11,7 +11,7 @@ from fop_optax.capture import batch as batches
 from fop_optax.capture import flow
 from fop_optax.capture.trace import Traced
 
-# A role: ("batch",) | ("mean",) | ("same",) | ("input", index of the traced argument)
+# A role: ("batch", rows an example) | ("mean",) | ("same",) | ("input", index of the traced argument)
 Role = tuple[Any, ...]
 PyTree = Any
 
@@ -54,7 +54,7 @@ def _role(name: str, aval: Any, bigger: Any, differs: bool, size: int) -> Role:
     grown = tuple(bigger.shape)
   if grown != shape:
     if shape[0] % size == 0 and grown == (2 * shape[0], *shape[1:]):
-      return ("batch",)
+      return ("batch", shape[0] // size)
     raise ValueError(
       f"{name} has shape {list(shape)} for {size} examples and {list(grown)} for {2 * size}: only a"
       " leading axis that goes with the batch can be put back in the batch's order. Move it first."
@@ -87,9 +87,11 @@ def merge(roles: Sequence[Role], auxes: Sequence[PyTree], inputs: Sequence[Any])
   for role, *ours in zip(roles, *map(jax.tree.leaves, auxes), strict=True):
     if role[0] == "input":
       out.append(inputs[role[1]])
-    elif role[0] == "batch":  # [micro, position] of each group -> [position, micro, group]
-      ordered = jnp.moveaxis(jnp.stack(ours, axis=2), 0, 1)
-      out.append(ordered.reshape((-1, *ordered.shape[3:])))
+    elif role[0] == "batch":
+      pieces = [leaf.reshape((len(leaf), -1, role[1], *leaf.shape[2:])) for leaf in ours]
+      # [micro, position, row] of each group -> [position, micro, group, row]
+      ordered = jnp.moveaxis(jnp.stack(pieces, axis=2), 0, 1)
+      out.append(ordered.reshape((-1, *ordered.shape[4:])))
     elif role[0] == "mean":
       out.append(batches.mean([piece for group in ours for piece in group]))
     else:

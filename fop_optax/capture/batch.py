@@ -186,7 +186,7 @@ class Chunks:
     """One result a group: means over its micro-batches, aux stacked `[micro_batches, ...]`."""
     if self.micro_batches == 1:
       results = [backward(self.chunk(group, 0)) for group in range(self.groups)]
-      return [r._replace(aux=jax.tree.map(lambda a: a[None], r.aux)) for r in results]
+      return [r._replace(aux=jax.tree.map(lambda a: jnp.asarray(a)[None], r.aux)) for r in results]
 
     def step(total, micro):
       results = [backward(self.chunk(group, micro)) for group in range(self.groups)]

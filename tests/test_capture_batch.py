@@ -1,0 +1,224 @@
+"""Arguments, aux, keys, cost and errors of `capture` and `value_and_grad`."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fop_optax
+
+N, D, C = 8, 4, 3
+
+
+def cross_entropy(p, x, y):
+  return fop_optax.softmax_cross_entropy(x @ p["w"] + p["b"], y)
+
+
+def inputs(n=N):
+  rng = np.random.default_rng(0)
+  params = {"w": jnp.asarray(rng.normal(size=(D, C)), "float32"), "b": jnp.zeros(C)}
+  return params, jnp.asarray(rng.normal(size=(n, D)), "float32"), jnp.arange(n) % C
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batches": 2}, {"groups": 4}, {"groups": 1}])
+@pytest.mark.parametrize("refresh", [True, False])
+def test_aux_comes_back_whole(options, refresh):
+  params, x, y = inputs()
+
+  def loss(p, x, y):
+    logits = x @ p["w"] + p["b"]
+    aux = {
+      "logits": logits,
+      "twice": jnp.concatenate([x, x], 1).reshape(-1, D),  # two rows an example
+      "right": (jnp.argmax(logits, 1) == y),
+      "mean": jnp.mean(x, 0),
+      "count": jnp.int32(3),
+    }
+    return cross_entropy(p, x, y), aux
+
+  captured = fop_optax.capture(loss, params, x, y, has_aux=True, **options)
+  value_and_grad = jax.jit(captured.value_and_grad, static_argnames="refresh")
+  (value, aux), _, _ = value_and_grad(params, x, y, refresh=refresh)
+  whole, expected = loss(params, x, y)
+  np.testing.assert_allclose(value, whole, rtol=1e-6)
+  assert jax.tree.structure(aux) == jax.tree.structure(expected)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), aux, expected)
+
+
+def test_aux_that_cannot_be_merged_is_named():
+  params, x, y = inputs()
+  wrong = lambda p, x, y: jnp.sum(jnp.argmax(x @ p["w"], 1) == y)
+  loss = lambda p, x, y: (cross_entropy(p, x, y), {"right": wrong(p, x, y)})
+  with pytest.raises(ValueError, match=r"aux\['right'\] \(int32\[\]\) depends on the batch"):
+    fop_optax.capture(loss, params, x, y, has_aux=True)
+  fop_optax.capture(loss, params, x, y, has_aux=True, groups=1)  # one chunk: as it is
+  loss = lambda p, x, y: (cross_entropy(p, x, y), x.T)
+  with pytest.raises(ValueError, match=r"aux has shape \[4, 4\] for 4 examples and \[4, 8\] for 8"):
+    fop_optax.capture(loss, params, x, y, has_aux=True)
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_each_chunk_has_its_own_key(make):
+  params, x, y = inputs()
+  key = make(0)
+
+  def loss(p, x, y, key):
+    noise = jax.random.uniform(key, x.shape)
+    new_key, _ = jax.random.split(key)
+    return cross_entropy(p, x * noise, y), (noise, key, new_key)
+
+  captured = fop_optax.capture(loss, params, x, y, key, has_aux=True, micro_batches=2)
+  (_, (noise, same, new_key)), _, _ = jax.jit(captured.value_and_grad)(params, x, y, key)
+  assert len(np.unique(np.round(np.asarray(noise), 6))) == N * D
+  assert new_key.shape == key.shape and new_key.dtype == key.dtype
+  data = lambda k: jax.random.key_data(k) if jnp.issubdtype(k.dtype, jax.dtypes.prng_key) else k
+  np.testing.assert_array_equal(data(same), data(key))  # what went in comes out
+
+
+def test_state_beside_the_batch_is_named_by_batch_argnums():
+  params, x, y = inputs()
+  state = {"mean": jnp.zeros(D), "steps": 0}
+
+  def loss(p, state, x, y):
+    centred = x - 0.1 * state["mean"]
+    return cross_entropy(p, centred, y), {"mean": jnp.mean(x, 0), "steps": state["steps"] + 1}
+
+  with pytest.raises(ValueError, match=r"(?s)leading axes.*args\[0\]\['mean'\]: 4.*batch_argnums"):
+    fop_optax.capture(loss, params, state, x, y, has_aux=True)
+  captured = fop_optax.capture(loss, params, state, x, y, has_aux=True, batch_argnums=(1, 2))
+  (_, aux), grads, _ = captured.value_and_grad(params, state, x, y)
+  np.testing.assert_allclose(aux["mean"], jnp.mean(x, 0), rtol=1e-5)
+  assert aux["steps"] == 1
+  expected = jax.grad(lambda p: loss(p, state, x, y)[0])(params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, expected)
+
+
+def test_traced_and_static_refresh_agree_without_recompiling():
+  params, x, y = inputs()
+  captured = fop_optax.capture(cross_entropy, params, x, y)
+  traces = []
+
+  @jax.jit
+  def step(params, x, y, refresh):
+    traces.append(1)
+    return captured.value_and_grad(params, x, y, refresh=refresh)
+
+  for flag in (True, False):
+    ours, expected = step(params, x, y, flag), captured.value_and_grad(params, x, y, refresh=flag)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, expected)
+    assert bool(ours[2].refresh) is flag
+  assert len(traces) == 1
+
+
+def deep(p, x, y):
+  for w in list(p["stack"]):
+    x = jnp.tanh(x @ w)
+  return cross_entropy(p, x, y)
+
+
+def test_without_refresh_no_flops_beyond_the_grouped_gradient():
+  params, x, y = inputs()
+  params = params | {"stack": jnp.ones((6, D, D))}
+
+  def grouped(params, x, y):
+    first, second = (jax.value_and_grad(deep)(params, x[i::2], y[i::2]) for i in range(2))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+    return mean, jax.tree.map(jnp.subtract, first[1], second[1])
+
+  def flops(f):
+    cost = jax.jit(f).lower(params, x, y).compile().cost_analysis()
+    return (cost[0] if isinstance(cost, list) else cost)["flops"]
+
+  captured = fop_optax.capture(deep, params, x, y)
+  ours = flops(lambda *args: captured.value_and_grad(*args, refresh=False))
+  assert ours <= 1.01 * flops(grouped)
+  assert flops(captured.value_and_grad) > 1.2 * ours  # the statistics are not free
+
+
+def test_checkpoint_keeps_its_memory():
+  """Temporaries of the compiled program: within a tenth of the plain checkpointed gradient's."""
+  depth, width = 12, 128
+  params = {"stack": jnp.ones((depth, width, width)), "w": jnp.ones((width, C)), "b": jnp.zeros(C)}
+  x, y = jnp.ones((16, 64, width)), jnp.zeros(16, int)
+
+  def loss(p, x, y, wrap=jax.checkpoint):
+    block = lambda h, w: (h + jnp.tanh(3 * jnp.tanh(h @ w)), None)
+    h, _ = jax.lax.scan(wrap(block), x, p["stack"])
+    return cross_entropy(p, h.mean(1), y)
+
+  def temporaries(f):
+    return jax.jit(f).lower(params, x, y).compile().memory_analysis().temp_size_in_bytes
+
+  captured = fop_optax.capture(loss, params, x, y, groups=1)
+  plain = temporaries(jax.value_and_grad(loss))
+  assert temporaries(captured.value_and_grad) <= 1.1 * plain
+  without = jax.value_and_grad(lambda *args: loss(*args, wrap=lambda f: f))
+  assert plain < 0.6 * temporaries(without)
+
+
+# Bad input: what is done, and the words of the error.
+
+P, X, Y = inputs()
+whole = lambda captured, *args: captured.value_and_grad(*args)
+BAD = {
+  "closed-over batch": (lambda: fop_optax.capture(lambda p: cross_entropy(p, X, Y), P),
+                        r"No argument of the loss has a batch axis.*capture\(loss, params, x, y\)"),
+  "batch not divisible": (lambda: fop_optax.capture(cross_entropy, P, X[:7], Y[:7]),
+                          r"batch of 7 cannot be divided into groups=2 times micro_batches=1"),
+  "last batch": (lambda: whole(fop_optax.capture(cross_entropy, P, X, Y), P, X[:5], Y[:5]),
+                 r"batch of 5 cannot be divided.*multiple of 2"),
+  "empty batch": (lambda: fop_optax.capture(cross_entropy, P, X[:0], Y[:0]), "batch of 0"),
+  "different batches": (lambda: fop_optax.capture(cross_entropy, P, X, Y[:4]),
+                        r"leading axes of the arguments differ \(args\[0\]: 8, args\[1\]: 4\)"),
+  "batch_argnums": (lambda: fop_optax.capture(cross_entropy, P, X, Y, batch_argnums=2),
+                    r"batch_argnums=\(2,\) names argument 2, but the loss has 2 arguments"),
+  "integer parameter": (lambda: fop_optax.capture(cross_entropy, P | {"n": jnp.arange(3)}, X, Y),
+                        r"params\['n'\] is int32\[3\]: only floating arrays have gradients"),
+  "function in params": (lambda: fop_optax.capture(cross_entropy, P | {"f": jnp.tanh}, X, Y),
+                         r"params\['f'\] is a .*, not an array.*equinox.partition"),
+  "no parameter": (lambda: fop_optax.capture(cross_entropy, {}, X, Y), "params without leaves"),
+  "no layer": (lambda: fop_optax.capture(lambda p, x, y: jnp.mean(x * p["w"].sum()), P, X, Y),
+               r"(?s)found no layer.*\['b'\]: no gradient.*\['w'\]: it is used in `reduce_sum`"),
+  "vector loss": (lambda: fop_optax.capture(lambda p, x, y: x @ p["w"][:, 0], P, X, Y),
+                  r"floating scalar, but it returned float32\[4\].*mean over the batch"),
+  "undeclared aux": (lambda: fop_optax.capture(lambda p, x, y: (cross_entropy(p, x, y), x), P, X, Y),
+                     r"returned a tuple. Pass has_aux=True"),
+  "missing aux": (lambda: fop_optax.capture(cross_entropy, P, X, Y, has_aux=True),
+                  r"must return a pair `\(loss, aux\)`"),
+  "wrong tree": (lambda: whole(fop_optax.capture(cross_entropy, P, X, Y), {"w": P["w"]}, X, Y),
+                 r"params has 1 leaves, but .* captured from params with 2: \['b'\], \['w'\]"),
+  "wrong shape": (lambda: whole(fop_optax.capture(cross_entropy, P, X, Y), P | {"b": P["w"]}, X, Y),
+                  r"params has shape \(4, 3\) at \['b'\], but .* with \(3,\) there"),
+  "other layers": (lambda: whole(fop_optax.capture(
+    lambda p, x, y: cross_entropy(p, x[:, :D] if x.shape[1] > D else x * p["b"].sum(), y), P, X, Y),
+    P, jnp.ones((N, D + 1)), Y), r"(?s)other layers with these arguments.*now.*captured"),
+  "groups": (lambda: fop_optax.capture(cross_entropy, P, X, Y, groups=0), r"groups=.*at least 1"),
+  "fisher": (lambda: fop_optax.capture(cross_entropy, P, X, Y, fisher="true"),
+             r"fisher='true'.*write fisher='empirical'"),
+  "terms": (lambda: fop_optax.capture(cross_entropy, P, X, Y, terms_per_example=0.5),
+            r"terms_per_example=.*not 0.5"),
+  "one number an example": (lambda: fop_optax.capture(
+    lambda p, x, y: fop_optax.squared_error((x @ p["w"])[:, 0], y * 1.0), P, X, Y),
+    r"averages over \[1\] terms for 4 examples.*with one number an example \[batch, 1\]"),
+  "two marks": (lambda: fop_optax.capture(lambda p, x, y: sum(
+    cross_entropy(p, jnp.stack([x] * 2, 1), jnp.stack([y] * 2, 1)) for _ in range(2)) / 2, P, X, Y),
+    r"2 marked losses.*Pass `terms_per_example`"),
+  "labels": (lambda: fop_optax.softmax_cross_entropy(X, X[:, :2]),
+             r"float32\[8, 4\] and float32\[8, 2\]"),
+  "predictions": (lambda: fop_optax.squared_error(X, X[:, 0]), r"\[8, 4\] and \[8\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+  act, message = BAD[name]
+  with pytest.raises(ValueError, match=message):
+    act()
+
+
+def test_equinox_module_with_its_functions_says_how_to_split_it():
+  model = eqx.nn.MLP(D, C, 4, 1, key=jax.random.key(0))
+  loss = lambda m, x, y: fop_optax.softmax_cross_entropy(jax.vmap(m)(x), y)
+  with pytest.raises(ValueError, match="equinox.partition"):
+    fop_optax.capture(loss, model, X, Y)
