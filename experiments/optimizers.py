@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 import optax
 
+import fop_optax
+
 Schedule = optax.Schedule
 
 
@@ -40,6 +42,36 @@ class AdamW:
     return optax.adamw(schedule, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
 
 
+@dataclasses.dataclass(frozen=True)
+class Kfac:
+  """K-FAC: the mean gradient, preconditioned."""
+
+  learning_rate: float = 0.1  # peak of the schedule
+  damping: float = 1e-3  # added to the Fisher, split between its factors
+  momentum: float = 0.9  # weight of the past step
+  decay: float = 0.95  # of the running factors, a refresh
+  curvature_update_period: int = 10  # steps between refreshes of factors and inverses
+
+  title: ClassVar[str] = "K-FAC"
+  groups: ClassVar[int | None] = 1
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    values = dataclasses.asdict(self) | {"learning_rate": schedule}
+    return fop_optax.kfac(layers=layers, **values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fop(Kfac):
+  """FOP: K-FAC, with the part of the halves' difference that is Fisher-orthogonal to the mean."""
+
+  title: ClassVar[str] = "FOP"
+  groups: ClassVar[int | None] = 2
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    values = dataclasses.asdict(self) | {"learning_rate": schedule}
+    return fop_optax.fop(layers=layers, **values)
+
+
 # Name -> dataclass. `groups` says what the gradient must bring along: None, the mean gradient
 # alone; else that of `fop_optax.capture`, with its statistics, from as many groups of examples.
-TABLE = {"sgd": Sgd, "adamw": AdamW}
+TABLE = {"sgd": Sgd, "adamw": AdamW, "kfac": Kfac, "fop": Fop}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 from experiments import models
 from experiments.configs import Compare
 from experiments.data import Data
+import fop_optax
 
 EVAL_BATCH = 1000
 
@@ -42,6 +43,29 @@ def schedule_for(config: Compare, peak: float, steps: int) -> optax.Schedule:
   return optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, steps)
 
 
+def first_order(loss_fn: Callable) -> tuple[None, Callable]:
+  """No layers, and the loss, its mean gradient and no extra arguments for the update."""
+
+  def gradient(params, opt_state, x, y):
+    del opt_state
+    loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+    return loss, grads, {}
+
+  return None, gradient
+
+
+def with_curvature(loss_fn: Callable, params, x, y, groups: int) -> tuple[Any, Callable]:
+  """The layers of the loss; and the loss, its mean gradient and the statistics for the update."""
+  captured = fop_optax.capture(loss_fn, params, x, y, groups=groups)
+
+  def gradient(params, opt_state, x, y):
+    refresh = fop_optax.refresh_due(opt_state)
+    loss, grads, stats = captured.value_and_grad(params, x, y, refresh=refresh)
+    return loss, grads, {"stats": stats}
+
+  return captured.layers, gradient
+
+
 def compile_run(config: Compare, name: str, data: Data) -> Run:
   """Compiles the epoch and the evaluation of optimizer `name` for `config`."""
   hyper = getattr(config, name)
@@ -57,16 +81,17 @@ def compile_run(config: Compare, name: str, data: Data) -> Run:
     return (images.astype(jnp.float32) - data.mean) / data.std
 
   def loss_fn(params, x, y):
-    logits = model.apply(params, x)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    return fop_optax.softmax_cross_entropy(model.apply(params, x), y)
 
-  def gradient(params, opt_state, x, y):
-    del opt_state
-    loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
-    return loss, grads, {}
+  layers, gradient = first_order(loss_fn)
+  if hyper.groups is not None:
+    image = data.train_images.shape[1:]
+    x = jax.ShapeDtypeStruct((batch_size, *image), jnp.float32)
+    y = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    layers, gradient = with_curvature(loss_fn, jax.eval_shape(lambda: model.init(0)), x, y, hyper.groups)
 
   schedule = schedule_for(config, hyper.learning_rate, config.epochs * steps_per_epoch)
-  tx = optax.with_extra_args_support(hyper.make(schedule, None))
+  tx = optax.with_extra_args_support(hyper.make(schedule, layers))
 
   def epoch(params, opt_state, images, labels, order):
     def step(carry, batch):

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 
-from experiments.optimizers import TABLE, AdamW, Sgd
+from experiments.optimizers import TABLE, AdamW, Fop, Kfac, Sgd
 
 NAMES = ("digits_mlp", "cifar10_mlp", "fashion_mnist_mlp")
 
@@ -23,6 +23,8 @@ class Compare:
   optimizers: tuple[str, ...] = tuple(TABLE)  # which of them to run
   sgd: Sgd = Sgd()
   adamw: AdamW = AdamW()
+  kfac: Kfac = Kfac()
+  fop: Fop = Fop()
   data_dir: str | None = None  # where TFDS folders are; else $TFDS_DATA_DIR
   out: str = "results"  # folder for the CSV, JSON and PNG files
 
