@@ -183,7 +183,12 @@ class Chunks:
     return out
 
   def run(self, backward: Callable[[list[Any]], "Result"], unroll: bool) -> list["Result"]:
-    """One result a group: means over its micro-batches, aux stacked `[micro_batches, ...]`."""
+    """One result a group: means over its micro-batches, aux stacked `[micro_batches, ...]`.
+
+    Groups are unrolled; under a trace they share one inner `jit`, so that they are traced once.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in self.leaves):
+      backward = jax.jit(backward)
     if self.micro_batches == 1:
       results = [backward(self.chunk(group, 0)) for group in range(self.groups)]
       return [r._replace(aux=jax.tree.map(lambda a: jnp.asarray(a)[None], r.aux)) for r in results]
