@@ -3,6 +3,7 @@
 import re
 
 import jax
+from jax.experimental import pallas
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -238,3 +239,41 @@ def test_metrics_beside_the_loss_refuse_nothing():
   captured = fop_optax.capture(loss, params, x, y, has_aux=True)
   assert not captured.fallbacks
   assert captured.layers[0].uses == 1
+
+
+def sharded_body(p, x, y):
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+  dot = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
+  return cross_entropy(dot(x, p["w"]) @ p["head"], y)
+
+
+@jax.custom_vjp
+def kernel_product(x, w):
+  def kernel(x, w, out):
+    out[...] = x[...] @ w[...]
+
+  shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
+  return pallas.pallas_call(kernel, out_shape=shape, interpret=True)(x, w)
+
+
+kernel_product.defvjp(
+  lambda x, w: (kernel_product(x, w), (x, w)), lambda r, dy: (dy @ r[1].T, r[0].T @ dy)
+)
+
+
+def kernel_body(p, x, y):
+  return cross_entropy(kernel_product(x, p["w"]) @ p["head"], y)
+
+
+@pytest.mark.parametrize(
+  "loss, reason", [(sharded_body, "`shard_map`"), (kernel_body, "`custom_vjp`")]
+)
+def test_bodies_of_shard_map_and_pallas_are_not_looked_into(loss, reason):
+  params = {"w": jnp.asarray(W), "head": jnp.asarray(draw(D, C))}
+  x, y = jnp.asarray(draw(N, D)), jnp.arange(N) % C
+  captured = fop_optax.capture(loss, params, x, y)
+  assert re.search(reason, captured.fallbacks["['w']"])
+  expected = grouped_gradient(loss, params, x, y)
+  _, grads, _ = jax.jit(captured.value_and_grad)(params, x, y)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), grads, expected)
