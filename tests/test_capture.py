@@ -108,6 +108,13 @@ def recurrent(p, x):
   return jax.lax.scan(cell, jnp.zeros((len(x), D)), jnp.moveaxis(x, 1, 0))[0]
 
 
+def recurrent_unrolled(p, x):
+  h = jnp.zeros((len(x), D))
+  for t in range(T):
+    h = jnp.tanh(h @ p["u"] + x[:, t] @ p["w"] + p["b"])
+  return h
+
+
 def recurrent_canonical(p, x, tap):
   h = jnp.zeros((len(x), D))
   for t in range(T):  # the bias joins the layer whose parameter comes first
@@ -273,6 +280,9 @@ KINDS = {
   "checkpoint of scan": Kind(jax.checkpoint(scanned), layers, STACK),
   "nested scans": Kind(nested, nested_canonical, {"w": (E * L, D, D), "b": (E * L, D)}),
   "recurrent": Kind(recurrent, recurrent_canonical, B | {"u": (D, D)}, tokens=True),
+  "recurrent, unrolled": Kind(
+    recurrent_unrolled, recurrent_canonical, B | {"u": (D, D)}, tokens=True
+  ),
   "shared": Kind(shared, shared_canonical, B),
   "split": Kind(split_parts, parts_canonical, {"w": (D, 3 * D)}),
   "slices": Kind(sliced_parts, parts_canonical, {"w": (D, 3 * D)}),

@@ -173,20 +173,21 @@ def multiplied_weights(p, x, y):
 W = draw(D, D)
 TRAPS = [
   (penalty, {"w": W}, {"w": "does not depend on the batch"}),
-  (spectral_norm, {"w": W}, {"w": "does not depend on the batch"}),
+  (spectral_norm, {"w": W}, {"w": "`div`"}),
   (l2_inside, {"w": W}, {"w": "`integer_pow`|`square`|`mul`"}),
   (standardised, {"w": W}, {"w": "`reduce_sum`|`sub`"}),
   (scaled, {"w": W}, {"w": "multiplied entry by entry"}),
   (positions, {"w": draw(T, D), "ok": W}, {"w": "differs between rows"}),
   (bias_by_example, {"w": W, "ok": W}, {"w": "`reduce_sum`"}),
   (scalar_bias, {"w": draw(1), "ok": W}, {"w": "one entry for each output feature"}),
+  (scalar_bias, {"w": np.float64(0.5), "ok": W}, {"w": "not the output of one layer"}),
   (product_read_twice, {"w": draw(D), "ok": W}, {"w": "not the output of one layer"}),
   (bias_read_twice, {"w": draw(D), "ok": W}, {"w": "`reduce_sum`"}),
   (subtracted_bias, {"w": draw(D), "ok": W}, {"w": "`sub`"}),
   (bias_of_two, {"w": draw(D), "ok": W, "ok2": W}, {"w": "bias of two layers"}),
   (overlapping, {"w": W, "a": draw(3, D)}, {"w": "overlapping parts"}),
-  (tied, {"w": W}, {"w": "two orientations"}),
-  (gradient_inside, {"w": W}, {"w": "two orientations"}),
+  (tied, {"w": W}, {"w": "two orders of its entries"}),
+  (gradient_inside, {"w": W}, {"w": "two orders of its entries"}),
   (custom_vjp, {"w": W}, {"w": "custom_vjp"}),
   (custom_jvp, {"w": W}, {"w": "custom_jvp"}),
   (traced_index, {"w": draw(2, D, D)}, {"w": "traced index"}),
@@ -204,7 +205,7 @@ TRAPS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("loss, params, refused", TRAPS, ids=[trap[0].__name__ for trap in TRAPS])
+@pytest.mark.parametrize("loss, params, refused", TRAPS, ids=lambda value: getattr(value, "__name__", None))
 def test_trap(loss, params, refused):
   params = jax.tree.map(jnp.asarray, params | {"head": draw(D, C)})
   x, y = jnp.asarray(draw(N, D)), jnp.arange(N) % C

@@ -48,8 +48,10 @@ def resolve(
   refused = dict(found.refused)
   for use in found.uses.values():
     if use.path not in uses:
-      why = f"the rows it is applied to do not grow with the batch at {use.source}"
-      refused.setdefault(use.leaf, why)
+      why = "the rows it is applied to do not grow with the batch"
+      if not use.batch:
+        why = "it is multiplied with something that does not depend on the batch"
+      refused.setdefault(use.leaf, f"{why} at {use.source}")
   biases = {bias.leaf for bias in found.biases}
   for use in found.uses.values():
     if use.leaf in biases:
@@ -108,8 +110,8 @@ def _blocks(uses: list[Use], shape: tuple[int, ...]) -> list[list[Use]] | str:
       return f"overlapping parts of it are used, at {first[1][0].source} and {block[0].source}"
     if first[0].shape != index.shape or not np.array_equal(first[0], index):
       return (
-        f"it is used in two orientations (a tied weight), at {first[1][0].source} and"
-        f" {block[0].source}"
+        "it is used in two orders of its entries (as a tied weight is), at"
+        f" {first[1][0].source} and {block[0].source}"
       )
     first[1].extend(block)
   return [block for _, block in merged]

@@ -97,10 +97,14 @@ def trace_twice(
 
 
 def growing(traced: Traced, twice: Traced | None, size: int) -> dict[Path, Use]:
-  """The uses whose rows come from the examples: twice as many of them give twice the rows."""
+  """The uses whose rows come from the examples: twice as many of them give twice the rows.
+
+  Where the loss can be traced for one size only, a multiple of it and a dependence on the batch
+  have to do. (The latter alone would miss the first step of a recurrence, of zeros.)
+  """
   uses = {path: use for path, use in traced.found.uses.items() if use.rows % size == 0}
   if twice is None:
-    return uses
+    return {path: use for path, use in uses.items() if use.batch}
   bigger = twice.found.uses
   return {p: u for p, u in uses.items() if p in bigger and bigger[p].rows == 2 * u.rows}
 

@@ -117,6 +117,7 @@ class Use:
     product: roles of the axes.
     stack, inputs, outputs: sizes of the view.
     rows: rows that the weight is applied to in one evaluation of the loss.
+    batch: whether the other operand depends on the batch.
     source: source line of the equation.
   """
 
@@ -129,6 +130,7 @@ class Use:
   inputs: int
   outputs: int
   rows: int
+  batch: bool
   source: str
 
 

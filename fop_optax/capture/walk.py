@@ -164,18 +164,16 @@ class _Frame:
     view, other = operands[side].view, operands[1 - side]
     if self._repeated(equation.invars[side], view):
       return self._refuse(equation, operands, "its entries are repeated before it is used")
-    if not other.batch:
-      why = "it is multiplied with something that does not depend on the batch"
-      return self._refuse(equation, operands, why)
     dtypes = [equation.invars[i].aval.dtype for i in (0, 1)]
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
       why = f"it is used in a product of {dtypes[0]} and {dtypes[1]}"
       return self._refuse(equation, operands, why)
-    use = self._use(index, equation, side, view)
+    use = self._use(index, equation, side, view, other.batch)
     self.found.uses[use.path] = use
-    return [Value(True, None, Linear(use.path, use.leaf, rules.output_atoms(equation, use.product)))]
+    linear = Linear(use.path, use.leaf, rules.output_atoms(equation, use.product))
+    return [Value(other.batch, None, linear)]
 
-  def _use(self, index: int, equation: Any, side: int, view: ParamView) -> Use:
+  def _use(self, index: int, equation: Any, side: int, view: ParamView, batch: bool) -> Use:
     product = rules.dense(equation, side)
     steps, (stack, inputs, outputs) = rules.weight_steps(equation, side)
     steps = view.steps + steps + ((("stack",),) if view.levels else ())
@@ -192,6 +190,7 @@ class _Frame:
       outputs=outputs,
       rows=repeats
       * math.prod(equation.invars[1 - side].aval.shape[axis] for axis in product.x_rows),
+      batch=batch,
       source=_compat.source_of(self.jaxpr, equation),
     )
 
@@ -210,6 +209,8 @@ class _Frame:
     if len(views) == 2 or not sums:
       return self._whole(index, equation, operands)
     (view,), (linear,) = views, sums
+    if len(view.shape) != len(shape):  # a scalar
+      return self._whole(index, equation, operands)
     steps = rules.bias_steps(linear, view, shape)
     if isinstance(steps, str):
       return self._refuse(equation, operands, steps)
