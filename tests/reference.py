@@ -20,12 +20,8 @@ class Reference:
     self, rate, damping, decay, momentum, scaling, statistics_period, inverse_period, fop
   ):
     self.rate, self.damping, self.decay, self.momentum = rate, damping, decay, momentum
-    self.scaling, self.statistics_period, self.inverse_period = (
-      scaling,
-      statistics_period,
-      inverse_period,
-    )
-    self.fop = fop
+    self.statistics_period, self.inverse_period = statistics_period, inverse_period
+    self.scaling, self.fop = scaling, fop
     self.count, self.folds, self.trace, self.log = 0, 0, 0.0, []
 
   def step(self, A, G, average, contrast):
