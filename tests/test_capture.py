@@ -128,6 +128,12 @@ def shared(p, x):
   return x
 
 
+def shared_in_two_spellings(p, x):
+  x = jnp.tanh(x @ p["w"] + p["b"])
+  h = jnp.einsum("ni,iho->nho", x, p["w"].reshape(D, 2, 2)) + p["b"].reshape(2, 2)
+  return jnp.tanh(jnp.tanh(h.reshape(x.shape)) @ p["w"] + p["b"])
+
+
 def shared_canonical(p, x, tap):
   for _ in range(3):
     x = jnp.tanh(tap("w", x, p["w"], p["b"]))
@@ -284,6 +290,7 @@ KINDS = {
     recurrent_unrolled, recurrent_canonical, B | {"u": (D, D)}, tokens=True
   ),
   "shared": Kind(shared, shared_canonical, B),
+  "shared in two spellings": Kind(shared_in_two_spellings, shared_canonical, B),
   "split": Kind(split_parts, parts_canonical, {"w": (D, 3 * D)}),
   "slices": Kind(sliced_parts, parts_canonical, {"w": (D, 3 * D)}),
   "split with bias": Kind(qkv_with_bias, qkv_with_bias_canonical, {"w": (D, 3 * D), "b": (3 * D,)}),

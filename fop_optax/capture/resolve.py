@@ -138,13 +138,17 @@ def _join_biases(
   joined: list[BiasUse | None] = []
   for block in blocks:
     ours = [at.get(use.path, []) for use in block]
-    distinct = {(bias.leaf, bias.view) for found in ours for bias in found}
-    if len(distinct) > 1 or (distinct and not all(ours)):
-      for leaf, _ in distinct:
+    entries = {  # two spellings of one view read the same entries
+      (bias.leaf, views.index_map(bias.view, shapes[bias.leaf]).tobytes())
+      for found in ours
+      for bias in found
+    }
+    if len(entries) > 1 or (entries and not all(ours)):
+      for leaf, _ in entries:
         refused.setdefault(leaf, "its weight is used several times, not always with this bias")
       joined.append(None)
     else:
-      joined.append(ours[0][0] if distinct else None)
+      joined.append(ours[0][0] if entries else None)
 
   taken: dict[int, np.ndarray] = {}
   for bias in joined:
