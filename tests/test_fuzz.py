@@ -1,0 +1,151 @@
+"""Random networks in random spellings against explicit gradients and factors, none silently wrong.
+
+`FUZZ_EXAMPLES` sets how many networks the slow test draws. A failure prints the network's
+specification: `check(<specification>)` with the names of `networks` imported reproduces it.
+"""
+
+import functools
+import os
+
+import explicit
+import hypothesis
+from hypothesis import HealthCheck
+import jax
+import networks
+import numpy as np
+import pytest
+
+import fop_optax
+
+pytestmark = pytest.mark.usefixtures("x64")
+FUZZ = {
+  "deadline": None,
+  "database": None,
+  "print_blob": False,
+  "suppress_health_check": list(HealthCheck),
+  "phases": [hypothesis.Phase.generate],  # to shrink takes minutes, and the networks are small
+}
+
+
+@hypothesis.settings(max_examples=12, derandomize=True, **FUZZ)
+@hypothesis.given(network=networks.networks())
+def test_a_few_random_networks(network):
+  check(network)
+
+
+@pytest.mark.slow
+@hypothesis.settings(
+  max_examples=int(os.environ.get("FUZZ_EXAMPLES", "200")), derandomize=False, **FUZZ
+)
+@hypothesis.given(network=networks.networks())
+def test_random_networks(network):
+  check(network)
+
+
+def check(network):
+  """Compares everything that capture gives of a network with the explicit sums."""
+  params, x, y = network.data()
+  captured = fop_optax.capture(
+    network.spelled,
+    params,
+    x,
+    y,
+    has_aux=network.aux,
+    groups=network.groups,
+    micro_batches=network.micro_batches,
+    terms_per_example=network.terms if network.loss in ("mean", "summed over tokens") else None,
+  )
+  expected = explicit.evaluate(network.canonical, params, x, y, network.groups, network.terms)
+  check_roles(captured, network.roles())
+  single = any(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+  for fresh, (loss, grads, stats) in results(captured, network.refresh, params, x, y):
+    loss, aux = loss if network.aux else (loss, None)
+    np.testing.assert_allclose(loss, expected.loss, rtol=1e-6 if single else 1e-11)
+    check_gradients(grads, stats.contrasts, expected.grads)
+    if network.aux:
+      np.testing.assert_array_equal(aux["doubled"], 2 * x)  # examples come back in their order
+      np.testing.assert_allclose(aux["loss"], loss, rtol=1e-6)  # other floats averaged
+    assert bool(stats.refresh) == fresh
+    if fresh:
+      check_factors(captured.layers, stats.factors, params, expected.matrices)
+    else:
+      assert not any(np.any(factor) for factor in jax.tree.leaves(stats.factors))
+
+
+def results(captured, refresh, *args):
+  """What `value_and_grad` gives, compiled once, as pairs of whether it has statistics and that."""
+  compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  call = captured.value_and_grad
+  if refresh == "traced":
+    step = compiled(lambda fresh, *args: call(*args, refresh=fresh))
+    return [(fresh, step(fresh, *args)) for fresh in (True, False)]
+  wanted = (True, False) if refresh == "both" else (True,)
+  step = compiled(lambda *args: [call(*args, refresh=fresh) for fresh in wanted])
+  return list(zip(wanted, step(*args), strict=True))
+
+
+def check_roles(captured, roles):
+  """Every parameter is in a layer or has a reason, as the specification demands."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(roles)
+  for leaf, (path, role) in enumerate(flat):
+    name = jax.tree_util.keystr(path)
+    in_layer, why = leaf in captured.layers.covered, captured.fallbacks.get(name)
+    if role != "either":
+      assert in_layer == (role != "fallback"), f"{name} should be {role}, but: {why or 'a layer'}"
+    assert in_layer != bool(why and why.strip()), (
+      f"{name}: in no layer without a reason, or in both"
+    )
+
+
+def check_gradients(grads, contrasts, by_group):
+  """The mean gradient, and the orthogonal contrasts of the groups' gradients."""
+  groups = [jax.tree.leaves(group) for group in by_group]
+  for i, mine in enumerate(jax.tree.leaves(grads)):
+    assert mine.dtype == groups[0][i].dtype
+    each = np.stack([np.asarray(group[i], np.float64) for group in groups])
+    tolerance = (1e-10 if mine.dtype == np.float64 else 1e-5) * (np.abs(each).max() + 1e-3)
+    np.testing.assert_allclose(mine, each.mean(0), rtol=0, atol=tolerance)
+    assert len(contrasts) == len(groups) - 1
+    for k, contrast in enumerate(contrasts, 1):  # g_1 - g_2; next what is orthogonal to it, ...
+      wanted = (each[:k].mean(0) - each[k]) * np.sqrt(2 * k / (k + 1))
+      np.testing.assert_allclose(jax.tree.leaves(contrast)[i], wanted, rtol=0, atol=tolerance)
+
+
+def check_factors(layers, factors, params, matrices):
+  """Each matrix of each layer is one of the network's, up to the order of its features.
+
+  Parameters are distinct random numbers, so that an entry's value says where it belongs.
+  """
+  leaves = jax.tree.leaves(params)
+  home = {value: key for key, matrix in matrices.items() for value in matrix.w.flat}
+  seen = set()
+  for layer, (A, G) in zip(layers, factors, strict=True):
+    weights = np.asarray(layer.matrix(leaves), np.float64)
+    assert (A.shape, G.shape) == layer.factor_shapes
+    tolerance = 1e-9 if leaves[layer.weight].dtype == np.float64 else 1e-4
+    for place in range(layer.stack):
+      w, b = weights[place, : layer.inputs], weights[place, layer.inputs :]
+      key = home[w[0, 0]]
+      matrix = matrices[key]
+      assert key not in seen, f"{layer.path}: {key} is in two layers"
+      seen.add(key)
+      rows = [np.flatnonzero(np.any(matrix.w == value, axis=1))[0] for value in w[:, 0]]
+      columns = [np.flatnonzero(np.any(matrix.w == value, axis=0))[0] for value in w[0]]
+      np.testing.assert_array_equal(matrix.w[np.ix_(rows, columns)], w)
+      assert w.shape == matrix.w.shape
+      if layer.bias is not None:
+        if matrix.b is not None:
+          np.testing.assert_array_equal(matrix.b[columns], b[0])
+        assert parent(layers.paths[layer.bias]) == parent(layers.paths[layer.weight])
+        rows.append(-1)
+      close(A[place], matrix.A[np.ix_(rows, rows)], tolerance, f"A of {key}")
+      close(G[place], matrix.G[np.ix_(columns, columns)], tolerance, f"G of {key}")
+
+
+def close(got, wanted, tolerance, what):
+  scale = np.abs(wanted).max()
+  np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * scale + 1e-25, err_msg=what)
+
+
+def parent(path):
+  return path.rpartition("[")[0]
