@@ -103,7 +103,7 @@ def tune(name: str, config: configs.Compare, grid: dict[str, dict[str, tuple[flo
       bar.update(bar.task_ids[0], advance=1, note=f"{optimizer} {values}")
   out = Table(title=f"{name}: grid on {len(images.test_labels)} held-out training images")
   for heading in ("optimizer", "values", "epochs to target", "final loss", "final accuracy, %"):
-    out.add_column(heading)
+    out.add_column(heading, no_wrap=True)
   for optimizer, found in results.items():
     for _, loss, values, summary in sorted(found, key=lambda result: result[:2]):
       out.add_row(

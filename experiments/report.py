@@ -153,7 +153,7 @@ def save(
 
 
 def draw(path: pathlib.Path, rows: Sequence[Row], config: Compare) -> None:
-  """Test accuracy against epochs and against seconds: mean of the seeds, band of their range."""
+  """Test accuracy by epoch and by seconds (median of the seeds): mean of the seeds, and range."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -169,7 +169,7 @@ def draw(path: pathlib.Path, rows: Sequence[Row], config: Compare) -> None:
       [(r.seed, r.epoch, r.seconds, 100 * r.test_accuracy) for r in rows if r.optimizer == name]
     )
     runs = runs[np.lexsort((runs[:, 1], runs[:, 0]))].reshape(-1, config.epochs, 4)
-    epochs, seconds, accuracy = runs[0, :, 1], runs[:, :, 2].mean(0), runs[:, :, 3]
+    epochs, seconds, accuracy = runs[0, :, 1], np.median(runs[:, :, 2], 0), runs[:, :, 3]
     lowest.append(accuracy.mean(0)[len(epochs) // 4])
     for axis, x in zip(axes, (epochs, seconds), strict=True):
       axis.plot(
@@ -182,7 +182,6 @@ def draw(path: pathlib.Path, rows: Sequence[Row], config: Compare) -> None:
   ):
     axis.axhline(100 * config.target, color="0.4", linestyle=":", linewidth=1)
     axis.set_xlabel(label)
-    axis.set_xlim(left=0)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
   target, top = (

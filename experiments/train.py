@@ -88,7 +88,9 @@ def compile_run(config: Compare, name: str, data: Data) -> Run:
     image = data.train_images.shape[1:]
     x = jax.ShapeDtypeStruct((batch_size, *image), jnp.float32)
     y = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    layers, gradient = with_curvature(loss_fn, jax.eval_shape(lambda: model.init(0)), x, y, hyper.groups)
+    layers, gradient = with_curvature(
+      loss_fn, jax.eval_shape(lambda: model.init(0)), x, y, hyper.groups
+    )
 
   schedule = schedule_for(config, hyper.learning_rate, config.epochs * steps_per_epoch)
   tx = optax.with_extra_args_support(hyper.make(schedule, layers))
