@@ -11,13 +11,13 @@ constant over a scan, gets the sum, and one that a scan goes over gets a stack.
 
 from collections.abc import Callable
 import dataclasses
-import math
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fop_optax.capture.lookup import Lookup
 from fop_optax.capture.values import Product
 from fop_optax.layers import Factors
 
@@ -26,7 +26,7 @@ Bilinear = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-  """Which statistics a product is to form: of which axes, with a bias, as diagonals."""
+  """Which statistics a product is to form: with a bias or not, as diagonals or not."""
 
   product: Product
   bias: bool
@@ -34,53 +34,12 @@ class Moments:
 
   def __call__(self, x: jax.Array, dy: jax.Array, like: Factors) -> Factors:
     """The sums over rows, in the shapes and dtypes of `like`."""
-    p = self.product
-    a = second_moment(x, p.x_rows, p.x_stack, p.x_in, self.diagonal[0], like.A.dtype)
-    g = second_moment(dy, p.y_rows, p.y_stack, p.y_out, self.diagonal[1], like.G.dtype)
-    if self.bias:
-      a = _with_ones(a, x, p)
+    if isinstance(self.product, Lookup):  # of an index out of range no gradient comes back
+      found = self.product.found(x)
+      dy = jnp.where(jnp.expand_dims(found, self.product.y_out), dy, 0)
+    a = self.product.input_moment(x, self.bias, self.diagonal[0], like.A.dtype)
+    g = self.product.output_moment(dy, self.diagonal[1], like.G.dtype)
     return Factors(a.reshape(like.A.shape), g.reshape(like.G.shape))
-
-
-def second_moment(
-  v: jax.Array,
-  rows: tuple[int, ...],
-  stack: tuple[int, ...],
-  features: tuple[int, ...],
-  diagonal: bool,
-  dtype: Any,
-) -> jax.Array:
-  """`sum_r v_r v_r'` over the axes `rows`: `[stack, d, d]`, or its diagonal `[stack, d]`."""
-  n_stack, n = math.prod(v.shape[i] for i in stack), math.prod(v.shape[i] for i in features)
-  if v.dtype not in (jnp.bfloat16, jnp.float16):  # those are multiplied as they are, summed in dtype
-    v = v.astype(dtype)
-  if diagonal:
-    moved = v.astype(dtype).transpose(*rows, *stack, *features)
-    return jnp.sum(moved * moved, axis=range(len(rows))).reshape(n_stack, n)
-  product = lax.dot_general(
-    v,
-    v,
-    ((rows, rows), (stack, stack)),
-    precision=lax.Precision.HIGHEST,
-    preferred_element_type=dtype,
-  )
-  # the features come out in the order of v's axes: bring the small result into the weight's order
-  rank = [sorted(features).index(axis) for axis in features]
-  s, f = len(stack), len(features)
-  product = product.transpose(*range(s), *(s + i for i in rank), *(s + f + i for i in rank))
-  return product.reshape(n_stack, n, n)
-
-
-def _with_ones(a: jax.Array, x: jax.Array, p: Product) -> jax.Array:
-  """`A` for inputs with a one appended, from blocks `[[A, m], [m', n]]`: no column is added to x."""
-  n = math.prod(x.shape[axis] for axis in p.x_rows)
-  corner = jnp.full((a.shape[0], 1), n, a.dtype)
-  if a.ndim == 2:
-    return jnp.concatenate([a, corner], axis=1)
-  moved = x.transpose(*p.x_rows, *p.x_stack, *p.x_in)
-  m = jnp.sum(moved, axis=range(len(p.x_rows)), dtype=a.dtype).reshape(a.shape[:2])
-  below = jnp.concatenate([m, corner], axis=1)[:, None, :]
-  return jnp.concatenate([jnp.concatenate([a, m[:, :, None]], axis=2), below], axis=1)
 
 
 def product_with_moments(
@@ -114,7 +73,9 @@ def product_with_moments(
 
   def backward(residuals, dy):
     x, w, refresh = residuals
-    (dx,) = jax.linear_transpose(lambda x: multiply(x, w), x)(dy)
+    dx = None  # of an index
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+      (dx,) = jax.linear_transpose(lambda x: multiply(x, w), x)(dy)
     (dw,) = jax.linear_transpose(lambda w: multiply(x, w), w)(dy)
     if refresh is None:
       return dx, dw, moments(x, dy, like), None

@@ -171,7 +171,7 @@ def _layer(
   use = block[0]
   return Layer(
     path=paths[use.leaf],
-    kind="dense",
+    kind=use.product.kind,
     weight=use.leaf,
     view=views.simplify(use.view, shapes[use.leaf]),
     stack=use.stack,
@@ -180,5 +180,8 @@ def _layer(
     bias=bias.leaf if bias else None,
     bias_view=views.simplify(bias.view, shapes[bias.leaf]) if bias else None,
     uses=len(block),
-    diagonal=(use.inputs + (bias is not None) > max_dim, use.outputs > max_dim),
+    diagonal=(
+      use.product.kind == "lookup" or use.inputs + (bias is not None) > max_dim,
+      use.outputs > max_dim,
+    ),
   )

@@ -7,6 +7,7 @@ is left to the fallback, with the equation as the reason.
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from jax.extend.core import primitives
@@ -116,51 +117,6 @@ def broadcast_core(equation: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
   return tuple(core)
 
 
-def dense(equation: Any, weight: int) -> values.Product:
-  """The roles of the axes in a `dot_general` whose operand `weight` is the weight."""
-  contract, batch = equation.params["dimension_numbers"]
-  w_in, x_in = contract[weight], contract[1 - weight]
-  w_stack, x_stack = batch[weight], batch[1 - weight]
-  x_rows = _others(equation.invars[1 - weight], x_in, x_stack)
-  n_stack, n_rows = len(w_stack), len(x_rows)
-  n_out = len(_others(equation.invars[weight], w_in, w_stack))
-  stack_order = sorted(range(n_stack), key=lambda i: w_stack[i])
-  # the output's axes: the stack, then the left operand's rest, then the right operand's
-  rows, out = range(n_stack, n_stack + n_rows), range(n_stack + n_rows, n_stack + n_rows + n_out)
-  if weight == 0:
-    out, rows = range(n_stack, n_stack + n_out), range(n_stack + n_out, n_stack + n_out + n_rows)
-  return values.Product(
-    weight=weight,
-    x_rows=x_rows,
-    x_stack=tuple(int(x_stack[i]) for i in stack_order),
-    x_in=tuple(int(axis) for _, axis in sorted(zip(w_in, x_in, strict=True))),
-    y_rows=tuple(rows),
-    y_stack=tuple(stack_order),
-    y_out=tuple(out),
-  )
-
-
-def weight_steps(equation: Any, weight: int) -> tuple[views.View, tuple[int, int, int]]:
-  """Steps from the weight operand to `[stack, inputs, outputs]`, and these sizes."""
-  contract, batch = equation.params["dimension_numbers"]
-  shape = equation.invars[weight].aval.shape
-  w_stack, w_in = sorted(map(int, batch[weight])), sorted(map(int, contract[weight]))
-  w_out = _others(equation.invars[weight], w_in, w_stack)
-  sizes = tuple(values.sizes(shape, tuple(axes)) for axes in (w_stack, w_in, w_out))
-  return (("transpose", (*w_stack, *w_in, *w_out)), ("reshape", sizes)), sizes
-
-
-def output_atoms(equation: Any, product: values.Product) -> tuple[tuple[values.Atom, ...], ...]:
-  """What each axis of a product's output is made of."""
-  shape = equation.outvars[0].aval.shape
-  axes: list[tuple[values.Atom, ...]] = [()] * len(shape)
-  for kind, role in (("stack", "y_stack"), ("row", "y_rows"), ("out", "y_out")):
-    for order, axis in enumerate(getattr(product, role)):
-      if shape[axis] > 1:
-        axes[axis] = (values.Atom(kind, (order,), shape[axis]),)
-  return tuple(axes)
-
-
 def bias_steps(
   linear: values.Linear, bias: values.ParamView, shape: tuple[int, ...]
 ) -> views.View | str:
@@ -181,16 +137,10 @@ def bias_steps(
       atoms += axis
   order = sorted(range(len(atoms)), key=lambda i: (atoms[i].kind != "stack", atoms[i].order))
   stack, outputs = (
-    values.sizes(tuple(a.size if a.kind == kind else 1 for a in atoms), tuple(range(len(atoms))))
-    for kind in ("stack", "out")
+    math.prod(atom.size for atom in atoms if atom.kind == kind) for kind in ("stack", "out")
   )
   return (
     ("reshape", tuple(atom.size for atom in atoms)),
     ("transpose", tuple(order)),
     ("reshape", (stack, outputs)),
   )
-
-
-def _others(variable: Any, *roles: Any) -> tuple[int, ...]:
-  taken = {int(axis) for role in roles for axis in role}
-  return tuple(axis for axis in range(variable.aval.ndim) if axis not in taken)

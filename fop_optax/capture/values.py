@@ -1,8 +1,7 @@
 """What the walk knows of a variable of the loss, and the records it leaves behind."""
 
 import dataclasses
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fop_optax.views import View
 
@@ -80,20 +79,33 @@ class Value:
   linear: Linear | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Product:
-  """How a product `y = dot_general(x, w)` is a layer: the axes of `x` and `y` by their role.
+class Product(Protocol):
+  """How one equation is a product of a weight: what `dense`, `convolution` and `lookup` bring.
 
-  `x_stack`, `x_in`, `y_stack` and `y_out` follow the order of the weight's own axes.
+  Moments are sums over rows in the order of the weight's own axes, `[stack, d, d]` or, as
+  diagonals, `[stack, d]`.
   """
 
   weight: int  # which operand is the weight
-  x_rows: tuple[int, ...]
-  x_stack: tuple[int, ...]
-  x_in: tuple[int, ...]
-  y_rows: tuple[int, ...]
-  y_stack: tuple[int, ...]
-  y_out: tuple[int, ...]
+
+  @property
+  def kind(self) -> str: ...
+
+  def input_moment(self, x: Any, bias: bool, diagonal: bool, dtype: Any) -> Any: ...
+
+  def output_moment(self, dy: Any, diagonal: bool, dtype: Any) -> Any: ...
+
+
+class Matching(NamedTuple):
+  """An equation as a layer: its product, and the weight operand as `[stack, inputs, outputs]`."""
+
+  product: Product
+  steps: View  # take the weight operand there
+  stack: int
+  inputs: int
+  outputs: int
+  rows: int  # rows of the other operand
+  axes: tuple[tuple[Atom, ...], ...]  # what each axis of the output is made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +144,3 @@ class Use:
   rows: int
   batch: bool
   source: str
-
-
-def sizes(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-  """Product of the sizes of some axes."""
-  return math.prod(shape[axis] for axis in axes)

@@ -18,9 +18,12 @@ from jax.extend.core import primitives
 import jax.numpy as jnp
 
 from fop_optax import _compat
+from fop_optax.capture import convolution
+from fop_optax.capture import dense
 from fop_optax.capture import flow
+from fop_optax.capture import lookup
 from fop_optax.capture import rules
-from fop_optax.capture.values import BiasUse, Linear, ParamView, Path, Use, Value
+from fop_optax.capture.values import BiasUse, Linear, Matching, ParamView, Path, Use, Value
 from fop_optax.losses import MARK
 
 _WHOLE = {
@@ -29,8 +32,6 @@ _WHOLE = {
   primitives.custom_jvp_call_p: "it goes into a function with a rule of its own (`custom_jvp`)",
   primitives.custom_vjp_call_p: "it goes into a function with a rule of its own (`custom_vjp`)",
   primitives.dynamic_slice_p: "it is sliced at a traced index; scan over the slices instead",
-  primitives.gather_p: "its entries are looked up by index (`gather`)",
-  primitives.conv_general_dilated_p: "it is the kernel of a convolution",
   primitives.concatenate_p: "it is joined with other arrays before it is used (`concatenate`)",
   primitives.mul_p: "it is multiplied entry by entry (`mul`)",
   primitives.add_p: "it is added to something that is not the output of one layer (`add`)",
@@ -154,42 +155,54 @@ class _Frame:
     return [Value(value.batch, view, linear)]
 
   def _dot(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
-    """The product of a weight with something that depends on the batch is a use of a layer."""
+    """The product of a weight with anything else is a use of a layer."""
+    dtypes = [equation.invars[i].aval.dtype for i in (0, 1)]
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+      why = f"it is used in a product of {dtypes[0]} and {dtypes[1]}"
+      return self._refuse(equation, operands, why)
+    return self._product(index, equation, operands, dense.match)
+
+  def _convolution(self, index: int, equation: Any, operands: Sequence[Value]):
+    """A convolution with a weight as its kernel is a use of a layer."""
+    return self._product(index, equation, operands, convolution.match)
+
+  def _gather(self, index: int, equation: Any, operands: Sequence[Value]):
+    """Looking up rows of a weight is a use of a layer."""
+    return self._product(index, equation, operands, lookup.match)
+
+  def _product(
+    self, index: int, equation: Any, operands: Sequence[Value], match: Callable
+  ) -> list[Value] | None:
     weights = [side for side in (0, 1) if operands[side].view]
     if not weights:
       return None
     if len(weights) == 2:
       return self._refuse(equation, operands, "it is multiplied with another parameter")
     (side,) = weights
-    view, other = operands[side].view, operands[1 - side]
+    view, batch = operands[side].view, operands[1 - side].batch
     if self._repeated(equation.invars[side], view):
       return self._refuse(equation, operands, "its entries are repeated before it is used")
-    dtypes = [equation.invars[i].aval.dtype for i in (0, 1)]
-    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
-      why = f"it is used in a product of {dtypes[0]} and {dtypes[1]}"
-      return self._refuse(equation, operands, why)
-    use = self._use(index, equation, side, view, other.batch)
+    matching = match(equation, side)
+    if isinstance(matching, str):
+      return self._refuse(equation, operands, matching)
+    use = self._use(index, equation, matching, view, batch)
     self.found.uses[use.path] = use
-    linear = Linear(use.path, use.leaf, rules.output_atoms(equation, use.product))
-    return [Value(other.batch, None, linear)]
+    return [Value(batch, None, Linear(use.path, use.leaf, matching.axes))]
 
-  def _use(self, index: int, equation: Any, side: int, view: ParamView, batch: bool) -> Use:
-    product = rules.dense(equation, side)
-    steps, (stack, inputs, outputs) = rules.weight_steps(equation, side)
-    steps = view.steps + steps + ((("stack",),) if view.levels else ())
+  def _use(
+    self, index: int, equation: Any, matching: Matching, view: ParamView, batch: bool
+  ) -> Use:
     within = math.prod(self.scans[depth] for depth in view.levels)
-    repeats = math.prod(self.scans) // within
     return Use(
       path=(*self.path, index),
       leaf=view.leaf,
-      view=steps,
+      view=view.steps + matching.steps + ((("stack",),) if view.levels else ()),
       levels=view.levels,
-      product=product,
-      stack=within * stack,
-      inputs=inputs,
-      outputs=outputs,
-      rows=repeats
-      * math.prod(equation.invars[1 - side].aval.shape[axis] for axis in product.x_rows),
+      product=matching.product,
+      stack=within * matching.stack,
+      inputs=matching.inputs,
+      outputs=matching.outputs,
+      rows=matching.rows * math.prod(self.scans) // within,
       batch=batch,
       source=_compat.source_of(self.jaxpr, equation),
     )
@@ -285,6 +298,8 @@ def _rules() -> dict[Any, Callable[..., list[Value] | None]]:
     _compat.unexported()["optimization_barrier"]: lambda frame, index, equation, operands: operands,
     primitives.broadcast_in_dim_p: _Frame._broadcast,
     primitives.dot_general_p: _Frame._dot,
+    primitives.conv_general_dilated_p: _Frame._convolution,
+    primitives.gather_p: _Frame._gather,
     primitives.add_p: _Frame._add,
     **dict.fromkeys(flow.INLINED, _Frame._inline),
     primitives.scan_p: _Frame._scan,

@@ -1,0 +1,158 @@
+"""Convolutions: products of the kernel with the patches that it meets.
+
+One patch function serves every stride, padding, dilation, number of groups and layout, transposed
+convolutions (`lhs_dilation`) too: `lax.pad` with interior padding, then a strided slice for each
+offset of the kernel. `patches' dy` is the kernel's gradient.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from fop_optax.capture import moments
+from fop_optax.capture.values import Atom, Matching
+
+# Patches are formed for so many bytes of them at a time: on CPU they then stay in the cache.
+CHUNK_BYTES = {"cpu": 4 * 2**20}
+CHUNK_BYTES_ELSEWHERE = 256 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+  """`y = conv_general_dilated(x, w)`, and in which order the weight has its input axes.
+
+  `input_order` lists the weight's input axes in the weight's own order: `-1` for the input feature,
+  else the number of the spatial axis.
+  """
+
+  weight: int
+  strides: tuple[int, ...]
+  padding: tuple[tuple[int, int], ...]
+  lhs_dilation: tuple[int, ...]
+  rhs_dilation: tuple[int, ...]
+  groups: int
+  kernel: tuple[int, ...]
+  output: tuple[int, ...]  # spatial shape of y
+  x_axes: tuple[int, ...]  # batch, feature, spatial ...
+  y_axes: tuple[int, ...]
+  input_order: tuple[int, ...]
+
+  kind = "conv"
+
+  def input_moment(self, x: jax.Array, bias: bool, diagonal: bool, dtype: Any) -> jax.Array:
+    """`sum_r p_r p_r'` over the patches `p_r`, of `[p_r; 1]` with `bias`."""
+    x = x.transpose(self.x_axes[0], *self.x_axes[2:], self.x_axes[1])
+    per_example = math.prod(self.output) * math.prod(self.kernel) * x.shape[-1] * x.dtype.itemsize
+    limit = CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_ELSEWHERE)
+    chunks = _chunks(x.shape[0], max(1, limit // max(per_example, 1)))
+
+    def moment(x):
+      patches, axes = self._patches(x)
+      a = moments.second_moment(patches, *axes, diagonal, dtype)
+      if not bias:
+        return a
+      n = math.prod(patches.shape[axis] for axis in axes[0])
+      return moments.with_ones(a, moments.row_sum(patches, *axes, dtype), n)
+
+    if chunks == 1:
+      return moment(x)
+    # example i to chunk i mod chunks: a sharded batch axis stays sharded
+    x = x.reshape(x.shape[0] // chunks, chunks, *x.shape[1:])
+    like = jax.eval_shape(lambda x: moment(x[:, 0]), x)
+    add = lambda total, i: (total + moment(lax.dynamic_index_in_dim(x, i, 1, keepdims=False)), None)
+    return lax.scan(add, jnp.zeros(like.shape, like.dtype), jnp.arange(chunks))[0]
+
+  def output_moment(self, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
+    """`sum_r dy_r dy_r'`, a block for each feature group."""
+    batch, feature, *spatial = self.y_axes
+    dy = dy.transpose(batch, *spatial, feature)
+    dy = dy.reshape(*dy.shape[:-1], self.groups, -1)
+    rows = tuple(range(dy.ndim - 2))
+    return moments.second_moment(dy, rows, (dy.ndim - 2,), (dy.ndim - 1,), diagonal, dtype)
+
+  def _patches(self, x: jax.Array) -> tuple[jax.Array, tuple[moments.Axes, ...]]:
+    """Patches of `x[n, *spatial, features]`, and their axes: rows, stack, features."""
+    config = [(0, 0, 0)]
+    config += [
+      (*edges, step - 1) for edges, step in zip(self.padding, self.lhs_dilation, strict=True)
+    ]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
+    pieces = []
+    for offset in itertools.product(*map(range, self.kernel)):
+      start = [k * dilation for k, dilation in zip(offset, self.rhs_dilation, strict=True)]
+      limit = [
+        s + (size - 1) * stride + 1
+        for s, size, stride in zip(start, self.output, self.strides, strict=True)
+      ]
+      window = (0, *start, 0), (x.shape[0], *limit, x.shape[-1]), (1, *self.strides, 1)
+      pieces.append(lax.slice(x, *window))
+    n = len(self.kernel)
+    # [n, *output, group, *kernel, feature], then the inputs in the order of the weight's axes
+    patches = jnp.stack(pieces, axis=-2)
+    split = (*patches.shape[: n + 1], *self.kernel, self.groups, x.shape[-1] // self.groups)
+    patches = patches.reshape(split)
+    first = n + 1
+    features = tuple(
+      2 * n + 2 if axis == -1 else first + axis for axis in self.input_order
+    )
+    return patches, (tuple(range(first)), (2 * n + 1,), features)
+
+
+def match(equation: Any, weight: int) -> Matching | str:
+  """What a convolution with this weight operand is as a layer, or why it is none."""
+  params = equation.params
+  x, w = equation.invars[0].aval, equation.invars[1].aval
+  y = equation.outvars[0].aval
+  if weight != 1:
+    return "it is the left operand of a convolution, which is not its kernel"
+  if params["batch_group_count"] != 1:
+    return "it is the kernel of a convolution with groups of examples (`batch_group_count`)"
+  if params.get("lhs_shape") is not None and tuple(params["lhs_shape"]) != tuple(x.shape):
+    return "it is the kernel of a convolution of an unknown form"
+  numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+  out_axis, in_axis, *spatial = map(int, numbers.rhs_spec)
+  order = sorted((in_axis, *spatial))
+  names = {in_axis: -1} | {axis: i for i, axis in enumerate(spatial)}
+  kernel = tuple(w.shape[axis] for axis in spatial)
+  product = Convolution(
+    weight=1,
+    strides=tuple(params["window_strides"]),
+    padding=tuple(tuple(edges) for edges in params["padding"]),
+    lhs_dilation=tuple(params["lhs_dilation"]),
+    rhs_dilation=tuple(params["rhs_dilation"]),
+    groups=groups,
+    kernel=kernel,
+    output=tuple(y.shape[axis] for axis in numbers.out_spec[2:]),
+    x_axes=tuple(map(int, numbers.lhs_spec)),
+    y_axes=tuple(map(int, numbers.out_spec)),
+    input_order=tuple(names[axis] for axis in order),
+  )
+  inputs = math.prod(w.shape[axis] for axis in order)
+  outputs = w.shape[out_axis] // groups
+  steps = (
+    ("transpose", (out_axis, *order)),
+    ("reshape", (groups, outputs, inputs)),
+    ("transpose", (0, 2, 1)),
+  )
+  rows = math.prod(product.output) * x.shape[product.x_axes[0]]
+  axes: list[tuple[Atom, ...]] = [()] * y.ndim
+  batch, feature, *places = product.y_axes
+  for i, axis in enumerate((batch, *places)):
+    axes[axis] = _atoms(("row", i, y.shape[axis]))
+  axes[feature] = _atoms(("stack", 0, groups), ("out", 0, outputs))
+  return Matching(product, steps, groups, inputs, outputs, rows, tuple(axes))
+
+
+def _atoms(*atoms: tuple[str, int, int]) -> tuple[Atom, ...]:
+  return tuple(Atom(kind, (order,), size) for kind, order, size in atoms if size > 1)
+
+
+def _chunks(examples: int, at_once: int) -> int:
+  """The smallest number of equal chunks of at most `at_once` examples."""
+  return next(n for n in range(1, examples + 1) if examples % n == 0 and examples // n <= at_once)

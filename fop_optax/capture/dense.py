@@ -1,0 +1,90 @@
+"""Dense products: any `dot_general` of which one operand is a weight.
+
+Its axes are the stack (batched weights, as of experts), the inputs (contracted) and the outputs of
+the weight, and the rows of the other operand. Stack, inputs and outputs are in the order of the
+weight's own axes, however the product spells them.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from fop_optax.capture import moments
+from fop_optax.capture.values import Atom, Matching
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+  """The axes of `x` and `y` of a product `y = dot_general(x, w)` by their role."""
+
+  weight: int  # which operand is the weight
+  x_rows: moments.Axes
+  x_stack: moments.Axes
+  x_in: moments.Axes
+  y_rows: moments.Axes
+  y_stack: moments.Axes
+  y_out: moments.Axes
+
+  kind = "dense"
+
+  def input_moment(self, x: jax.Array, bias: bool, diagonal: bool, dtype: Any) -> jax.Array:
+    """`sum_r x_r x_r'`, of `[x_r; 1]` with `bias`."""
+    axes = self.x_rows, self.x_stack, self.x_in
+    a = moments.second_moment(x, *axes, diagonal, dtype)
+    if not bias:
+      return a
+    n = math.prod(x.shape[axis] for axis in self.x_rows)
+    return moments.with_ones(a, moments.row_sum(x, *axes, dtype), n)
+
+  def output_moment(self, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
+    """`sum_r dy_r dy_r'`."""
+    axes = self.y_rows, self.y_stack, self.y_out
+    return moments.second_moment(dy, *axes, diagonal, dtype)
+
+
+def match(equation: Any, weight: int) -> Matching:
+  """What a `dot_general` with this weight operand is as a layer."""
+  contract, batch = equation.params["dimension_numbers"]
+  x, w = equation.invars[1 - weight].aval, equation.invars[weight].aval
+  (w_in, x_in), (w_stack, x_stack) = (
+    [tuple(map(int, axes[side])) for side in (weight, 1 - weight)] for axes in (contract, batch)
+  )
+  x_rows, w_out = _others(x, x_in, x_stack), _others(w, w_in, w_stack)
+  n_stack, n_rows, n_out = len(w_stack), len(x_rows), len(w_out)
+  # the output's axes: the stack, then the left operand's rest, then the right operand's
+  rows, out = range(n_stack, n_stack + n_rows), range(n_stack + n_rows, n_stack + n_rows + n_out)
+  if weight == 0:
+    out, rows = range(n_stack, n_stack + n_out), range(n_stack + n_out, n_stack + n_out + n_rows)
+  stack_order = sorted(range(n_stack), key=lambda i: w_stack[i])
+  product = Dense(
+    weight=weight,
+    x_rows=x_rows,
+    x_stack=tuple(x_stack[i] for i in stack_order),
+    x_in=tuple(axis for _, axis in sorted(zip(w_in, x_in, strict=True))),
+    y_rows=tuple(rows),
+    y_stack=tuple(stack_order),
+    y_out=tuple(out),
+  )
+  groups = [sorted(w_stack), sorted(w_in), list(w_out)]
+  sizes = tuple(math.prod(w.shape[axis] for axis in group) for group in groups)
+  steps = (("transpose", tuple(axis for group in groups for axis in group)), ("reshape", sizes))
+  n = math.prod(x.shape[axis] for axis in x_rows)
+  return Matching(product, steps, *sizes, n, _atoms(equation.outvars[0].aval.shape, product))
+
+
+def _atoms(shape: tuple[int, ...], product: Dense) -> tuple[tuple[Atom, ...], ...]:
+  """What each axis of the output is made of."""
+  axes: list[tuple[Atom, ...]] = [()] * len(shape)
+  roles = (("stack", product.y_stack), ("row", product.y_rows), ("out", product.y_out))
+  for kind, role in roles:
+    for order, axis in enumerate(role):
+      if shape[axis] > 1:
+        axes[axis] = (Atom(kind, (order,), shape[axis]),)
+  return tuple(axes)
+
+
+def _others(aval: Any, *roles: tuple[int, ...]) -> tuple[int, ...]:
+  taken = {axis for role in roles for axis in role}
+  return tuple(axis for axis in range(aval.ndim) if axis not in taken)

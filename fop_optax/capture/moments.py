@@ -1,0 +1,50 @@
+"""Second moments over the rows of an array: the arithmetic of Kronecker statistics."""
+
+import math
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+Axes = tuple[int, ...]
+
+
+def second_moment(
+  v: jax.Array, rows: Axes, stack: Axes, features: Axes, diagonal: bool, dtype: Any
+) -> jax.Array:
+  """`sum_r v_r v_r'` over the axes `rows`: `[stack, d, d]`, or its diagonal `[stack, d]`."""
+  n_stack, n = math.prod(v.shape[i] for i in stack), math.prod(v.shape[i] for i in features)
+  if v.dtype not in (jnp.bfloat16, jnp.float16):  # those are multiplied as they are, summed in dtype
+    v = v.astype(dtype)
+  if diagonal:
+    moved = v.astype(dtype).transpose(*rows, *stack, *features)
+    return jnp.sum(moved * moved, axis=range(len(rows))).reshape(n_stack, n)
+  product = lax.dot_general(
+    v,
+    v,
+    ((rows, rows), (stack, stack)),
+    precision=lax.Precision.HIGHEST,
+    preferred_element_type=dtype,
+  )
+  # the features come out in the order of v's axes: bring the small result into the weight's order
+  rank = [sorted(features).index(axis) for axis in features]
+  s, f = len(stack), len(features)
+  product = product.transpose(*range(s), *(s + i for i in rank), *(s + f + i for i in rank))
+  return product.reshape(n_stack, n, n)
+
+
+def row_sum(v: jax.Array, rows: Axes, stack: Axes, features: Axes, dtype: Any) -> jax.Array:
+  """`sum_r v_r`: `[stack, d]`."""
+  n_stack = math.prod(v.shape[i] for i in stack)
+  moved = v.transpose(*rows, *stack, *features)
+  return jnp.sum(moved, axis=range(len(rows)), dtype=dtype).reshape(n_stack, -1)
+
+
+def with_ones(a: jax.Array, m: jax.Array, n: int) -> jax.Array:
+  """`A` of `n` rows with a one appended, from blocks `[[A, m], [m', n]]`: no column is added to x."""
+  corner = jnp.full((a.shape[0], 1), n, a.dtype)
+  if a.ndim == 2:
+    return jnp.concatenate([a, corner], axis=1)
+  below = jnp.concatenate([m, corner], axis=1)[:, None, :]
+  return jnp.concatenate([jnp.concatenate([a, m[:, :, None]], axis=2), below], axis=1)
