@@ -14,10 +14,10 @@ from fop_optax.capture import aux as auxiliary
 from fop_optax.capture import batch as batches
 from fop_optax.capture import flow
 from fop_optax.capture import report
-from fop_optax.capture.backward import plain, with_statistics
+from fop_optax.capture.backward import by_layer, plain, with_statistics
 from fop_optax.capture.resolve import resolve
 from fop_optax.capture.trace import Signature, growing, terms_of, trace_twice
-from fop_optax.capture.values import Path
+from fop_optax.capture.values import Key
 from fop_optax.layers import Factors, Layers, Stats
 
 PyTree = Any
@@ -152,8 +152,8 @@ class Captured:
   fallbacks: Mapping[str, str]
   _spec: Spec
   _aux_roles: tuple[auxiliary.Role, ...]
-  _found: tuple[Path, ...]  # uses at the time of capture, and those of them that are layers
-  _accepted: tuple[Path, ...]
+  _found: tuple[Key, ...]  # uses at the time of capture, and those of them that are layers
+  _accepted: tuple[Key, ...]
   _unroll: bool  # convolutions on CPU: their gradients are slow in a loop
 
   def __str__(self) -> str:
@@ -189,16 +189,16 @@ class Captured:
     static = isinstance(refresh, (bool, np.bool_))
     zeros = _zeros(self.layers, leaves)
     if static and not refresh:
-      backward = plain(signature, leaves, chunks.leaves, zeros)
+      backward, combine = plain(signature, leaves, chunks.leaves, zeros), tuple
     else:
       flag = None if static else jnp.asarray(refresh)
-      backward = self._with_statistics(signature, leaves, chunks, zeros, flag)
+      backward, combine = self._with_statistics(signature, leaves, chunks, zeros, flag)
     results = chunks.run(backward, self._unroll)
 
     by_leaf = list(zip(*(result.grads for result in results), strict=True))
     unflatten = functools.partial(jax.tree.unflatten, signature.params)
     contrasts = zip(*map(batches.contrasts, by_leaf), strict=True)
-    factors = jax.tree.map(lambda *each: batches.mean(each), *(r.factors for r in results))
+    factors = combine(jax.tree.map(lambda *f: batches.mean(f), *(r.factors for r in results)))
     stats = Stats(jnp.asarray(refresh, bool), factors, tuple(map(unflatten, contrasts)))
     grads = unflatten(map(batches.mean, by_leaf))
     loss = batches.mean([result.loss for result in results])
@@ -215,9 +215,9 @@ class Captured:
     if tuple(traced.found.uses) == self._found:
       accepted = set(self._accepted)
       uses = {
-        path: use
-        for path, use in traced.found.uses.items()
-        if path in accepted and use.rows % size == 0
+        key: use
+        for key, use in traced.found.uses.items()
+        if key in accepted and use.rows % size == 0
       }
     else:  # the program depends on the batch size
       _, twice = trace_twice(signature, leaves, chunks.leaves, size)
@@ -235,7 +235,9 @@ class Captured:
         )[:2000]
       )
     terms = terms_of(traced.found, size, self._spec.terms_per_example)
-    return with_statistics(traced, uses, resolved, leaves, zeros, float(size * terms), refresh)
+    scale = float(size * terms)
+    backward = with_statistics(traced, uses, resolved, leaves, zeros, scale, refresh)
+    return backward, functools.partial(by_layer, resolved)
 
 
 def _zeros(layers: Layers, leaves: Sequence[Any]) -> tuple[Factors, ...]:

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fop_optax.capture.batch import Result
-from fop_optax.capture.evaluate import Evaluation, moments_of, probes_for
-from fop_optax.capture.resolve import Resolved
+from fop_optax.capture.evaluate import Evaluation, moments_of
+from fop_optax.capture.resolve import Place, Resolved
 from fop_optax.capture.trace import Signature, Traced
-from fop_optax.capture.values import Path, Use
+from fop_optax.capture.values import Key, Use
 from fop_optax.layers import Factors
 
 Backward = Callable[[list[Any]], Result]
@@ -30,7 +31,7 @@ def plain(
 
 def with_statistics(
   traced: Traced,
-  uses: dict[Path, Use],
+  uses: dict[Key, Use],
   resolved: Resolved,
   params: Sequence[Any],
   zeros: tuple[Factors, ...],
@@ -44,26 +45,62 @@ def with_statistics(
     uses: its accepted uses.
     resolved: their layers.
     params: leaves of the parameters.
-    zeros: of the factors' shapes.
+    zeros: of the layers' factors.
     scale: N R, examples of the chunk times terms an example.
     refresh: a traced bool, or None for always.
   """
-  accepted = {path: uses[path] for path in resolved.layer_of}
+  accepted = {key: uses[key] for key in resolved.places}
   evaluation = Evaluation(accepted, moments_of(resolved, accepted), refresh)
+  probes = {
+    place: zeros[place.layer] if not place.flipped else Factors(*zeros[place.layer][::-1])
+    for place in resolved.rows
+  }
 
   def backward(chunk: list[Any]) -> Result:
     def loss(params, probes):
-      arguments = [*params, *chunk]
-      probes = probes_for(resolved, probes)
-      loss, *aux = evaluation.run(traced.jaxpr, traced.consts, arguments, probes)
+      by_use = {key: probes[place] for key, place in resolved.places.items()}
+      loss, *aux = evaluation.run(traced.jaxpr, traced.consts, [*params, *chunk], by_use)
       return loss, jax.tree.unflatten(traced.treedef, aux)
 
     value_and_grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    (value, aux), (grads, sums) = value_and_grad(list(params), zeros)
+    (value, aux), (grads, sums) = value_and_grad(list(params), probes)
     # A = sum x x' / (N T) over the N T rows of the layer; G = N R sum dy dy'
     factors = tuple(
-      Factors(A / rows, G * scale) for (A, G), rows in zip(sums, resolved.rows, strict=True)
+      Factors(A / rows, G * scale)
+      for (A, G), rows in ((sums[place], resolved.rows[place]) for place in resolved.rows)
     )
     return Result(value, aux, grads, factors)
 
   return backward
+
+
+def by_layer(resolved: Resolved, factors: Sequence[Factors]) -> tuple[Factors, ...]:
+  """The factors of each layer, those of a tied weight put together."""
+  found = dict(zip(resolved.rows, factors, strict=True))
+  out = []
+  for index in range(len(resolved.layers)):
+    straight, flipped = Place(index, False), Place(index, True)
+    if flipped in found:
+      out.append(tied(found[straight], Factors(*found[flipped][::-1])))
+    else:
+      out.append(found[straight])
+  return tuple(out)
+
+
+def tied(first: Factors, second: Factors) -> Factors:
+  """The sum of two uses' factors, each pair brought to equal mean trace first.
+
+  The factors of inputs are free of the loss's scale, those of gradients go with its square: a plain
+  sum across them would not.
+  """
+  return jax.tree.map(jnp.add, _balanced(first), _balanced(second))
+
+
+def _balanced(factors: Factors) -> Factors:
+  mean_A, mean_G = (
+    jnp.mean(f if f.ndim == 2 else jnp.diagonal(f, axis1=1, axis2=2), axis=1) for f in factors
+  )
+  ratio = jnp.sqrt(mean_G / mean_A)
+  ratio = jnp.where(jnp.isfinite(ratio) & (ratio > 0), ratio, 1)
+  along = lambda f, r: r.reshape(-1, *[1] * (f.ndim - 1))
+  return Factors(factors.A * along(factors.A, ratio), factors.G / along(factors.G, ratio))

@@ -12,7 +12,10 @@ from typing import Any
 import jax
 
 from fop_optax.capture import moments
-from fop_optax.capture.values import Atom, Matching
+from fop_optax.capture.values import Atom, Matching, Part
+
+
+Cut = tuple[int, int, int]  # axis, start, size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +29,15 @@ class Dense:
   y_rows: moments.Axes
   y_stack: moments.Axes
   y_out: moments.Axes
+  x_cut: Cut | None = None  # where the weight is one of several joined ones, what it meets of x
+  y_cut: Cut | None = None  # and what of y it makes
 
   kind = "dense"
 
   def input_moment(self, x: jax.Array, bias: bool, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r x_r x_r'`, of `[x_r; 1]` with `bias`."""
     axes = self.x_rows, self.x_stack, self.x_in
+    x = _cut(x, self.x_cut)
     a = moments.second_moment(x, *axes, diagonal, dtype)
     if not bias:
       return a
@@ -41,11 +47,11 @@ class Dense:
   def output_moment(self, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r dy_r dy_r'`."""
     axes = self.y_rows, self.y_stack, self.y_out
-    return moments.second_moment(dy, *axes, diagonal, dtype)
+    return moments.second_moment(_cut(dy, self.y_cut), *axes, diagonal, dtype)
 
 
-def match(equation: Any, weight: int) -> Matching:
-  """What a `dot_general` with this weight operand is as a layer."""
+def match(equation: Any, weight: int, part: Part | None = None) -> Matching:
+  """What a `dot_general` with this weight operand, or with a part of it, is as a layer."""
   contract, batch = equation.params["dimension_numbers"]
   x, w = equation.invars[1 - weight].aval, equation.invars[weight].aval
   (w_in, x_in), (w_stack, x_stack) = (
@@ -67,11 +73,36 @@ def match(equation: Any, weight: int) -> Matching:
     y_stack=tuple(stack_order),
     y_out=tuple(out),
   )
+  if part:
+    product = _part(product, part, w_stack, w_in, w_out)
+  w_shape = part.view.shape if part else w.shape
   groups = [sorted(w_stack), sorted(w_in), list(w_out)]
-  sizes = tuple(math.prod(w.shape[axis] for axis in group) for group in groups)
+  sizes = tuple(math.prod(w_shape[axis] for axis in group) for group in groups)
   steps = (("transpose", tuple(axis for group in groups for axis in group)), ("reshape", sizes))
   n = math.prod(x.shape[axis] for axis in x_rows)
   return Matching(product, steps, *sizes, n, _atoms(equation.outvars[0].aval.shape, product))
+
+
+def _part(product: Dense, part: Part, w_stack, w_in, w_out) -> Dense:
+  """The product of one part alone: of a stack's or inputs' axis of x, of a stack's or outputs' of y."""
+  span = part.start, part.size
+  roles = (
+    ("x_cut", w_in, product.x_in),
+    ("x_cut", w_stack, product.x_stack),
+    ("y_cut", w_stack, product.y_stack),
+    ("y_cut", w_out, product.y_out),
+  )
+  cuts = {
+    name: (axes[sorted(own).index(part.axis)], *span) for name, own, axes in roles if part.axis in own
+  }
+  return dataclasses.replace(product, **cuts)
+
+
+def _cut(array: jax.Array, cut: Cut | None) -> jax.Array:
+  if cut is None:
+    return array
+  axis, start, size = cut
+  return jax.lax.slice_in_dim(array, start, start + size, axis=axis)
 
 
 def _atoms(shape: tuple[int, ...], product: Dense) -> tuple[tuple[Atom, ...], ...]:

@@ -17,10 +17,10 @@ from fop_optax import _compat
 from fop_optax.capture import flow
 from fop_optax.capture.products import Moments, product_with_moments
 from fop_optax.capture.resolve import Resolved
-from fop_optax.capture.values import Path, Use
+from fop_optax.capture.values import Key, Path, Use
 from fop_optax.layers import Factors
 
-Probes = dict[Path, Factors]  # for each use zeros, [stack, ...] of what is left of its stack
+Probes = dict[Key, Factors]  # for each use zeros, [stack, ...] of what is left of its stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +33,22 @@ class Evaluation:
     refresh: a traced bool, or None for always.
   """
 
-  uses: Mapping[Path, Use]
-  moments: Mapping[Path, Moments]
+  uses: Mapping[Key, Use]
+  moments: Mapping[Key, Moments]
   refresh: jax.Array | None
 
   @functools.cached_property
   def entered(self) -> frozenset[Path]:
     """Paths of the equations that have a use inside them."""
-    return frozenset(path[:end] for path in self.uses for end in range(1, len(path)))
+    return frozenset(key.path[:end] for key in self.uses for end in range(1, len(key.path)))
+
+  @functools.cached_property
+  def products(self) -> Mapping[Path, list[Key]]:
+    """The uses at each equation: several if its weight is joined from parts."""
+    out: dict[Path, list[Key]] = {}
+    for key in self.uses:
+      out.setdefault(key.path, []).append(key)
+    return out
 
   def run(
     self,
@@ -61,26 +69,27 @@ class Evaluation:
     for index, equation in enumerate(jaxpr.eqns):
       here = (*path, index)
       operands = [read(atom) for atom in equation.invars]
-      if here in self.uses:
-        outputs = [self._product(jaxpr, equation, operands, here, probes[here])]
+      if here in self.products:
+        outputs = [self._product(jaxpr, equation, operands, self.products[here], probes)]
       elif here in self.entered:
         enter = self._scan if equation.primitive is primitives.scan_p else self._inline
-        inside = {use: probe for use, probe in probes.items() if use[: len(here)] == here}
+        inside = {key: z for key, z in probes.items() if key.path[: len(here)] == here}
         outputs = enter(equation, operands, inside, here, depth)
       else:
         outputs = _compat.evaluate_equation(jaxpr, equation, operands)
       env.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
-  def _product(self, jaxpr, equation, operands, here, probe):
-    side = self.uses[here].product.weight
+  def _product(self, jaxpr, equation, operands, keys, probes):
+    side = self.uses[keys[0]].product.weight
 
     def multiply(x, w):
       pair = (x, w) if side == 1 else (w, x)
       return _compat.evaluate_equation(jaxpr, equation, pair)[0]
 
     x, w = operands[1 - side], operands[side]
-    return product_with_moments(multiply, self.moments[here], x, w, probe, self.refresh)
+    moments = [self.moments[key] for key in keys]
+    return product_with_moments(multiply, moments, x, w, [probes[k] for k in keys], self.refresh)
 
   def _inline(self, equation, operands, probes, here, depth):
     inner, consts = _compat.open_jaxpr(flow.inner_jaxpr(equation))
@@ -125,16 +134,11 @@ def _unstack(probe: jax.Array, length: int) -> jax.Array:
   return probe.reshape((length, probe.shape[0] // length, *probe.shape[1:]))
 
 
-def moments_of(resolved: Resolved, uses: Mapping[Path, Use]) -> dict[Path, Moments]:
+def moments_of(resolved: Resolved, uses: Mapping[Key, Use]) -> dict[Key, Moments]:
   """What each accepted use is to form."""
-  return {
-    path: Moments(
-      uses[path].product, resolved.layers[layer].bias is not None, resolved.layers[layer].diagonal
-    )
-    for path, layer in resolved.layer_of.items()
-  }
-
-
-def probes_for(resolved: Resolved, probes: Sequence[Factors]) -> Probes:
-  """The probe of each use from those of the layers, which AD then adds up."""
-  return {path: probes[layer] for path, layer in resolved.layer_of.items()}
+  out = {}
+  for key, (index, flipped) in resolved.places.items():
+    layer = resolved.layers[index]
+    diagonal = layer.diagonal[::-1] if flipped else layer.diagonal
+    out[key] = Moments(uses[key].product, layer.bias is not None, diagonal)
+  return out

@@ -9,7 +9,7 @@ formed from `x` and `dy` where they are at hand. AD adds cotangents: a weight th
 constant over a scan, gets the sum, and one that a scan goes over gets a stack.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -44,31 +44,34 @@ class Moments:
 
 def product_with_moments(
   multiply: Bilinear,
-  moments: Moments,
+  moments: Sequence[Moments],
   x: jax.Array,
   w: jax.Array,
-  probe: Factors,
+  probes: Sequence[Factors],
   refresh: jax.Array | None,
 ) -> jax.Array:
-  """`multiply(x, w)`, whose cotangent with respect to `probe` is the statistics.
+  """`multiply(x, w)`, whose cotangent with respect to `probes` is the statistics.
 
   Args:
     multiply: the product as the loss has it.
-    moments: what to form.
+    moments: what to form, for each part of the weight.
     x: the operand that depends on the batch.
     w: the weight.
-    probe: zeros of the factors' shapes.
+    probes: zeros of the factors' shapes.
     refresh: a traced bool, or None for always.
   """
-  like = jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype), probe)
+  like = jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype), list(probes))
+
+  def form(x, dy):
+    return [each(x, dy, shapes) for each, shapes in zip(moments, like, strict=True)]
 
   @jax.custom_vjp
-  def product(x, w, probe, refresh):
-    del probe, refresh
+  def product(x, w, probes, refresh):
+    del probes, refresh
     return multiply(x, w)
 
-  def forward(x, w, probe, refresh):
-    del probe
+  def forward(x, w, probes, refresh):
+    del probes
     return multiply(x, w), (x, w, refresh)
 
   def backward(residuals, dy):
@@ -78,10 +81,10 @@ def product_with_moments(
       (dx,) = jax.linear_transpose(lambda x: multiply(x, w), x)(dy)
     (dw,) = jax.linear_transpose(lambda w: multiply(x, w), w)(dy)
     if refresh is None:
-      return dx, dw, moments(x, dy, like), None
+      return dx, dw, form(x, dy), None
     skip = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), like)
     # products only inside the branch: gradients of convolutions would be slow there on CPU
-    return dx, dw, lax.cond(refresh, lambda: moments(x, dy, like), lambda: skip), None
+    return dx, dw, lax.cond(refresh, lambda: form(x, dy), lambda: skip), None
 
   product.defvjp(forward, backward)
-  return product(x, w, probe, refresh)
+  return product(x, w, list(probes), refresh)

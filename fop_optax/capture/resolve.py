@@ -2,14 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fop_optax import views
-from fop_optax.capture.values import BiasUse, Path, Use
+from fop_optax.capture.values import BiasUse, Key, Use
 from fop_optax.capture.walk import Found
 from fop_optax.layers import Layer
+
+
+class Place(NamedTuple):
+  """A layer, and whether its weight is used transposed (a tied weight)."""
+
+  layer: int
+  flipped: bool
+
+
+class Block(NamedTuple):
+  """The uses of one layer, the transposed ones apart."""
+
+  straight: list[Use]
+  flipped: list[Use]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,20 +33,20 @@ class Resolved:
 
   Attributes:
     layers: the layers, in the order of the parameters.
-    layer_of: index of the layer of each accepted use.
-    rows: for each layer, how many rows its weight is applied to in one evaluation of the loss.
+    places: which layer each accepted use belongs to, in which orientation.
+    rows: how many rows a layer's weight is applied to, in each orientation it is used in.
     fallbacks: index of a parameter in no layer -> reason.
   """
 
   layers: tuple[Layer, ...]
-  layer_of: Mapping[Path, int]
-  rows: tuple[int, ...]
+  places: Mapping[Key, Place]
+  rows: Mapping[Place, int]
   fallbacks: Mapping[int, str]
 
 
 def resolve(
   found: Found,
-  uses: Mapping[Path, Use],
+  uses: Mapping[Key, Use],
   shapes: Sequence[tuple[int, ...]],
   paths: Sequence[str],
   max_dim: int,
@@ -47,7 +62,7 @@ def resolve(
   """
   refused = dict(found.refused)
   for use in found.uses.values():
-    if use.path not in uses:
+    if use.key not in uses:
       why = "the rows it is applied to do not grow with the batch"
       if not use.batch:
         why = "it is multiplied with something that does not depend on the batch"
@@ -57,7 +72,7 @@ def resolve(
     if use.leaf in biases:
       refused.setdefault(use.leaf, "it is a weight in one place and a bias in another")
 
-  blocks: list[list[Use]] = []
+  blocks: list[Block] = []
   for leaf in sorted({use.leaf for use in found.uses.values()} - set(refused)):
     parts = _blocks([use for use in found.uses.values() if use.leaf == leaf], shapes[leaf])
     if isinstance(parts, str):
@@ -66,59 +81,66 @@ def resolve(
       blocks += parts
   joined = _join_biases(blocks, found.biases, shapes, refused)
 
-  layers, layer_of, rows = [], {}, []
+  layers: list[Layer] = []
+  places: dict[Key, Place] = {}
+  rows: dict[Place, int] = {}
   for index, (block, bias) in enumerate(zip(blocks, joined, strict=True)):
-    layer = _layer(block, bias, shapes, paths, max_dim)
-    siblings = sum(other[0].leaf == layer.weight for other in blocks)
-    if siblings > 1:
-      part = sum(other[0].leaf == layer.weight for other in blocks[:index])
-      layer = dataclasses.replace(layer, path=f"{layer.path} part {part}")
-    layers.append(layer)
-    rows.append(sum(use.rows for use in block))
-    layer_of |= {use.path: index for use in block}
+    layers.append(_layer(block, bias, shapes, _path(blocks, index, paths), max_dim))
+    for flipped, uses_of_it in enumerate(block):
+      place = Place(index, bool(flipped))
+      places |= {use.key: place for use in uses_of_it}
+      if uses_of_it:
+        rows[place] = sum(use.rows for use in uses_of_it)
   covered = {leaf for layer in layers for leaf in layer.leaves}
   unused = "no gradient of the loss reaches it"
   fallbacks = {
     leaf: refused.get(leaf, unused) for leaf in range(len(shapes)) if leaf not in covered
   }
-  return Resolved(tuple(layers), layer_of, tuple(rows), fallbacks)
+  return Resolved(tuple(layers), places, rows, fallbacks)
 
 
-def _blocks(uses: list[Use], shape: tuple[int, ...]) -> list[list[Use]] | str:
+def _path(blocks: list[Block], index: int, paths: Sequence[str]) -> str:
+  """Printable path of a layer; its parameter may have several parts that are layers."""
+  leaf = blocks[index].straight[0].leaf
+  siblings = [i for i, block in enumerate(blocks) if block.straight[0].leaf == leaf]
+  return paths[leaf] if len(siblings) == 1 else f"{paths[leaf]} part {siblings.index(index)}"
+
+
+def _blocks(uses: list[Use], shape: tuple[int, ...]) -> list[Block] | str:
   """Groups the uses of one parameter by the entries they read, or says why that cannot be.
 
-  The same entries in the same places: one layer, its statistics summed. Disjoint entries: layers
-  of their own. Anything else is refused.
+  The same entries in the same places, or in those of the transposed matrix (a tied weight): one
+  layer. Disjoint entries: layers of their own. Anything else is refused.
   """
   by_view: dict[tuple[Any, ...], list[Use]] = {}
   for use in uses:
     by_view.setdefault((use.view, use.stack), []).append(use)
-  blocks = list(by_view.values())
-  if len(blocks) == 1:
-    return blocks
-  merged: list[tuple[np.ndarray, list[Use]]] = []
-  owner = np.full(int(np.prod(shape)), -1)
-  for block in blocks:
-    index = views.index_map(block[0].view, shape)
+  if len(by_view) == 1:
+    return [Block(uses, [])]
+  merged: list[tuple[np.ndarray, Block]] = []
+  owner = np.full(math.prod(shape), -1)
+  for same in by_view.values():
+    index = views.index_map(same[0].view, shape)
     owners = np.unique(owner[index])
     if owners.size == 1 and owners[0] == -1:
       owner[index] = len(merged)
-      merged.append((index, block))
+      merged.append((index, Block(same, [])))
       continue
-    first = merged[owners[-1]]
-    if owners.size > 1 or first[0].size != index.size:
-      return f"overlapping parts of it are used, at {first[1][0].source} and {block[0].source}"
-    if first[0].shape != index.shape or not np.array_equal(first[0], index):
-      return (
-        "it is used in two orders of its entries (as a tied weight is), at"
-        f" {first[1][0].source} and {block[0].source}"
-      )
-    first[1].extend(block)
+    first, block = merged[owners[-1]]
+    where = f"at {block.straight[0].source} and {same[0].source}"
+    if owners.size > 1 or first.size != index.size:
+      return f"overlapping parts of it are used, {where}"
+    if np.array_equal(first, index):
+      block.straight.extend(same)
+    elif np.array_equal(first, index.swapaxes(1, 2)):
+      block.flipped.extend(same)
+    else:
+      return f"it is used in two orders of its entries, {where}"
   return [block for _, block in merged]
 
 
 def _join_biases(
-  blocks: list[list[Use]],
+  blocks: list[Block],
   biases: list[BiasUse],
   shapes: Sequence[tuple[int, ...]],
   refused: dict[int, str],
@@ -127,23 +149,27 @@ def _join_biases(
 
   A bias belongs to one block, or, in disjoint parts, to several; nothing else may read it.
   """
-  at: dict[Path, list[BiasUse]] = {}
+  at: dict[Key, list[BiasUse]] = {}
   for bias in biases:
     at.setdefault(bias.use, []).append(bias)
-  placed = {use.path for block in blocks for use in block}
+  placed = {use.key for block in blocks for uses in block for use in uses}
   for bias in biases:
     if bias.use not in placed:
       refused.setdefault(bias.leaf, "it is the bias of a weight that is in no layer")
 
   joined: list[BiasUse | None] = []
   for block in blocks:
-    ours = [at.get(use.path, []) for use in block]
+    ours = [at.get(use.key, []) for use in (*block.straight, *block.flipped)]
     entries = {  # two spellings of one view read the same entries
       (bias.leaf, views.index_map(bias.view, shapes[bias.leaf]).tobytes())
       for found in ours
       for bias in found
     }
-    if len(entries) > 1 or (entries and not all(ours)):
+    if block.flipped:  # a bias of one orientation has no place in the other
+      for leaf, _ in entries:
+        refused.setdefault(leaf, "it is the bias of a tied weight, which is used transposed as well")
+      joined.append(None)
+    elif len(entries) > 1 or (entries and not all(ours)):
       for leaf, _ in entries:
         refused.setdefault(leaf, "its weight is used several times, not always with this bias")
       joined.append(None)
@@ -153,7 +179,7 @@ def _join_biases(
   taken: dict[int, np.ndarray] = {}
   for bias in joined:
     if bias:
-      count = taken.setdefault(bias.leaf, np.zeros(int(np.prod(shapes[bias.leaf])), int))
+      count = taken.setdefault(bias.leaf, np.zeros(math.prod(shapes[bias.leaf]), int))
       np.add.at(count, views.index_map(bias.view, shapes[bias.leaf]), 1)
   for leaf, count in taken.items():
     if count.max(initial=0) > 1:
@@ -162,16 +188,14 @@ def _join_biases(
 
 
 def _layer(
-  block: list[Use],
-  bias: BiasUse | None,
-  shapes: Sequence[tuple[int, ...]],
-  paths: Sequence[str],
-  max_dim: int,
+  block: Block, bias: BiasUse | None, shapes: Sequence[tuple[int, ...]], path: str, max_dim: int
 ) -> Layer:
-  use = block[0]
+  use = block.straight[0]
+  inputs = [use.product.kind for use in block.straight]
+  outputs = [use.product.kind for use in block.flipped]  # whose inputs are the layer's outputs
   return Layer(
-    path=paths[use.leaf],
-    kind=use.product.kind,
+    path=path,
+    kind=" + ".join(dict.fromkeys(inputs + outputs)),
     weight=use.leaf,
     view=views.simplify(use.view, shapes[use.leaf]),
     stack=use.stack,
@@ -179,9 +203,9 @@ def _layer(
     outputs=use.outputs,
     bias=bias.leaf if bias else None,
     bias_view=views.simplify(bias.view, shapes[bias.leaf]) if bias else None,
-    uses=len(block),
+    uses=len(inputs + outputs),
     diagonal=(
-      use.product.kind == "lookup" or use.inputs + (bias is not None) > max_dim,
-      use.outputs > max_dim,
+      "lookup" in inputs or use.inputs + (bias is not None) > max_dim,
+      "lookup" in outputs or use.outputs > max_dim,
     ),
   )

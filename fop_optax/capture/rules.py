@@ -29,10 +29,10 @@ def _convert(equation: Any) -> Steps | None:
   return [()] if floating else None
 
 
-def _reshape(equation: Any) -> Steps | None:
-  if equation.params.get("dimensions") is not None:
-    return None
-  return [(("reshape", tuple(equation.outvars[0].aval.shape)),)]
+def _reshape(equation: Any) -> Steps:
+  step = ("reshape", tuple(equation.outvars[0].aval.shape))
+  order = equation.params.get("dimensions")  # a transpose first, as batching makes it
+  return [(("transpose", tuple(map(int, order))), step) if order is not None else (step,)]
 
 
 def _squeeze(equation: Any) -> Steps:
@@ -98,6 +98,23 @@ def steps() -> dict[Any, Callable[[Any], Steps | None]]:
 def viewed(view: values.ParamView, taken: views.View, shape: tuple[int, ...]) -> values.ParamView:
   """`view` after the steps `taken`, which lead to `shape`."""
   return dataclasses.replace(view, steps=view.steps + taken, shape=shape)
+
+
+def parts_after(parts: tuple[values.Part, ...], taken: Steps) -> tuple[values.Part, ...] | None:
+  """Parts of a variable after the steps of one equation; None where they do not stay parts."""
+  (steps,) = taken if len(taken) == 1 else (None,)
+  if steps == ():
+    return parts
+  if steps is None or [step[0] for step in steps] != ["transpose"]:
+    return None
+  ((_, permutation),) = steps
+  return tuple(
+    part._replace(
+      view=viewed(part.view, steps, tuple(part.view.shape[axis] for axis in permutation)),
+      axis=permutation.index(part.axis),
+    )
+    for part in parts
+  )
 
 
 def linear_after(linear: values.Linear, taken: views.View) -> values.Linear | None:

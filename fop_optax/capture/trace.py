@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fop_optax import _compat
 from fop_optax.capture import batch as batches
-from fop_optax.capture.values import Path, Use
+from fop_optax.capture.values import Key, Use
 from fop_optax.capture.walk import Found, walk
 
 PyTree = Any
@@ -96,7 +96,7 @@ def trace_twice(
   return traced, twice
 
 
-def growing(traced: Traced, twice: Traced | None, size: int) -> dict[Path, Use]:
+def growing(traced: Traced, twice: Traced | None, size: int) -> dict[Key, Use]:
   """The uses whose rows come from the examples: twice as many of them give twice the rows.
 
   Where the loss can be traced for one size only, a multiple of it and a dependence on the batch

@@ -8,6 +8,13 @@ from fop_optax.views import View
 Path = tuple[int, ...]  # indices of equations, from the loss's jaxpr inwards
 
 
+class Key(NamedTuple):
+  """Names a use: the equation, and which part of a weight that is joined from several."""
+
+  path: Path
+  part: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class ParamView:
   """A variable that holds entries of one parameter and nothing else.
@@ -20,6 +27,15 @@ class ParamView:
   steps: View
   shape: tuple[int, ...]
   levels: tuple[int, ...] = ()
+
+
+class Part(NamedTuple):
+  """A view that is one piece of a variable: `size` entries from `start` on along `axis`."""
+
+  view: ParamView
+  axis: int
+  start: int
+  size: int
 
 
 class Atom(NamedTuple):
@@ -37,7 +53,7 @@ class Linear:
   `axes` says for each axis of the variable which atoms of the product's output it is made of.
   """
 
-  use: Path
+  use: Key
   leaf: int
   axes: tuple[tuple[Atom, ...], ...]
 
@@ -71,12 +87,19 @@ class Value:
   Attributes:
     batch: whether it depends on the batch (or on a key that differs between groups).
     view: set if it is a view of a parameter.
+    parts: set if it is joined from views of parameters.
     linear: set if a bias added to it would be the bias of a layer.
   """
 
   batch: bool = False
   view: ParamView | None = None
+  parts: tuple[Part, ...] = ()
   linear: Linear | None = None
+
+  @property
+  def views(self) -> tuple[ParamView, ...]:
+    """The views that it holds, one or several."""
+    return (self.view,) if self.view else tuple(part.view for part in self.parts)
 
 
 class Product(Protocol):
@@ -114,7 +137,7 @@ class BiasUse:
 
   leaf: int
   view: View  # to [stack, outputs]
-  use: Path
+  use: Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +145,7 @@ class Use:
   """One product of the loss in which a parameter is the weight.
 
   Attributes:
-    path: where the equation stands.
+    key: where the equation stands, and which part of its weight this is.
     leaf: the parameter.
     view: takes the parameter to `[stack, inputs, outputs]`.
     levels: depths of the enclosing scans that go over the parameter.
@@ -133,7 +156,7 @@ class Use:
     source: source line of the equation.
   """
 
-  path: Path
+  key: Key
   leaf: int
   view: View
   levels: tuple[int, ...]

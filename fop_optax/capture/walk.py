@@ -23,7 +23,17 @@ from fop_optax.capture import dense
 from fop_optax.capture import flow
 from fop_optax.capture import lookup
 from fop_optax.capture import rules
-from fop_optax.capture.values import BiasUse, Linear, Matching, ParamView, Path, Use, Value
+from fop_optax.capture.values import (
+  BiasUse,
+  Key,
+  Linear,
+  Matching,
+  ParamView,
+  Part,
+  Path,
+  Use,
+  Value,
+)
 from fop_optax.losses import MARK
 
 _WHOLE = {
@@ -43,13 +53,13 @@ class Found:
   """What a walk leaves behind.
 
   Attributes:
-    uses: products in which a parameter is the weight, by path.
+    uses: products in which a parameter is the weight, by key.
     biases: additions of a parameter to the output of such a product.
     refused: for each parameter with a use that is not understood, the first reason.
     terms: numbers of terms that the marked losses average over.
   """
 
-  uses: dict[Path, Use] = dataclasses.field(default_factory=dict)
+  uses: dict[Key, Use] = dataclasses.field(default_factory=dict)
   biases: list[BiasUse] = dataclasses.field(default_factory=list)
   refused: dict[int, str] = dataclasses.field(default_factory=dict)
   terms: list[int] = dataclasses.field(default_factory=list)
@@ -119,10 +129,31 @@ class _Frame:
     )
     self._refuse(equation, operands, why)
 
+  def _join(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
+    """Parameters joined along an axis: each is a part of the weight."""
+    variables, axis = equation.invars, int(equation.params["dimension"])
+    views = [operand.view for operand in operands]
+    if (
+      not all(views)
+      or any(map(self._repeated, variables, views))
+      or len({view.levels for view in views}) > 1
+    ):
+      return self._whole(index, equation, operands)
+    parts, start = [], 0
+    for view in views:
+      parts.append(Part(view, axis, start, view.shape[axis]))
+      start += view.shape[axis]
+    return [Value(False, parts=tuple(parts))]
+
   def _move(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """Casts, reshapes, transposes, slices: views stay views."""
     value = operands[0]
     taken = rules.steps()[equation.primitive](equation)
+    if taken is not None and value.parts:
+      parts = rules.parts_after(value.parts, taken)
+      if parts:
+        return [Value(value.batch, parts=parts)]
+      return self._refuse(equation, operands, _WHOLE[primitives.concatenate_p])
     if taken is None:
       return self._whole(index, equation, operands)
     shapes = [tuple(variable.aval.shape) for variable in equation.outvars]
@@ -134,7 +165,7 @@ class _Frame:
       Value(
         value.batch,
         rules.viewed(value.view, step, shape) if value.view else None,
-        rules.linear_after(value.linear, step) if value.linear else None,
+        linear=rules.linear_after(value.linear, step) if value.linear else None,
       )
       for step, shape in zip(taken, shapes, strict=True)
     ]
@@ -142,7 +173,7 @@ class _Frame:
   def _broadcast(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """New axes of size one, or repetition, which only a bias may undergo."""
     value = operands[0]
-    if len(operands) > 1:
+    if len(operands) > 1 or value.parts:
       return self._whole(index, equation, operands)
     view, linear = value.view, value.linear
     if view:
@@ -152,7 +183,7 @@ class _Frame:
       shape = tuple(equation.outvars[0].aval.shape)
       same = math.prod(shape) == math.prod(equation.invars[0].aval.shape)
       linear = linear.reshaped(shape) if same else None
-    return [Value(value.batch, view, linear)]
+    return [Value(value.batch, view, linear=linear)]
 
   def _dot(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """The product of a weight with anything else is a use of a layer."""
@@ -173,28 +204,40 @@ class _Frame:
   def _product(
     self, index: int, equation: Any, operands: Sequence[Value], match: Callable
   ) -> list[Value] | None:
-    weights = [side for side in (0, 1) if operands[side].view]
+    weights = [side for side in (0, 1) if operands[side].views]
     if not weights:
       return None
     if len(weights) == 2:
       return self._refuse(equation, operands, "it is multiplied with another parameter")
     (side,) = weights
     view, batch = operands[side].view, operands[1 - side].batch
+    if operands[side].parts:
+      if match is not dense.match:
+        return self._whole(index, equation, operands)
+      for number, part in enumerate(operands[side].parts):
+        self._use(index, equation, match(equation, side, part), part.view, batch, number)
+      return [Value(batch)]
     if self._repeated(equation.invars[side], view):
       return self._refuse(equation, operands, "its entries are repeated before it is used")
     matching = match(equation, side)
     if isinstance(matching, str):
       return self._refuse(equation, operands, matching)
-    use = self._use(index, equation, matching, view, batch)
-    self.found.uses[use.path] = use
-    return [Value(batch, None, Linear(use.path, use.leaf, matching.axes))]
+    key = self._use(index, equation, matching, view, batch)
+    return [Value(batch, linear=Linear(key, view.leaf, matching.axes))]
 
   def _use(
-    self, index: int, equation: Any, matching: Matching, view: ParamView, batch: bool
-  ) -> Use:
+    self,
+    index: int,
+    equation: Any,
+    matching: Matching,
+    view: ParamView,
+    batch: bool,
+    part: int = 0,
+  ) -> Key:
+    key = Key((*self.path, index), part)
     within = math.prod(self.scans[depth] for depth in view.levels)
-    return Use(
-      path=(*self.path, index),
+    self.found.uses[key] = Use(
+      key=key,
       leaf=view.leaf,
       view=view.steps + matching.steps + ((("stack",),) if view.levels else ()),
       levels=view.levels,
@@ -206,6 +249,7 @@ class _Frame:
       batch=batch,
       source=_compat.source_of(self.jaxpr, equation),
     )
+    return key
 
   def _add(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """A sum with a product's output: of a bias, which joins its layer, or of anything else."""
@@ -215,11 +259,12 @@ class _Frame:
       for operand, variable in zip(operands, equation.invars, strict=True)
       if operand.linear and tuple(variable.aval.shape) == shape
     ]
-    views = [operand.view for operand in operands if operand.view]
+    views = [view for operand in operands for view in operand.views]
     batch = any(operand.batch for operand in operands)
     if not views:  # of two products' outputs, the choice must not depend on the spelling
-      return [Value(batch, None, min(sums, key=lambda s: (s.leaf, s.use)) if sums else None)]
-    if len(views) == 2 or not sums:
+      linear = min(sums, key=lambda s: (s.leaf, s.use)) if sums else None
+      return [Value(batch, linear=linear)]
+    if len(views) >= 2 or not sums:
       return self._whole(index, equation, operands)
     (view,), (linear,) = views, sums
     if len(view.shape) != len(shape):  # a scalar
@@ -258,8 +303,10 @@ class _Frame:
     self._refuse(equation, carried, "it is carried through a `scan` that may change it")
     inputs = [Value(flag) for flag in flags]
     for i, operand in enumerate(operands):
-      if operand.view and i < consts:
-        inputs[i] = Value(flags[i], operand.view)
+      if operand.views and i < consts:
+        inputs[i] = Value(flags[i], operand.view, operand.parts)
+      elif operand.parts:
+        self._whole(index, equation, [operand])
       elif operand.view and i >= consts + carry:
         if self._repeated(equation.invars[i], operand.view):
           self._refuse(equation, [operand], "its entries are repeated before it is used")
@@ -280,10 +327,10 @@ class _Frame:
     return view.shape != tuple(variable.aval.shape)
 
   def _refuse(self, equation: Any, operands: Sequence[Value], why: str) -> None:
-    for operand in operands:
-      if operand.view and operand.view.leaf not in self.found.refused:
+    for view in (view for operand in operands for view in operand.views):
+      if view.leaf not in self.found.refused:
         source = _compat.source_of(self.jaxpr, equation)
-        self.found.refused[operand.view.leaf] = f"{why} at {source}" if source else why
+        self.found.refused[view.leaf] = f"{why} at {source}" if source else why
 
 
 def _unsharded(equation: Any) -> bool:
@@ -297,6 +344,7 @@ def _rules() -> dict[Any, Callable[..., list[Value] | None]]:
     **dict.fromkeys(rules.steps(), _Frame._move),
     _compat.unexported()["optimization_barrier"]: lambda frame, index, equation, operands: operands,
     primitives.broadcast_in_dim_p: _Frame._broadcast,
+    primitives.concatenate_p: _Frame._join,
     primitives.dot_general_p: _Frame._dot,
     primitives.conv_general_dilated_p: _Frame._convolution,
     primitives.gather_p: _Frame._gather,
