@@ -8,6 +8,9 @@ N ?= 2000
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# LAPACK on the CPU: on a busy machine its threads wait for each other far longer than a small
+# factorisation takes.
+export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test slow fuzz lint types doctest format clean
 

@@ -184,10 +184,10 @@ def draw(path: pathlib.Path, rows: Sequence[Row], config: Compare) -> None:
     axis.set_xlabel(label)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-  target, top = (
-    100 * config.target,
-    max(100 * max(r.test_accuracy for r in rows), 100 * config.target),
-  )
+  axes[0].set_xlim(left=0)
+  axes[1].set_xscale("log")  # the cost of a step differs several times between methods
+  target = 100 * config.target
+  top = max(target, *(100 * r.test_accuracy for r in rows))
   # From the first quarter on every mean curve is in sight, and the target is never at the edge.
   axes[0].set_ylim(min(*lowest, target - 5) - 1, min(100.0, top + 1))
   axes[0].set_ylabel("test accuracy, %")

@@ -136,7 +136,8 @@ def _owners(stacks: Sequence[StackState], layers: Layers | None) -> list[np.ndar
   if layers is None:
     raise ValueError("`diagnostics` under `jax.jit` needs `layers`: pass `captured.layers`.")
   plan = plan_stacks(layers)
-  if [stack.blocks for stack in plan] != [len(stack.layer) for stack in stacks]:
+  shapes = [tuple(x.shape for x in stack.running.factors) for stack in stacks]
+  if shapes != [stack.factor_shapes for stack in plan]:
     raise ValueError(
       "`diagnostics` cannot tell under `jax.jit` which of the layers are masked (or `layers` are of"
       " another loss): call it outside."

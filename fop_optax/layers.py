@@ -6,6 +6,7 @@ plain, hashable data, no arrays. Statistics of a captured loss travel in `Stats`
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import itertools
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -59,7 +60,7 @@ class Layer:
 
   @property
   def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the stacked factors `A` and `G`: `[stack, d, d]`, or `[stack, d]` for a diagonal."""
+    """Shapes of the stacked factors `A` and `G`: `[stack, d, d]`, or diagonals `[stack, d]`."""
     a, g = (
       (self.stack, d) if diagonal else (self.stack, d, d)
       for d, diagonal in zip((self.rows, self.outputs), self.diagonal, strict=True)
@@ -124,12 +125,15 @@ class Layers(Sequence[Layer]):
     """Flattens `tree` and checks its leaves against these layers.
 
     Trees are matched by number and shapes of leaves, never by keys: Flax NNX hands an optimizer
-    the same parameters in two containers. A leaf masked by optax comes back as `optax.MaskedNode`.
+    the same parameters in two containers. A leaf masked by optax comes back as `optax.MaskedNode`,
+    also where one of them stands for a whole subtree.
 
     Raises:
       ValueError: if the leaves are not those of the captured `params`; `what` names the tree.
     """
-    leaves = jax.tree.leaves(tree, is_leaf=is_masked)
+    nodes = jax.tree.leaves(tree, is_leaf=is_masked)
+    spans = self._spans(tree)
+    leaves = [node for node, span in zip(nodes, spans, strict=True) for _ in range(span)]
     if len(leaves) != len(self.shapes):
       raise ValueError(
         f"{what} has {len(leaves)} leaves, but these layers were captured from params with"
@@ -139,11 +143,29 @@ class Layers(Sequence[Layer]):
     for leaf, shape, path in zip(leaves, self.shapes, self.paths, strict=True):
       if not is_masked(leaf) and tuple(jnp.shape(leaf)) != shape:
         raise ValueError(
-          f"{what} has shape {tuple(jnp.shape(leaf))} at {path}, but these layers were captured from"
-          f" params with {shape} there. Pass the tree that went into `fop_optax.capture(loss, params,"
-          " ...)`, or capture anew."
+          f"{what} has shape {tuple(jnp.shape(leaf))} at {path}, but these layers were captured"
+          f" from params with {shape} there. Pass the tree that went into"
+          " `fop_optax.capture(loss, params, ...)`, or capture anew."
         )
     return leaves
+
+  def tree(self, like: PyTree, leaves: Sequence[Any]) -> PyTree:
+    """The inverse of `leaves`: a list of one leaf a parameter in the structure of `like`."""
+    starts = itertools.accumulate(self._spans(like)[:-1], initial=0)
+    structure = jax.tree.structure(like, is_leaf=is_masked)
+    return jax.tree.unflatten(structure, [leaves[start] for start in starts])
+
+  def _spans(self, tree: PyTree) -> list[int]:
+    """How many parameters each leaf of `tree` stands for: one, or a subtree masked as one."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)
+    if len(flat) == len(self.shapes):
+      return [1] * len(flat)
+    spans: list[int] = []
+    for path, leaf in flat:
+      prefix, below = jax.tree_util.keystr(path), self.paths[sum(spans) :]
+      inside = [own.startswith(prefix) for own in below] + [False]
+      spans.append(max(inside.index(False), 1) if is_masked(leaf) else 1)
+    return spans
 
 
 def is_masked(leaf: Any) -> bool:

@@ -42,7 +42,7 @@ def layers_of(params, groups=2) -> Layers:
   paths = tuple(jax.tree_util.keystr(path) for path, _ in paths_and_leaves)
   shapes = tuple(tuple(leaf.shape) for _, leaf in paths_and_leaves)
   layers = []
-  for name in sorted(set(params) - {"gain"}):
+  for name in sorted(k for k, v in params.items() if isinstance(v, dict)):
     weight, bias = paths.index(f"['{name}']['w']"), paths.index(f"['{name}']['b']")
     inputs, outputs = shapes[weight]
     layers.append(
@@ -63,7 +63,7 @@ def layers_of(params, groups=2) -> Layers:
 
 def example_loss(params, x, y, probes=None):
   """Loss of one example and the inputs of its layers; `probes` are added to their outputs."""
-  names = sorted(set(params) - {"gain"})
+  names = sorted(k for k, v in params.items() if isinstance(v, dict))
   inputs, a = [], x
   for i, name in enumerate(names):
     inputs.append(a)
@@ -81,7 +81,7 @@ def loss(params, batch):
 
 def value_and_grad(params, batch, refresh=True, groups=2):
   """Loss, gradient and `Stats`, from per-example gradients and explicit factors."""
-  names = sorted(set(params) - {"gain"})
+  names = sorted(k for k, v in params.items() if isinstance(v, dict))
   probes = [jnp.zeros_like(params[name]["b"]) for name in names]
 
   def one(x, y):

@@ -105,14 +105,13 @@ def init(options: Options, params: Any) -> tuple[tuple[Stack, ...], CurvatureSta
 
 
 def begin(
-  options: Options, updates: Any, state: CurvatureState, stats: Stats | None, contrasts: bool
+  options: Options, updates: Any, state: CurvatureState, stats: Stats, contrasts: bool
 ) -> Step:
   """Checks what came in, stacks the gradient and lets the curvature take its step."""
   layers = options.layers
   leaves = layers.leaves(updates, "The gradient")
   stacks = plan_stacks(layers, leaves)
   check_state(stacks, state)
-  stats = check_stats(layers, stats)
   dtypes = [s.dtype for s in state.stacks]
   gather = lambda leaves: [
     stack_matrices(stack, layers, leaves, dtype)
@@ -152,7 +151,7 @@ def finish(
     scale = jnp.where(size > kappa, jnp.sqrt(kappa / jnp.where(size > kappa, size, 1)), 1)
   directions = [jnp.where(step.finite, scale.astype(d.dtype) * d, 0) for d in directions]
   leaves = unstack(step.stacks, options.layers, directions, step.leaves)
-  return jax.tree.unflatten(jax.tree.structure(step.updates, is_leaf=is_masked), leaves)
+  return options.layers.tree(step.updates, leaves)
 
 
 def keep_if(finite: jax.Array, new: Any, old: Any) -> Any:
@@ -174,7 +173,7 @@ def by_layer(
       leaf if is_masked(leaf) else "layers" if index in covered else "fallback"
       for index, leaf in enumerate(leaves)
     ]
-    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_masked), out)
+    return layers.tree(tree, out)
 
   parts = {"layers": inside}
   if len(layers.covered) < len(layers.shapes):
@@ -193,6 +192,24 @@ def skip_nonfinite(
     new, new_state = inner.update(updates, state, params, **extra_args)
     new = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), new)
     return new, keep_if(finite, new_state, state)
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def keep_dtypes(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """`inner` with updates and state in the dtypes they came in.
+
+  A rate or momentum that is an array of float32 (every injected hyperparameter, if one parameter is
+  float32) would make bfloat16 updates and traces float32, and the state no longer what `init` made.
+  """
+  inner = optax.with_extra_args_support(inner)
+  cast = lambda new, old: jax.tree.map(lambda new, old: new.astype(old.dtype), new, old)
+
+  def update(updates, state, params=None, **extra_args):
+    new, new_state = inner.update(updates, state, params, **extra_args)
+    return cast(new, updates), cast(new_state, state)
 
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -269,7 +286,7 @@ def complete(
       ' `optax.inject_hyperparams(..., static_args="mask")`.'
     )
   rate = options.learning_rate
-  stages = [precondition]
+  stages = []
   if momentum is not None:
     stages.append(optax.trace(momentum, nesterov))
   if not (isinstance(weight_decay, numbers.Real) and weight_decay == 0):
@@ -278,4 +295,8 @@ def complete(
   if fallback is None:
     slow = (lambda count: 0.01 * rate(count)) if callable(rate) else 0.01 * rate
     fallback = optax.adamw(slow)
-  return by_layer(options.layers, optax.chain(*stages), fallback)
+  return by_layer(
+    options.layers,
+    optax.chain(precondition, keep_dtypes(optax.chain(*stages))),
+    keep_dtypes(fallback),
+  )

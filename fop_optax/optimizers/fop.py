@@ -110,8 +110,8 @@ def _project(options: Options, fop_options: FopOptions) -> optax.GradientTransfo
       projections.append(Projection(beta=zeros, eta=zero, rho2=zero, residual=zero, s=zeros))
     return ScaleByFopState(curvature, tuple(projections))
 
-  def update(updates, state, params=None, *, stats: Stats | None = None, **extra_args):
-    del params, extra_args
+  @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
+  def apply(updates, state, stats):
     count = state.curvature.count
     step = common.begin(options, updates, state.curvature, stats, contrasts=True)
     beta = None if fop_options.beta is None else common.value_at(fop_options.beta, count)
@@ -128,6 +128,10 @@ def _project(options: Options, fop_options: FopOptions) -> optax.GradientTransfo
     projections = tuple(Projection(r.beta, r.eta, r.rho2, r.residual, r.s) for r in results)
     projections = common.keep_if(step.finite, projections, state.projections)
     return updates, ScaleByFopState(step.curvature, projections)
+
+  def update(updates, state, params=None, *, stats: Stats | None = None, **extra_args):
+    del params, extra_args
+    return apply(updates, state, common.check_stats(options.layers, stats))
 
   return optax.GradientTransformationExtraArgs(init, update)
 

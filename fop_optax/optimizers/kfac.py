@@ -60,8 +60,8 @@ def _precondition(options: Options) -> optax.GradientTransformationExtraArgs:
     _, curvature = common.init(options, params)
     return ScaleByKfacState(curvature)
 
-  def update(updates, state, params=None, *, stats: Stats | None = None, **extra_args):
-    del params, extra_args
+  @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
+  def apply(updates, state, stats):
     step = common.begin(options, updates, state.curvature, stats, contrasts=False)
     directions = [
       solve(s.inverse.value, V) for s, V in zip(step.curvature.stacks, step.matrices, strict=True)
@@ -72,6 +72,10 @@ def _precondition(options: Options) -> optax.GradientTransformationExtraArgs:
     )
     updates = common.finish(options, step, directions, norm2, state.curvature.count)
     return updates, ScaleByKfacState(step.curvature)
+
+  def update(updates, state, params=None, *, stats: Stats | None = None, **extra_args):
+    del params, extra_args
+    return apply(updates, state, common.check_stats(options.layers, stats))
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,0 +1,93 @@
+"""One row per optimizer: each goes through every test of the contract suite."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import fop_optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """An optimizer.
+
+  Attributes:
+    name: of the test.
+    make: factory, called with keyword arguments.
+    kwargs: its arguments, but `layers`.
+    curvature: whether it takes `layers` and `stats`.
+    injected: the arguments that `optax.inject_hyperparams` turns into arrays.
+    static: arguments to declare static there.
+  """
+
+  name: str
+  make: Callable[..., optax.GradientTransformation]
+  kwargs: dict[str, Any]
+  curvature: bool = True
+  injected: tuple[str, ...] = ()
+  static: tuple[str, ...] = ()
+
+  def tx(self, layers, **kwargs) -> optax.GradientTransformationExtraArgs:
+    layers = {"layers": layers} if self.curvature else {}
+    return optax.with_extra_args_support(self.make(**self.kwargs, **layers, **kwargs))
+
+  def inject(self, layers) -> optax.GradientTransformationExtraArgs:
+    layers = {"layers": layers} if self.curvature else {}
+    return optax.inject_hyperparams(self.make, self.static)(**self.kwargs, **layers)
+
+
+def decays(params):
+  """A weight decay mask: matrices only."""
+  return {
+    name: {"b": False, "w": True} if isinstance(leaf, dict) else False
+    for name, leaf in params.items()
+  }
+
+
+COMMON = ("damping", "decay", "curvature_update_period", "inverse_update_period")
+ALIAS = ("learning_rate", "momentum", "weight_decay")
+
+ROWS = (
+  Row("sgd", optax.sgd, {"learning_rate": 0.1, "momentum": 0.9}, False, ("learning_rate",)),
+  Row(
+    "kfac",
+    fop_optax.kfac,
+    {"learning_rate": 0.1, "damping": 1e-2, "weight_decay": 1e-2, "mask": decays},
+    injected=("decay", "damping", *ALIAS, "curvature_update_period"),
+    static=("mask",),
+  ),
+  Row(
+    "kfac exact",
+    fop_optax.kfac,
+    {
+      "learning_rate": optax.linear_schedule(0.1, 0.01, 10),
+      "damping": optax.linear_schedule(0.1, 0.01, 10),
+      "scaling": "exact",
+      "norm_constraint": 1e-3,
+      "momentum": None,
+      "curvature_update_period": 2,
+      "inverse_update_period": 3,
+      "stagger": True,
+    },
+    injected=(*COMMON, "norm_constraint", "learning_rate"),
+  ),
+  Row(
+    "fop", fop_optax.fop, {"learning_rate": 0.1, "damping": 1e-2}, injected=(*COMMON[:3], *ALIAS)
+  ),
+  Row(
+    "fop literal",
+    fop_optax.fop,
+    {
+      "learning_rate": jnp.float32(0.1),
+      "damping": 1e-2,
+      "projection_metric": "damped",
+      "total_gradient": "sum",
+      "beta": 0.1,
+      "nesterov": True,
+    },
+    injected=("beta", *ALIAS),
+  ),
+)

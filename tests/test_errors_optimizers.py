@@ -1,0 +1,164 @@
+"""Bad input to the optimizers: each message says what came and what to write instead."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import problems
+import pytest
+
+import fop_optax
+from fop_optax.layers import Layers
+
+PARAMS = problems.make_params()
+LAYERS = problems.layers_of(PARAMS)
+BATCH = problems.make_batch()
+
+
+@pytest.mark.parametrize("make", [fop_optax.kfac, fop_optax.fop])
+@pytest.mark.parametrize(
+  ("kwargs", "message"),
+  [
+    ({"damping": -1e-3}, "`damping=-0.001` should be at least 0"),
+    ({"decay": 1.0}, r"`decay=1.0` should be in \[0, 1\)"),
+    ({"momentum": -0.1}, r"`momentum=-0.1` should be in \[0, 1\)"),
+    ({"weight_decay": -1}, "`weight_decay=-1` should be at least 0"),
+    ({"curvature_update_period": 0}, "`curvature_update_period=0` should be a whole number"),
+    ({"inverse_update_period": 2.5}, "`inverse_update_period=2.5` should be a whole number"),
+    ({"norm_constraint": 0.0}, "`norm_constraint=0.0` should be above 0"),
+    ({"scaling": "exakt"}, "`scaling='exakt'` should be one of 'factored', 'exact'"),
+    ({"mask": True}, '`mask=True` .*static_args="mask"'),
+  ],
+)
+def test_hyperparameters(make, kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    make(0.1, LAYERS, **kwargs)
+
+
+@pytest.mark.parametrize(
+  ("groups", "kwargs", "message"),
+  [
+    (2, {"projection_metric": "euclid"}, "one of 'fisher', 'damped', 'inverse'"),
+    (2, {"total_gradient": "both"}, '`total_gradient` is "mean" or "sum", not \'both\''),
+    (1, {}, "captured with groups=1: use .*groups=2"),
+    (3, {"beta": 0.5}, "groups=3: with more than two groups it would depend on the basis"),
+  ],
+)
+def test_fop_hyperparameters(groups, kwargs, message):
+  layers = problems.layers_of(PARAMS, groups)
+  for make in (fop_optax.scale_by_fop, lambda layers, **k: fop_optax.fop(0.1, layers, **k)):
+    with pytest.raises(ValueError, match=message):
+      make(layers, **kwargs)
+
+
+def test_negative_learning_rate():
+  with pytest.raises(ValueError, match="`learning_rate=-0.1` should be at least 0"):
+    fop_optax.kfac(-0.1, LAYERS)
+
+
+def test_layers_of_another_type():
+  with pytest.raises(TypeError, match=r"`layers` is a dict, not a `Layers`.*captured.layers"):
+    fop_optax.kfac(0.1, {})
+  with pytest.raises(ValueError, match="`layers` is empty"):
+    fop_optax.kfac(0.1, Layers((), (), (), 2))
+
+
+@pytest.mark.parametrize("make", [fop_optax.kfac, fop_optax.fop])
+def test_a_callable_mask_has_to_be_static_when_injected(make):
+  mask = lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 1, tree)
+  tx = optax.inject_hyperparams(make)(0.1, LAYERS, mask=mask)
+  with pytest.raises(ValueError, match='declare it with.*static_args="mask"'):
+    tx.init(PARAMS)
+  tx = optax.inject_hyperparams(make, static_args="mask")(0.1, LAYERS, mask=mask)
+  tx.init(PARAMS)
+
+
+def update(change=lambda grads, stats: (grads, stats), make=fop_optax.fop):
+  tx = make(0.1, LAYERS)
+  _, grads, stats = problems.value_and_grad(PARAMS, BATCH)
+  grads, stats = change(grads, stats)
+  return tx.update(grads, tx.init(PARAMS), PARAMS, stats=stats)
+
+
+def other_factors(grads, stats):
+  return grads, stats._replace(factors=stats.factors[::-1])
+
+
+def fewer_factors(grads, stats):
+  return grads, stats._replace(factors=stats.factors[:1])
+
+
+@pytest.mark.parametrize("make", [fop_optax.kfac, fop_optax.fop])
+@pytest.mark.parametrize(
+  ("change", "error", "message"),
+  [
+    (
+      lambda g, s: (g, None),
+      ValueError,
+      r"No `stats`.*`tx.update\(grads, opt_state, params, stats=stats\)`.*`TrainState."
+      r"apply_gradients` cannot hand them on",
+    ),
+    (
+      lambda g, s: (g, {"A": 1}),
+      TypeError,
+      "`stats` is a dict: pass what `captured.value_and_grad`",
+    ),
+    (other_factors, ValueError, "`stats` are of another loss: their factors have shapes"),
+    (fewer_factors, ValueError, "`stats` are of another loss"),
+    (
+      lambda g, s: (g, s._replace(contrasts=())),
+      ValueError,
+      "`stats` have 0 contrasts, but these layers were captured with groups=2",
+    ),
+    (lambda g, s: ({"gain": g["gain"]}, s), ValueError, "has 1 leaves, but these layers .* with 7"),
+    (
+      lambda g, s: ({**g, "gain": jnp.ones(3)}, s),
+      ValueError,
+      r"has shape \(3,\) at \['gain'\], but",
+    ),
+  ],
+)
+def test_what_comes_in(make, change, error, message):
+  with pytest.raises(error, match=message):
+    update(change, make)
+
+
+def test_wrong_params_in_init():
+  for params in ({"w": jnp.ones(3)}, {**PARAMS, "gain": jnp.ones(3)}):
+    with pytest.raises(ValueError, match=r"Pass the tree that went into `fop_optax.capture"):
+      fop_optax.kfac(0.1, LAYERS).init(params)
+
+
+@pytest.mark.parametrize("part", ["b", "w"])
+def test_a_layer_masked_in_part(part):
+  mask = jax.tree.map(lambda _: True, PARAMS)
+  mask["fc1"][part] = False
+  names = rf"\['fc1'\]\['{part}'\]"
+  for tx in (
+    optax.masked(fop_optax.kfac(0.1, LAYERS), mask),
+    optax.masked(fop_optax.fop(0.1, LAYERS), mask),
+  ):
+    with pytest.raises(ValueError, match=f"masked in part: {names} is masked, the rest is not"):
+      tx.init(PARAMS)
+
+
+def test_refresh_due_finds_one_state():
+  with pytest.raises(ValueError, match=r"found no curvature state.*`tx.init\(params\)`"):
+    fop_optax.refresh_due(optax.adam(0.1).init(PARAMS))
+  state = optax.chain(fop_optax.kfac(0.1, LAYERS), fop_optax.fop(0.1, LAYERS)).init(PARAMS)
+  with pytest.raises(ValueError, match="found 2 curvature states, at") as caught:
+    fop_optax.refresh_due(state)
+  where = re.findall(r"opt_state(\[\d\])\.inner_states", str(caught.value))
+  assert where == ["[0]", "[1]"]
+  with pytest.raises(ValueError, match="found 2 states of K-FAC or FOP where it needs one"):
+    fop_optax.diagnostics(state)
+
+
+def test_diagnostics_under_jit():
+  state = fop_optax.kfac(0.1, LAYERS).init(PARAMS)
+  with pytest.raises(ValueError, match="under `jax.jit` needs `layers`"):
+    jax.jit(fop_optax.diagnostics)(state)
+  masked = optax.masked(fop_optax.kfac(0.1, LAYERS), {name: name != "fc2" for name in PARAMS})
+  with pytest.raises(ValueError, match="which of the layers are masked"):
+    jax.jit(lambda state: fop_optax.diagnostics(state, LAYERS))(masked.init(PARAMS))
