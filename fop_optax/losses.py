@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-MARK = "fop_optax_terms"  # name of the jitted function by which capture knows these losses
+# Names of the jitted functions by which capture knows these losses and their distributions.
+SOFTMAX, NORMAL = "fop_optax_softmax", "fop_optax_normal"
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Mean cross entropy of a softmax over the last axis.
@@ -45,7 +46,7 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       f" labels [...] or probabilities [..., classes], but got {logits.dtype}{list(logits.shape)}"
       f" and {labels.dtype}{list(labels.shape)}."
     )
-  return _mark(lambda logits, labels: jnp.mean(terms(logits, labels)))(logits, labels)
+  return _mark(lambda logits, labels: jnp.mean(terms(logits, labels)), SOFTMAX)(logits, labels)
 
 
 def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
@@ -79,9 +80,9 @@ def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
       " [batch, 1]: write `predictions[..., None]`."
     )
   half = lambda f, y: jnp.mean(0.5 * jnp.sum((f - y) ** 2, axis=-1))  # noqa: E731
-  return _mark(half)(predictions, targets)
+  return _mark(half, NORMAL)(predictions, targets)
 
 
-def _mark(loss):
-  loss.__name__ = loss.__qualname__ = MARK
+def _mark(loss, name):
+  loss.__name__ = loss.__qualname__ = name
   return jax.jit(loss)

@@ -195,7 +195,7 @@ BAD = {
     P, jnp.ones((N, D + 1)), Y), r"(?s)other layers with these arguments.*now.*captured"),
   "groups": (lambda: fop_optax.capture(cross_entropy, P, X, Y, groups=0), r"groups=.*at least 1"),
   "fisher": (lambda: fop_optax.capture(cross_entropy, P, X, Y, fisher="true"),
-             r"fisher='true'.*write fisher='empirical'"),
+             r"fisher='true'.*one of empirical, sampled, exact"),
   "terms": (lambda: fop_optax.capture(cross_entropy, P, X, Y, terms_per_example=0.5),
             r"terms_per_example=.*not 0.5"),
   "one number an example": (lambda: fop_optax.capture(

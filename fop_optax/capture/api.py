@@ -14,7 +14,8 @@ from fop_optax.capture import aux as auxiliary
 from fop_optax.capture import batch as batches
 from fop_optax.capture import flow
 from fop_optax.capture import report
-from fop_optax.capture.backward import by_layer, plain, with_statistics
+from fop_optax.capture.backward import WithStatistics, by_layer, plain
+from fop_optax.capture.fisher import FISHERS, check_marked
 from fop_optax.capture.resolve import resolve
 from fop_optax.capture.trace import Signature, growing, terms_of, trace_twice
 from fop_optax.capture.values import Key
@@ -64,7 +65,10 @@ def capture(
       BatchNorm normalises within a group.
     micro_batches: number of pieces each group is worked off in, for less memory. Equal to one piece
       but for BatchNorm and dropout.
-    fisher: which Fisher matrix the statistics estimate: `"empirical"`, from the labels given.
+    fisher: which Fisher matrix the statistics estimate: `"empirical"`, from the labels given;
+      `"sampled"`, from labels drawn from the model's output (one more backward pass on refresh);
+      `"exact"`, the expectation over them (one for each class). The latter two need a marked loss,
+      `fop_optax.softmax_cross_entropy` or `squared_error`.
     terms_per_example: R above, the number of terms the mean loss has for an example: 1 for a label
       an example, the tokens of an example for a mean over tokens. By default what
       `fop_optax.softmax_cross_entropy` or `squared_error` in the loss say, else 1.
@@ -94,7 +98,7 @@ def capture(
     ((1, 5, 5), (1, 8, 8))
   """
   _check_options(groups, micro_batches, fisher, terms_per_example, max_dim)
-  spec = Spec(loss_fn, has_aux, batch_argnums, micro_batches, terms_per_example, max_dim)
+  spec = Spec(loss_fn, has_aux, batch_argnums, micro_batches, terms_per_example, max_dim, fisher)
   flat, treedef = jax.tree_util.tree_flatten_with_path(params)
   paths = tuple(report.printable(path) for path, _ in flat)
   leaves = [leaf for _, leaf in flat]
@@ -106,6 +110,7 @@ def capture(
   uses = growing(traced, twice, chunks.size)
   resolved = resolve(traced.found, uses, shapes, paths, max_dim)
   terms_of(traced.found, chunks.size, terms_per_example)
+  check_marked(fisher, traced.found.marks)
   roles: tuple[auxiliary.Role, ...] = ()
   if chunks.count > 1:
     roles = auxiliary.roles(traced, twice, len(leaves), signature.args.batch, chunks.size)
@@ -135,6 +140,7 @@ class Spec:
   micro_batches: int
   terms_per_example: int | None
   max_dim: int
+  fisher: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,7 +166,11 @@ class Captured:
     return report.table(self.layers, self.fallbacks)
 
   def value_and_grad(
-    self, params: PyTree, *args: Any, refresh: bool | jax.Array = True
+    self,
+    params: PyTree,
+    *args: Any,
+    refresh: bool | jax.Array = True,
+    key: jax.Array | None = None,
   ) -> tuple[Any, PyTree, Stats]:
     """Loss, gradient of the mean loss, and statistics of this batch, in one backward pass.
 
@@ -170,6 +180,7 @@ class Captured:
       refresh: whether to form Kronecker statistics. A Python bool makes two compiled variants, of
         which the one without costs no more than the gradient by groups; a traced bool makes one.
         `fop_optax.refresh_due(opt_state)` gives it.
+      key: for `fisher="sampled"`, a new one each step.
 
     Returns:
       `(loss, grads, stats)`, or `((loss, aux), grads, stats)` with `has_aux`.
@@ -193,7 +204,12 @@ class Captured:
     else:
       flag = None if static else jnp.asarray(refresh)
       backward, combine = self._with_statistics(signature, leaves, chunks, zeros, flag)
-    results = chunks.run(backward, self._unroll)
+      if self._spec.fisher == "sampled" and key is None:
+        raise ValueError(
+          "With fisher='sampled' labels are drawn: pass `value_and_grad(..., key=key)`, with a new"
+          " `key = jax.random.fold_in(seed, step)` each step."
+        )
+    results = chunks.run(backward, self._unroll, key)
 
     by_leaf = list(zip(*(result.grads for result in results), strict=True))
     unflatten = functools.partial(jax.tree.unflatten, signature.params)
@@ -235,8 +251,17 @@ class Captured:
         )[:2000]
       )
     terms = terms_of(traced.found, size, self._spec.terms_per_example)
-    scale = float(size * terms)
-    backward = with_statistics(traced, uses, resolved, leaves, zeros, scale, refresh)
+    backward = WithStatistics(
+      traced=traced,
+      uses=uses,
+      resolved=resolved,
+      params=leaves,
+      zeros=zeros,
+      scale=float(size * terms),
+      refresh=refresh,
+      fisher=self._spec.fisher,
+      branch=not self._unroll,
+    )
     return backward, functools.partial(by_layer, resolved)
 
 
@@ -255,8 +280,8 @@ def _check_options(groups, micro_batches, fisher, terms, max_dim):
       raise ValueError(f"`capture({name}=...)` takes a whole number of at least 1, not {value!r}.")
   if terms is not None and (not isinstance(terms, int) or terms < 1):
     raise ValueError(f"`capture(terms_per_example=...)` takes a whole number or None, not {terms!r}.")
-  if fisher != "empirical":
-    raise ValueError(f"`capture(fisher={fisher!r})` is unknown: write fisher='empirical'.")
+  if fisher not in FISHERS:
+    raise ValueError(f"`capture(fisher={fisher!r})` is unknown: one of {', '.join(FISHERS)}.")
 
 
 def _check_params(leaves, paths):

@@ -1,19 +1,21 @@
 """The backward pass of one chunk: loss and gradient, with or without statistics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fop_optax.capture import fisher
 from fop_optax.capture.batch import Result
-from fop_optax.capture.evaluate import Evaluation, moments_of
+from fop_optax.capture.evaluate import MARK, Evaluation, moments_of
 from fop_optax.capture.resolve import Place, Resolved
 from fop_optax.capture.trace import Signature, Traced
 from fop_optax.capture.values import Key, Use
 from fop_optax.layers import Factors
 
-Backward = Callable[[list[Any]], Result]
+Backward = Callable[[list[Any], jax.Array | None], Result]  # chunk, key
 
 
 def plain(
@@ -21,7 +23,8 @@ def plain(
 ) -> Backward:
   """The gradient of the loss as it is; the factors are zeros."""
 
-  def backward(chunk: list[Any]) -> Result:
+  def backward(chunk: list[Any], key: jax.Array | None) -> Result:
+    del key
     value_and_grad = jax.value_and_grad(signature.call, has_aux=True)
     (loss, aux), grads = value_and_grad(list(params), args, chunk)
     return Result(loss, aux, grads, zeros)
@@ -29,18 +32,11 @@ def plain(
   return backward
 
 
-def with_statistics(
-  traced: Traced,
-  uses: dict[Key, Use],
-  resolved: Resolved,
-  params: Sequence[Any],
-  zeros: tuple[Factors, ...],
-  scale: float,
-  refresh: jax.Array | None,
-) -> Backward:
-  """The gradient and the normalised Kronecker factors.
+@dataclasses.dataclass(frozen=True, eq=False)
+class WithStatistics:
+  """The gradient and the normalised Kronecker factors, one pair a `Place`.
 
-  Args:
+  Attributes:
     traced: the loss.
     uses: its accepted uses.
     resolved: their layers.
@@ -48,30 +44,72 @@ def with_statistics(
     zeros: of the layers' factors.
     scale: N R, examples of the chunk times terms an example.
     refresh: a traced bool, or None for always.
+    fisher: which labels the statistics are of.
+    branch: whether a second backward pass may stand in a branch.
   """
-  accepted = {key: uses[key] for key in resolved.places}
-  evaluation = Evaluation(accepted, moments_of(resolved, accepted), refresh)
-  probes = {
-    place: zeros[place.layer] if not place.flipped else Factors(*zeros[place.layer][::-1])
-    for place in resolved.rows
-  }
 
-  def backward(chunk: list[Any]) -> Result:
-    def loss(params, probes):
-      by_use = {key: probes[place] for key, place in resolved.places.items()}
-      loss, *aux = evaluation.run(traced.jaxpr, traced.consts, [*params, *chunk], by_use)
-      return loss, jax.tree.unflatten(traced.treedef, aux)
+  traced: Traced
+  uses: Mapping[Key, Use]
+  resolved: Resolved
+  params: Sequence[Any]
+  zeros: tuple[Factors, ...]
+  scale: float
+  refresh: jax.Array | None
+  fisher: str
+  branch: bool
 
-    value_and_grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    (value, aux), (grads, sums) = value_and_grad(list(params), probes)
+  def __call__(self, chunk: list[Any], key: jax.Array | None) -> Result:
+    zeros = self.zeros
+    probes = {
+      place: Factors(*zeros[place.layer][::-1]) if place.flipped else zeros[place.layer]
+      for place in self.resolved.rows
+    }
+    if self.fisher == "empirical":
+      loss = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)
+      (value, (aux, _)), (grads, sums) = loss(list(self.params), probes, {}, chunk)
+    else:
+      value, aux, grads, sums = self._two_passes(probes, chunk, key)
     # A = sum x x' / (N T) over the N T rows of the layer; G = N R sum dy dy'
     factors = tuple(
-      Factors(A / rows, G * scale)
-      for (A, G), rows in ((sums[place], resolved.rows[place]) for place in resolved.rows)
+      Factors(sums[place].A / rows, sums[place].G * self.scale)
+      for place, rows in self.resolved.rows.items()
     )
     return Result(value, aux, grads, factors)
 
-  return backward
+  def _loss(self, params, probes, weights, chunk):
+    """`(loss, (aux, operands of the marks))`; `weights` are zeros added to the marks' values."""
+    traced, resolved = self.traced, self.resolved
+    accepted = {key: self.uses[key] for key in resolved.places}
+    marks = frozenset(weights)
+    evaluation = Evaluation(accepted, moments_of(resolved, accepted), self.refresh, marks)
+    by_key = {key: probes[place] for key, place in resolved.places.items()}
+    by_key |= {Key(path, MARK): weight for path, weight in weights.items()}
+    outputs, marked = evaluation.run(traced.jaxpr, traced.consts, [*params, *chunk], by_key)
+    return outputs[0], (jax.tree.unflatten(traced.treedef, outputs[1:]), marked)
+
+  def _two_passes(self, probes, chunk, key):
+    """One forward pass; a backward pass for the gradient, one from drawn labels for statistics."""
+    marks = self.traced.found.marks
+
+    def forward(params, probes, weights):
+      value, (aux, marked) = self._loss(params, probes, weights, chunk)
+      return (value, [marked[mark.path] for mark in marks]), aux
+
+    weights = {mark.path: jnp.zeros(mark.scans) for mark in marks}
+    (value, outputs), pullback, aux = jax.vjp(
+      forward, list(self.params), probes, weights, has_aux=True
+    )
+    nothing = [jnp.zeros_like(output) for output in outputs]
+    grads, _, weights = pullback((jnp.ones_like(value), nothing))
+    weights = [weights[mark.path] for mark in marks]
+
+    def second_pass():
+      from_marks = lambda starts: pullback((jnp.zeros_like(value), starts))[1]
+      return fisher.statistics(self.fisher, marks, outputs, weights, from_marks, key)
+
+    if self.refresh is None or not self.branch:
+      return value, aux, grads, second_pass()
+    return value, aux, grads, jax.lax.cond(self.refresh, second_pass, lambda: probes)
 
 
 def by_layer(resolved: Resolved, factors: Sequence[Factors]) -> tuple[Factors, ...]:

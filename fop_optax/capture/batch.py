@@ -182,24 +182,31 @@ class Chunks:
         out.append(leaf)
     return out
 
-  def run(self, backward: Callable[[list[Any]], "Result"], unroll: bool) -> list["Result"]:
+  def run(
+    self, backward: Callable[[list[Any], Any], "Result"], unroll: bool, key: jax.Array | None
+  ) -> list["Result"]:
     """One result a group: means over its micro-batches, aux stacked `[micro_batches, ...]`.
 
     Groups are unrolled; under a trace they share one inner `jit`, so that they are traced once.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in self.leaves):
       backward = jax.jit(backward)
+
+    def one(group, micro):
+      own = None if key is None else _fold_in(key, group + self.groups * micro)
+      return backward(self.chunk(group, micro), own)
+
     if self.micro_batches == 1:
-      results = [backward(self.chunk(group, 0)) for group in range(self.groups)]
+      results = [one(group, 0) for group in range(self.groups)]
       return [r._replace(aux=jax.tree.map(lambda a: jnp.asarray(a)[None], r.aux)) for r in results]
 
     def step(total, micro):
-      results = [backward(self.chunk(group, micro)) for group in range(self.groups)]
+      results = [one(group, micro) for group in range(self.groups)]
       sums = jax.tree.map(_wide, [r._replace(aux=()) for r in results])
       return jax.tree.map(jnp.add, total, sums), [r.aux for r in results]
 
     pieces = jnp.arange(self.micro_batches)
-    like = jax.eval_shape(lambda: [backward(self.chunk(g, pieces[0])) for g in range(self.groups)])
+    like = jax.eval_shape(lambda: [one(group, pieces[0]) for group in range(self.groups)])
     like = [r._replace(aux=()) for r in like]
     zeros = jax.tree.map(lambda a: _wide(jnp.zeros(a.shape, a.dtype)), like)
     sums, auxes = jax.lax.scan(step, zeros, pieces, unroll=self.micro_batches if unroll else 1)

@@ -20,7 +20,9 @@ from fop_optax.capture.resolve import Resolved
 from fop_optax.capture.values import Key, Path, Use
 from fop_optax.layers import Factors
 
-Probes = dict[Key, Factors]  # for each use zeros, [stack, ...] of what is left of its stack
+# For each use zeros, [stack, ...] of what is left of its stack; for each mark a zero, [scans ...].
+Probes = dict[Key, Any]
+MARK = -1  # the `part` of a mark's key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +33,19 @@ class Evaluation:
     uses: the accepted uses.
     moments: for each of them, what to form.
     refresh: a traced bool, or None for always.
+    marks: paths of marked losses whose operands are wanted.
   """
 
   uses: Mapping[Key, Use]
   moments: Mapping[Key, Moments]
   refresh: jax.Array | None
+  marks: frozenset[Path] = frozenset()
 
   @functools.cached_property
   def entered(self) -> frozenset[Path]:
-    """Paths of the equations that have a use inside them."""
-    return frozenset(key.path[:end] for key in self.uses for end in range(1, len(key.path)))
+    """Paths of the equations that have a use or a mark inside them."""
+    paths = [key.path for key in self.uses] + list(self.marks)
+    return frozenset(path[:end] for path in paths for end in range(1, len(path)))
 
   @functools.cached_property
   def products(self) -> Mapping[Path, list[Key]]:
@@ -58,8 +63,9 @@ class Evaluation:
     probes: Probes,
     path: Path = (),
     depth: int = 0,
-  ) -> list[Any]:
-    """The outputs of `jaxpr`, which stands at `path`, within `depth` scans."""
+  ) -> tuple[list[Any], dict[Path, jax.Array]]:
+    """The outputs of `jaxpr`, which stands at `path`, within `depth` scans; operands of marks."""
+    marked: dict[Path, jax.Array] = {}
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, arguments, strict=True))
 
@@ -74,11 +80,15 @@ class Evaluation:
       elif here in self.entered:
         enter = self._scan if equation.primitive is primitives.scan_p else self._inline
         inside = {key: z for key, z in probes.items() if key.path[: len(here)] == here}
-        outputs = enter(equation, operands, inside, here, depth)
+        outputs, found = enter(equation, operands, inside, here, depth)
+        marked |= found
+      elif here in self.marks:
+        (value,) = _compat.evaluate_equation(jaxpr, equation, operands)
+        outputs, marked[here] = [value + probes[Key(here, MARK)]], operands[0]
       else:
         outputs = _compat.evaluate_equation(jaxpr, equation, operands)
       env.update(zip(equation.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [read(atom) for atom in jaxpr.outvars], marked
 
   def _product(self, jaxpr, equation, operands, keys, probes):
     side = self.uses[keys[0]].product.weight
@@ -109,17 +119,18 @@ class Evaluation:
     constant, carry = operands[:n_consts], operands[n_consts : n_consts + n_carry]
     length = params["length"]
     # a weight that the scan goes over brings a slice of its probe; a constant one all of it
-    over = {use for use in probes if depth in self.uses[use].levels}
-    sliced = {use: jax.tree.map(lambda z: _unstack(z, length), probes[use]) for use in over}
-    whole = {use: probes[use] for use in probes if use not in over}
+    over = {key for key in probes if key in self.uses and depth in self.uses[key].levels}
+    sliced = {key: jax.tree.map(lambda z: _unstack(z, length), probes[key]) for key in over}
+    sliced |= {key: probes[key] for key in probes if key.part == MARK}
+    whole = {key: probes[key] for key in probes if key not in sliced}
 
     def step(carry, slices):
       sliced, scanned = slices
       arguments = [*constant, *carry, *scanned]
-      outputs = self.run(body, consts, arguments, whole | sliced, here, depth + 1)
-      return outputs[:n_carry], outputs[n_carry:]
+      outputs, marked = self.run(body, consts, arguments, whole | sliced, here, depth + 1)
+      return outputs[:n_carry], (outputs[n_carry:], marked)
 
-    carry, stacked = lax.scan(
+    carry, (stacked, marked) = lax.scan(
       step,
       carry,
       (sliced, operands[n_consts + n_carry :]),
@@ -127,7 +138,7 @@ class Evaluation:
       reverse=params["reverse"],
       unroll=params["unroll"],
     )
-    return [*carry, *stacked]
+    return [*carry, *stacked], marked
 
 
 def _unstack(probe: jax.Array, length: int) -> jax.Array:

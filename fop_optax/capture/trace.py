@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -115,18 +116,19 @@ def terms_of(found: Found, size: int, given: int | None) -> int:
   Raises:
     ValueError: if the marked losses do not say it.
   """
-  if given is not None or not found.terms:
+  marked = [mark.terms * math.prod(mark.scans) for mark in found.marks]
+  if given is not None or not marked:
     return given or 1
-  if any(terms % size for terms in found.terms):
+  if any(terms % size for terms in marked):
     raise ValueError(
-      f"A loss marked by fop_optax averages over {found.terms} terms for {size} examples, which is no"
+      f"A loss marked by fop_optax averages over {marked} terms for {size} examples, which is no"
       " whole number an example. `squared_error` takes [batch, outputs], with one number an example"
       " [batch, 1]; else pass `terms_per_example` to `capture`."
     )
-  each = {terms // size for terms in found.terms}
-  if len(found.terms) > 1 and each != {1}:
+  each = {terms // size for terms in marked}
+  if len(marked) > 1 and each != {1}:
     raise ValueError(
-      f"{len(found.terms)} marked losses stand in the loss, over {sorted(each)} terms an example:"
+      f"{len(marked)} marked losses stand in the loss, over {sorted(each)} terms an example:"
       " whether they add up or are averaged cannot be seen. Pass `terms_per_example` to `capture`."
     )
   return each.pop()

@@ -27,6 +27,7 @@ from fop_optax.capture.values import (
   BiasUse,
   Key,
   Linear,
+  Mark,
   Matching,
   ParamView,
   Part,
@@ -34,7 +35,7 @@ from fop_optax.capture.values import (
   Use,
   Value,
 )
-from fop_optax.losses import MARK
+from fop_optax.losses import NORMAL, SOFTMAX
 
 _WHOLE = {
   primitives.cond_p: "it is used inside a branch (`cond`)",
@@ -56,13 +57,13 @@ class Found:
     uses: products in which a parameter is the weight, by key.
     biases: additions of a parameter to the output of such a product.
     refused: for each parameter with a use that is not understood, the first reason.
-    terms: numbers of terms that the marked losses average over.
+    marks: the marked losses.
   """
 
   uses: dict[Key, Use] = dataclasses.field(default_factory=dict)
   biases: list[BiasUse] = dataclasses.field(default_factory=list)
   refused: dict[int, str] = dataclasses.field(default_factory=dict)
-  terms: list[int] = dataclasses.field(default_factory=list)
+  marks: list[Mark] = dataclasses.field(default_factory=list)
 
 
 def walk(jaxpr: Any, shapes: Sequence[tuple[int, ...]], batch: Sequence[bool]) -> Found:
@@ -286,9 +287,10 @@ class _Frame:
       return self._refuse(equation, operands, "it is used in a gradient inside the loss")
     if not _unsharded(equation):
       return self._refuse(equation, operands, "it goes into a `jit` with shardings of its own")
-    if equation.params.get("name") == MARK:
-      shape = equation.invars[0].aval.shape
-      self.found.terms.append(math.prod(shape[:-1]) * math.prod(self.scans))
+    if equation.params.get("name") in (SOFTMAX, NORMAL):
+      terms = math.prod(equation.invars[0].aval.shape[:-1])
+      mark = Mark((*self.path, index), equation.params["name"], terms, self.scans)
+      self.found.marks.append(mark)
     frame = _Frame(inner, self._needed(equation), (*self.path, index), self.scans, self.found)
     return frame.run(operands)
 
