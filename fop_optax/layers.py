@@ -4,7 +4,7 @@ A layer is a product `y = x W (+ b)` in which `W` is a view of one parameter. `L
 plain, hashable data, no arrays. Statistics of a captured loss travel in `Stats`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import itertools
 from typing import Any, NamedTuple, overload
@@ -67,10 +67,10 @@ class Layer:
     )
     return a, g
 
-  def matrix(self, leaves: Sequence[Any]) -> jax.Array:
+  def matrix(self, leaves: Sequence[Any] | Mapping[int, Any]) -> jax.Array:
     """The layer's parameters (or gradients) as matrices `[stack, rows, outputs]`, bias last."""
     matrix = views.replay(self.view, leaves[self.weight])
-    if self.bias is None:
+    if self.bias is None or self.bias_view is None:
       return matrix
     bias = views.replay(self.bias_view, leaves[self.bias])
     return jnp.concatenate([matrix, bias[:, None].astype(matrix.dtype)], axis=1)
@@ -82,7 +82,7 @@ class Layer:
     """
     weight = matrix[:, : self.inputs]
     out = {self.weight: views.transpose(self.view, weight, shapes[self.weight])}
-    if self.bias is not None:
+    if self.bias is not None and self.bias_view is not None:
       out[self.bias] = views.transpose(self.bias_view, matrix[:, self.inputs], shapes[self.bias])
     return out
 

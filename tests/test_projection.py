@@ -234,14 +234,15 @@ def test_projecting_with_the_inverse_is_kfac(layer, scaling):  # D7
   assert relative(out.direction, kfac) < loose(layer)
 
 
-@hypothesis.given(st.integers(0, 10**6), st.integers(3, 5), scalings, metrics)
-def test_more_groups_in_any_basis(seed, count, scaling, metric):
+@hypothesis.given(st.integers(0, 10**6), st.sampled_from([3, 5]), scalings)
+def test_more_groups_in_any_basis(seed, count, scaling):
   A, G, damping, groups = random_layer(seed, groups=count)
   rng = np.random.default_rng(seed)
-  base, kfac = jitted(A, G, damping, groups, scaling=scaling, metric=metric)
+  rows = contrast_rows(count)
+  base, kfac = jitted(A, G, damping, groups, scaling=scaling, rows=rows)
   turn, _ = np.linalg.qr(rng.normal(size=(count - 1, count - 1)))
-  rows = jnp.asarray(turn @ contrast_rows(count))
-  turned, _ = jitted(A, G, damping, groups, scaling=scaling, metric=metric, rows=rows)
+  rows = jnp.asarray(turn @ rows)
+  turned, _ = jitted(A, G, damping, groups, scaling=scaling, rows=rows)
   assert relative(turned.direction, base.direction) < 1e-11
   rho2, average = float(base.rho2), jnp.mean(groups, 0)
   N = jnp.sum(average * kfac)

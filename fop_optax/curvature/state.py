@@ -63,8 +63,9 @@ def init_curvature(
   """
   states = []
   for stack in stacks:
-    members = [leaf for i in stack.layers for leaf in layers[i].leaves] if leaves else []
-    dtype = jnp.result_type(jnp.float32, *(dtype_of(leaves[leaf]) for leaf in members))
+    members = [leaf for i in stack.layers for leaf in layers[i].leaves]
+    dtypes = [dtype_of(leaves[leaf]) for leaf in members] if leaves is not None else []
+    dtype = jnp.result_type(jnp.float32, *dtypes)
     running = init_running(stack.factor_shapes, stack.blocks, dtype)
     owners = [i for i in stack.layers for _ in range(layers[i].stack)]
     states.append(

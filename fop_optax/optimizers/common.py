@@ -1,6 +1,6 @@
 """What K-FAC and FOP share: options, checks of what comes in, and the way in and out of a step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 import dataclasses
 import numbers
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from fop_optax.curvature.stacks import (
 from fop_optax.curvature.state import CurvatureOptions, CurvatureState, advance, init_curvature
 from fop_optax.layers import Layers, Stats, is_masked
 
-ScalarOrSchedule = jax.typing.ArrayLike | optax.Schedule
+Scalar = float | jax.Array
+ScalarOrSchedule = Scalar | optax.Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Options:
 
   layers: Layers
   damping: ScalarOrSchedule
-  decay: jax.typing.ArrayLike
+  decay: Scalar
   scaling: str
-  curvature_update_period: jax.typing.ArrayLike
-  inverse_update_period: jax.typing.ArrayLike | None
+  curvature_update_period: Scalar
+  inverse_update_period: Scalar | None
   stagger: bool
   norm_constraint: ScalarOrSchedule | None
   learning_rate: ScalarOrSchedule
@@ -45,7 +46,7 @@ class Options:
       )
     if not self.layers:
       raise ValueError("`layers` is empty: the loss has no layer to precondition.")
-    one_of("scaling", self.scaling, SCALINGS)
+    one_of("scaling", self.scaling, tuple(SCALINGS))
     check("damping", self.damping, lambda x: x >= 0, "at least 0")
     check("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
     for name in ("curvature_update_period", "inverse_update_period"):
@@ -175,7 +176,7 @@ def by_layer(
     ]
     return layers.tree(tree, out)
 
-  parts = {"layers": inside}
+  parts: dict[Hashable, optax.GradientTransformation] = {"layers": inside}
   if len(layers.covered) < len(layers.shapes):
     parts["fallback"] = skip_nonfinite(outside)
   return optax.partition(parts, labels)
@@ -267,9 +268,9 @@ def _resolution(stack: Stack, layers: Layers, leaves: Sequence[Any]) -> float:
 def complete(
   options: Options,
   precondition: optax.GradientTransformation,
-  momentum: jax.typing.ArrayLike | None,
+  momentum: Scalar | None,
   nesterov: bool,
-  weight_decay: jax.typing.ArrayLike,
+  weight_decay: Scalar,
   mask: Any,
   fallback: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:

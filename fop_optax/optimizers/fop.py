@@ -12,7 +12,7 @@ from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import common
-from fop_optax.optimizers.common import Options, ScalarOrSchedule
+from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 from fop_optax.projection import FopDirection, check_total_gradient, fop_direction
 
 METRICS = ("fisher", "damped", "inverse")
@@ -63,10 +63,10 @@ def scale_by_fop(
   layers: Layers,
   *,
   damping: ScalarOrSchedule = 1e-3,
-  decay: jax.typing.ArrayLike = 0.95,
+  decay: Scalar = 0.95,
   scaling: str = "factored",
-  curvature_update_period: jax.typing.ArrayLike = 10,
-  inverse_update_period: jax.typing.ArrayLike | None = None,
+  curvature_update_period: Scalar = 10,
+  inverse_update_period: Scalar | None = None,
   stagger: bool = False,
   projection_metric: str = "fisher",
   total_gradient: str = "mean",
@@ -101,7 +101,7 @@ def _project(options: Options, fop_options: FopOptions) -> optax.GradientTransfo
   """FOP on the leaves that are in layers; the others have to be masked."""
   fop_options.check(options.layers)
 
-  def init(params):
+  def init(params: optax.Params) -> Any:
     stacks, curvature = common.init(options, params)
     contrasts = options.layers.groups - 1
     projections = []
@@ -171,14 +171,14 @@ def fop(
   layers: Layers,
   *,
   damping: ScalarOrSchedule = 1e-3,
-  decay: jax.typing.ArrayLike = 0.95,
-  momentum: jax.typing.ArrayLike | None = 0.9,
+  decay: Scalar = 0.95,
+  momentum: Scalar | None = 0.9,
   nesterov: bool = False,
-  weight_decay: jax.typing.ArrayLike = 0.0,
+  weight_decay: Scalar = 0.0,
   mask: Any = None,
   scaling: str = "factored",
-  curvature_update_period: jax.typing.ArrayLike = 10,
-  inverse_update_period: jax.typing.ArrayLike | None = None,
+  curvature_update_period: Scalar = 10,
+  inverse_update_period: Scalar | None = None,
   stagger: bool = False,
   projection_metric: str = "fisher",
   total_gradient: str = "mean",

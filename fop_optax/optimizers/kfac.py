@@ -10,7 +10,7 @@ from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.curvature.state import CurvatureState
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import common
-from fop_optax.optimizers.common import Options, ScalarOrSchedule
+from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 
 
 class ScaleByKfacState(NamedTuple):
@@ -23,10 +23,10 @@ def scale_by_kfac(
   layers: Layers,
   *,
   damping: ScalarOrSchedule = 1e-3,
-  decay: jax.typing.ArrayLike = 0.95,
+  decay: Scalar = 0.95,
   scaling: str = "factored",
-  curvature_update_period: jax.typing.ArrayLike = 10,
-  inverse_update_period: jax.typing.ArrayLike | None = None,
+  curvature_update_period: Scalar = 10,
+  inverse_update_period: Scalar | None = None,
   stagger: bool = False,
   norm_constraint: ScalarOrSchedule | None = None,
   learning_rate: ScalarOrSchedule = 1.0,
@@ -56,7 +56,7 @@ def _precondition(options: Options) -> optax.GradientTransformationExtraArgs:
   """K-FAC on the leaves that are in layers; the others have to be masked."""
   solve = jax.vmap(SCALINGS[options.scaling].solve)
 
-  def init(params):
+  def init(params: optax.Params) -> Any:
     _, curvature = common.init(options, params)
     return ScaleByKfacState(curvature)
 
@@ -85,14 +85,14 @@ def kfac(
   layers: Layers,
   *,
   damping: ScalarOrSchedule = 1e-3,
-  decay: jax.typing.ArrayLike = 0.95,
-  momentum: jax.typing.ArrayLike | None = 0.9,
+  decay: Scalar = 0.95,
+  momentum: Scalar | None = 0.9,
   nesterov: bool = False,
-  weight_decay: jax.typing.ArrayLike = 0.0,
+  weight_decay: Scalar = 0.0,
   mask: Any = None,
   scaling: str = "factored",
-  curvature_update_period: jax.typing.ArrayLike = 10,
-  inverse_update_period: jax.typing.ArrayLike | None = None,
+  curvature_update_period: Scalar = 10,
+  inverse_update_period: Scalar | None = None,
   stagger: bool = False,
   norm_constraint: ScalarOrSchedule | None = None,
   fallback: optax.GradientTransformation | None = None,
