@@ -112,7 +112,7 @@ SUMS = {
   "broadcast_to": lambda y, b: y + jnp.broadcast_to(b, y.shape),
   "reshape": lambda y, b: y + b.reshape((1,) * (y.ndim - 1) + (-1,)),
   "broadcast_in_dim": lambda y, b: lax.broadcast_in_dim(b, y.shape, (y.ndim - 1,)) + y,
-  "expand_dims": lambda y, b: lax.add(y, jnp.broadcast_to(jnp.expand_dims(b, 0), y.shape)),
+  "expand_dims": lambda y, b: jnp.add(y, jnp.broadcast_to(jnp.expand_dims(b, 0), y.shape)),
   "moved": lambda y, b: jnp.moveaxis(
     jnp.moveaxis(y, -1, 0) + b.reshape((-1,) + (1,) * (y.ndim - 1)), 0, -1
   ),
@@ -171,14 +171,6 @@ class Spelling:
   def bias(self) -> str:
     """The role of a bias: one that is added to what a scan has put out may be left alone."""
     return "either" if self.product == "map" else "layer"
-
-
-def _choice(options):
-  return st.sampled_from(list(options))
-
-
-_WRAP = st.one_of(st.just("none"), _choice(WRAPS))
-SPELLINGS = st.builds(Spelling, _choice(PRODUCTS), _choice(SUMS), _WRAP, _WRAP, _WRAP)
 
 
 def _normal(rng, *shape):
@@ -509,7 +501,9 @@ class Recurrent(Block):
   def roles(self):
     weights = {"w": "layer"} if self.form == "joint" else {"w": "layer", "u": "layer"}
     role = "sum" if self.bias == "sum" and self.form != "joint" else self.spelling.bias
-    if self.spelling.bias == "either" and self.bias != "none":
+    if self.form == "loop":  # its first use is of zeros, under vmap or map without a row an example
+      weights["u"] = "either"
+    if self.spelling.bias == "either" or (self.form == "loop" and self.bias != "input"):
       role = "either"
     return weights | ({} if self.bias == "none" else {"b": role})
 
@@ -1047,99 +1041,153 @@ class Network:
     return loss, {"loss": loss, "doubled": 2 * x, "norm": norm, "metric": metric}
 
 
-def _blocks(tokens):
-  """One block that keeps rows apart, or mixes tokens where there are some."""
-  width, wrap = st.sampled_from(WIDTHS), st.one_of(st.just("none"), _choice(WRAPS))
-  rarely = lambda options: st.one_of(*[st.just("none")] * 4, _choice(options))
-  trap = [name for name in BIAS_TRAPS if tokens or name != "positions"]
-  bias = st.one_of(st.just("none"), *[st.just("bias")] * 4, st.sampled_from(trap))
-  dense = st.builds(
-    Dense,
-    outputs=width,
-    bias=bias,
-    stored=_choice(STORED),
-    reading=st.integers(0, 2),
-    spelling=SPELLINGS,
-    residual=st.sampled_from(["none", "before", "after"]),
-    penalty_on_w=rarely(PENALTIES),
-    penalty_on_b=rarely(["l2"]),
-    single=st.sampled_from([False, False, False, True]),
-    activation=_choice(ACTIVATIONS),
-  ).filter(lambda dense: dense.penalty_on_b == "none" or dense.bias == "bias")
-  shared = st.builds(
+# What a network is drawn from: for each kind of block how often it comes, and values of its fields.
+
+_WRAP = ["none"] * 5 + list(WRAPS)
+SPELLING = {"product": PRODUCTS, "sum": SUMS} | dict.fromkeys(
+  ["around_product", "around_sum", "around_both"], _WRAP
+)
+
+
+def _spelling(rng):
+  return _draw(rng, Spelling, SPELLING)
+
+
+def _second_spelling(rng):
+  return rng.choice([None, _spelling(rng)])
+
+
+DENSE = {
+  "outputs": WIDTHS,
+  "bias": ["none", "bias", "bias"],
+  "stored": STORED,
+  "reading": range(3),
+  "spelling": _spelling,
+  "residual": ["none", "before", "after"],
+  "activation": ACTIVATIONS,
+  "single": [False, False, False, True],
+}
+BLOCKS = [
+  (6, Dense, DENSE),
+  (1.5, Dense, DENSE | {"bias": [trap for trap in BIAS_TRAPS if trap != "positions"]}),
+  (1, Dense, DENSE | {"penalty_on_w": PENALTIES}),
+  (0.3, Dense, DENSE | {"bias": ["bias"], "penalty_on_b": ["l2"]}),
+  (
+    3,
     Shared,
-    times=st.sampled_from([2, 3]),
-    bias=st.sampled_from(["none", "same", "same", "some"]),
-    repeat=_choice(REPEATS),
-    stored=_choice(STORED),
-    spelling=SPELLINGS,
-    last=st.one_of(st.none(), SPELLINGS),
-  )
-  stack = st.builds(
+    {
+      "times": [2, 3],
+      "bias": ["none", "same", "same", "some"],
+      "repeat": REPEATS,
+      "stored": STORED,
+      "spelling": _spelling,
+      "last": _second_spelling,
+    },
+  ),
+  (
+    4,
     Stack,
-    layers=st.sampled_from([2, 4]),
-    bias=st.sampled_from(["none", "stacked", "stacked", "shared"]),
-    form=_choice(STACKS),
-    stored=_choice(STACKED),
-    spelling=SPELLINGS,
-  ).filter(lambda stack: stack.form != "scan of pairs" or stack.stored != "longer")
-  experts = st.builds(
+    {
+      "layers": [2, 4],
+      "bias": ["none", "stacked", "stacked", "shared"],
+      "form": STACKS,
+      "stored": STACKED,
+      "spelling": _spelling,
+    },
+  ),
+  (
+    2,
     Experts,
-    outputs=width,
-    bias=st.sampled_from(["none", "outside", "vmap", "map"]),
-    joint=st.sampled_from(["no", "no", "no", "einsum", "vmap"]),
-    form=_choice(EXPERTS),
-  )
-  low_rank = st.builds(
-    LowRank, width, st.sampled_from(["apart", "scaled", "product", "merged"]), st.booleans()
-  )
-  odd = st.builds(Odd, _choice(ODD), st.booleans())
-  norm = st.builds(Norm, st.booleans())
-  embed = st.builds(Embed, _choice(["gather", "take", "onehot"]))
-  kinds = [dense, dense, dense, shared, stack, stack, experts, low_rank, odd, odd, norm, embed]
-  if tokens:
-    recurrent = st.builds(
-      Recurrent,
-      outputs=width,
-      bias=st.sampled_from(["none", "sum", "input", "state"]),
-      form=st.sampled_from(["scan", "loop", "precomputed", "joint"]),
-      checkpoint=st.booleans(),
-      reverse=st.booleans(),
-      spelling=SPELLINGS,
-    )
-    attention = st.builds(Attention, _choice([*QKV, "apart", "fused"]), st.booleans(), wrap)
-    kinds += [recurrent, attention]
-  return st.one_of(kinds)
+    {
+      "outputs": WIDTHS,
+      "bias": ["none", "outside", "vmap", "map"],
+      "joint": ["no", "no", "no", "einsum", "vmap"],
+      "form": EXPERTS,
+    },
+  ),
+  (
+    1,
+    LowRank,
+    {
+      "outputs": WIDTHS,
+      "form": ["apart", "scaled", "product", "merged"],
+      "bias": [True, False],
+    },
+  ),
+  (4, Odd, {"use": ODD, "bias": [True, False]}),
+  (1, Norm, {"after": [True, False]}),
+  (1, Embed, {"look_up": ["gather", "take", "onehot"]}),
+]
+TOKEN_BLOCKS = [
+  (0.5, Dense, DENSE | {"bias": ["positions"]}),
+  (
+    3,
+    Recurrent,
+    {
+      "outputs": WIDTHS,
+      "bias": ["none", "sum", "input", "state"],
+      "form": ["scan", "loop", "precomputed", "joint"],
+      "checkpoint": [True, False],
+      "reverse": [True, False],
+      "spelling": _spelling,
+    },
+  ),
+  (3, Attention, {"qkv": [*QKV, "apart", "fused"], "bias": [True, False], "around": _WRAP}),
+]
+HEAD = {
+  "outputs": [CLASSES],
+  "bias": ["bias", "none"],
+  "stored": ["plain", "transposed", "flat", "leading"],
+  "activation": ["softplus"],
+}
+NETWORK = {
+  "loss": LOSSES,
+  "groups": [1, 2, 2, 2, 3],
+  "micro_batches": [1, 1, 2],
+  "refresh": ["true", "both", "traced"],
+  "seed": range(100),
+}
 
 
-@st.composite
-def networks(draw) -> Network:
-  """A random network."""
-  tokens = draw(st.sampled_from([0, 4]))
-  block = _blocks(tokens)
-  around = st.one_of(st.just("none"), _choice(AROUND))
-  tree = st.builds(
-    Blocks,
-    st.tuples(block, block),
-    st.sampled_from(["row", "residual", "sum", "gate"]),
-    around,
-  )
-  body = draw(st.lists(st.one_of(block, block, tree), min_size=1, max_size=2))
-  head = Dense(
-    CLASSES,
-    draw(st.sampled_from(["bias", "none"])),
-    draw(st.sampled_from(["plain", "transposed", "flat", "leading"])),
-    activation="softplus",
-  )
-  aux = draw(st.booleans())
-  return Network(
-    body=Blocks((*body, head), around=draw(around)),
+def _draw(rng, kind, options, **fields):
+  """`kind` with each field drawn from a list, or by a function of `rng`."""
+  for name, values in options.items():
+    fields[name] = values(rng) if callable(values) else rng.choice(list(values))
+  return kind(**fields)
+
+
+def _block(rng, tokens):
+  table = BLOCKS + (TOKEN_BLOCKS if tokens else [])
+  ((_, kind, options),) = rng.choices(table, [weight for weight, *_ in table])
+  return _draw(rng, kind, options)
+
+
+def _tree(rng, tokens):
+  """A block, or two of them joined."""
+  if rng.random() < 2 / 3:
+    return _block(rng, tokens)
+  blocks = (_block(rng, tokens), _block(rng, tokens))
+  return Blocks(blocks, rng.choice(["row", "residual", "sum", "gate"]), _around(rng))
+
+
+def _around(rng):
+  return rng.choice(["none", rng.choice(list(AROUND))])
+
+
+def draw_network(rng) -> Network:
+  """A random network, from a `random.Random`."""
+  tokens, aux = rng.choice([0, 4]), rng.choice([True, False])
+  body = [_tree(rng, tokens) for _ in range(rng.choice([1, 2]))]
+  return _draw(
+    rng,
+    Network,
+    NETWORK,
+    body=Blocks((*body, _draw(rng, Dense, HEAD)), around=_around(rng)),
     tokens=tokens,
-    loss=draw(_choice(LOSSES)),
-    groups=draw(st.sampled_from([1, 2, 2, 3])),
-    micro_batches=draw(st.sampled_from([1, 1, 2])),
-    refresh=draw(st.sampled_from(["true", "both", "traced"])),
     aux=aux,
-    unused=aux and draw(st.booleans()),
-    seed=draw(st.integers(0, 99)),
+    unused=aux and rng.choice([True, False]),
   )
+
+
+# Drawn evenly: left to itself, hypothesis repeats and varies a few of the many options.
+networks = st.randoms(use_true_random=True).map(draw_network)

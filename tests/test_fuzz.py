@@ -18,6 +18,7 @@ import pytest
 import fop_optax
 
 pytestmark = pytest.mark.usefixtures("x64")
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
 FUZZ = {
   "deadline": None,
   "database": None,
@@ -28,37 +29,52 @@ FUZZ = {
 
 
 @hypothesis.settings(max_examples=12, derandomize=True, **FUZZ)
-@hypothesis.given(network=networks.networks())
+@hypothesis.given(network=networks.networks)
 def test_a_few_random_networks(network):
   check(network)
 
 
+@hypothesis.settings(max_examples=60, derandomize=True, **FUZZ)
+@hypothesis.given(network=networks.networks)
+def test_layers_of_a_few_random_networks(network):
+  captured(network, network.data())
+
+
 @pytest.mark.slow
-@hypothesis.settings(
-  max_examples=int(os.environ.get("FUZZ_EXAMPLES", "200")), derandomize=False, **FUZZ
-)
-@hypothesis.given(network=networks.networks())
+@hypothesis.settings(max_examples=EXAMPLES, **FUZZ)
+@hypothesis.given(network=networks.networks)
 def test_random_networks(network):
   check(network)
 
 
-def check(network):
-  """Compares everything that capture gives of a network with the explicit sums."""
-  params, x, y = network.data()
-  captured = fop_optax.capture(
+@pytest.mark.slow
+@hypothesis.settings(max_examples=10 * EXAMPLES, **FUZZ)
+@hypothesis.given(network=networks.networks)
+def test_layers_of_random_networks(network):
+  captured(network, network.data())  # which takes a fraction of what factors take
+
+
+def captured(network, data):
+  """The captured loss, each parameter in a layer or not as the specification demands."""
+  capture = fop_optax.capture(
     network.spelled,
-    params,
-    x,
-    y,
+    *data,
     has_aux=network.aux,
     groups=network.groups,
     micro_batches=network.micro_batches,
     terms_per_example=network.terms if network.loss in ("mean", "summed over tokens") else None,
   )
+  check_roles(capture, network.roles())
+  return capture
+
+
+def check(network):
+  """Compares everything that capture gives of a network with the explicit sums."""
+  params, x, y = data = network.data()
+  capture = captured(network, data)
   expected = explicit.evaluate(network.canonical, params, x, y, network.groups, network.terms)
-  check_roles(captured, network.roles())
   single = any(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
-  for fresh, (loss, grads, stats) in results(captured, network.refresh, params, x, y):
+  for fresh, (loss, grads, stats) in results(capture, network.refresh, *data):
     loss, aux = loss if network.aux else (loss, None)
     np.testing.assert_allclose(loss, expected.loss, rtol=1e-6 if single else 1e-11)
     check_gradients(grads, stats.contrasts, expected.grads)
@@ -67,15 +83,15 @@ def check(network):
       np.testing.assert_allclose(aux["loss"], loss, rtol=1e-6)  # other floats averaged
     assert bool(stats.refresh) == fresh
     if fresh:
-      check_factors(captured.layers, stats.factors, params, expected.matrices)
+      check_factors(capture.layers, stats.factors, params, expected.matrices)
     else:
       assert not any(np.any(factor) for factor in jax.tree.leaves(stats.factors))
 
 
-def results(captured, refresh, *args):
+def results(capture, refresh, *args):
   """What `value_and_grad` gives, compiled once, as pairs of whether it has statistics and that."""
   compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-  call = captured.value_and_grad
+  call = capture.value_and_grad
   if refresh == "traced":
     step = compiled(lambda fresh, *args: call(*args, refresh=fresh))
     return [(fresh, step(fresh, *args)) for fresh in (True, False)]
@@ -84,12 +100,12 @@ def results(captured, refresh, *args):
   return list(zip(wanted, step(*args), strict=True))
 
 
-def check_roles(captured, roles):
+def check_roles(capture, roles):
   """Every parameter is in a layer or has a reason, as the specification demands."""
   flat, _ = jax.tree_util.tree_flatten_with_path(roles)
   for leaf, (path, role) in enumerate(flat):
     name = jax.tree_util.keystr(path)
-    in_layer, why = leaf in captured.layers.covered, captured.fallbacks.get(name)
+    in_layer, why = leaf in capture.layers.covered, capture.fallbacks.get(name)
     if role != "either":
       assert in_layer == (role != "fallback"), f"{name} should be {role}, but: {why or 'a layer'}"
     assert in_layer != bool(why and why.strip()), (
