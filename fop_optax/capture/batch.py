@@ -6,6 +6,7 @@ reshape `[B] -> [B / chunks, chunks]`, which leaves a sharded batch axis sharded
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -115,6 +116,18 @@ def classify(args: tuple[Any, ...], batch_argnums: int | Sequence[int] | None) -
   return Arguments(treedef, tuple(roles), paths)
 
 
+def _devices(leaf: Any) -> int:
+  """Over how many devices the leading axis is sharded, as far as its type or placement says."""
+  sharding = jax.typeof(leaf).sharding
+  if not isinstance(leaf, jax.core.Tracer) and isinstance(leaf, jax.Array):
+    sharding = leaf.sharding
+  if not isinstance(sharding, jax.sharding.NamedSharding) or not len(sharding.spec):
+    return 1
+  axes = sharding.spec[0] or ()
+  axes = axes if isinstance(axes, tuple) else (axes,)
+  return math.prod(sharding.mesh.shape[axis] for axis in axes if axis in sharding.mesh.shape)
+
+
 def _is_key(leaf: Any) -> bool:
   typed = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
   return typed or (leaf.dtype == jnp.uint32 and leaf.shape == (2,))
@@ -167,6 +180,14 @@ class Chunks:
         f"{self.micro_batches}. Drop or pad the last examples to a multiple of {self.count}, or"
         " capture with other numbers (`groups=1` suffices for K-FAC)."
       )
+    for leaf, role, path in zip(self.leaves, self.arguments.roles, self.arguments.paths, strict=True):
+      devices = _devices(leaf) if role == "batch" else 1
+      if (batch // self.count) % devices:
+        raise ValueError(
+          f"The batch of {batch} in {path} is sharded over {devices} devices, and cannot be divided"
+          f" into groups={self.groups} times micro_batches={self.micro_batches} on each. Use a"
+          f" multiple of {self.count * devices}, so that no example has to change its device."
+        )
     return batch // self.count
 
   def chunk(self, group: int, micro: Any) -> list[Any]:

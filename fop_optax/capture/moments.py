@@ -26,12 +26,18 @@ def second_moment(
     ((rows, rows), (stack, stack)),
     precision=lax.Precision.HIGHEST,
     preferred_element_type=dtype,
+    out_sharding=_replicated(v),  # under explicit axes a sum over a sharded one has to say
   )
   # the features come out in the order of v's axes: bring the small result into the weight's order
   rank = [sorted(features).index(axis) for axis in features]
   s, f = len(stack), len(features)
   product = product.transpose(*range(s), *(s + i for i in rank), *(s + f + i for i in rank))
   return product.reshape(n_stack, n, n)
+
+
+def _replicated(v: jax.Array) -> jax.sharding.NamedSharding | None:
+  mesh = jax.typeof(v).sharding.mesh
+  return None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def row_sum(v: jax.Array, rows: Axes, stack: Axes, features: Axes, dtype: Any) -> jax.Array:
