@@ -788,8 +788,7 @@ ODD = {
   "symmetric": lambda h, w: h @ (w + w.T),
   "squared": lambda h, w: h @ (w @ w),
   "residual weight": lambda h, w: h @ (jnp.eye(w.shape[0]) + w),
-  "joined": lambda h, w: h @ jnp.concatenate([w[1:], w[:1]]),
-  "stacked": lambda h, w: jnp.einsum("...i,eio->...o", h, jnp.stack([w, w])),
+  "joined and moved": lambda h, w: h @ jnp.roll(jnp.concatenate([w[1:], w[:1]]), 1, 0),
   "repeated": lambda h, w: jnp.einsum(
     "e...i,eio->...o", jnp.stack([h, h * h]), jnp.tile(w, (2, 1, 1))
   ),
@@ -798,7 +797,6 @@ ODD = {
   )[0],
   "overlapping": lambda h, w: jnp.concatenate([h @ w[:, :-1], h @ w[:, 1:2]], -1),
   "whole and part": lambda h, w: h @ w + h[..., :1] @ w[:1],
-  "tied": lambda h, w: jnp.tanh(h @ w) @ w.T,
   "gathered": lambda h, w: h @ w[jnp.arange(w.shape[0])[::-1]],
   "traced slice": lambda h, w: h @ lax.dynamic_slice(w, (jnp.argmin(w[0]) * 0, 0), w.shape),
   "cond": lambda h, w: lax.cond(w.sum() > 0, lambda w: h @ w, lambda w: h @ w.T, w),
@@ -811,9 +809,7 @@ ODD = {
   "out of scan": lambda h, w: h @ lax.scan(lambda c, r: (c, jnp.sin(r)), 0.0, w)[1],
   "entries": lambda h, w: h * w[:, 0],
   "frozen": lambda h, w: h @ lax.stop_gradient(w),
-  "inner gradient": lambda h, w: jax.grad(lambda h: jnp.sum(jnp.tanh(h @ w) ** 2))(h),
   "checkpointed penalty": lambda h, w: h @ w * jax.checkpoint(lambda w: jnp.mean(w * w))(w),
-  "gram": lambda h, w: jnp.einsum("...i,io,jo->...j", h, w, w),
   "quadratic": lambda h, w: h * jnp.sum(jnp.ones(w.shape[0]) @ w),
   "read by product": lambda h, w: h @ w + jnp.ones(w.shape[0]) @ w,
 }
@@ -872,19 +868,105 @@ class Embed(Block):
     return {"w": _normal(rng, 2, width)}, width
 
   def roles(self):
-    return {"w": "layer" if self.look_up == "onehot" else "fallback"}
+    return {"w": "layer"}
 
-  def _forward(self, p, h, tap):
-    ids = (h[..., 0] > 0).astype(int)
-    if self.look_up == "onehot":
-      return h + tap("w", jax.nn.one_hot(ids, 2, dtype=h.dtype), p["w"])
-    return h + (p["w"][ids] if self.look_up == "gather" else jnp.take(p["w"], ids, axis=0))
+  def _ids(self, h):
+    return (h[..., 0] > 0).astype(int)
 
   def canonical(self, p, h, tap):
-    return self._forward(p, h, tap)
+    return h + tap("w", jax.nn.one_hot(self._ids(h), 2, dtype=h.dtype), p["w"])
 
   def spelled(self, p, h):
-    return self._forward(p, h, lambda name, x, w: jnp.einsum("...i,io->...o", x, w))
+    ids = self._ids(h)
+    if self.look_up == "onehot":
+      return h + jnp.einsum("...i,io->...o", jax.nn.one_hot(ids, 2, dtype=h.dtype), p["w"])
+    return h + (p["w"][ids] if self.look_up == "gather" else jnp.take(p["w"], ids, axis=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined(Block):
+  """A product with several parameters joined along its inputs or its outputs."""
+
+  axis: int = 0
+  late: bool = False  # transposed after they were joined
+
+  def init(self, rng, width, tokens):
+    w = _normal(rng, width, width)
+    first, second = np.split(w, [width // 2], self.axis)
+    return {"first": first, "second": second}, width
+
+  def roles(self):
+    return {"first": "layer", "second": "layer"}
+
+  def canonical(self, p, h, tap):
+    if self.axis == 1:
+      return jnp.tanh(
+        jnp.concatenate([tap("first", h, p["first"]), tap("second", h, p["second"])], -1)
+      )
+    left, right = jnp.split(h, [p["first"].shape[0]], -1)
+    return jnp.tanh(tap("first", left, p["first"]) + tap("second", right, p["second"]))
+
+  def spelled(self, p, h):
+    if self.late:
+      w = jnp.concatenate([p["first"].T, p["second"].T], 1 - self.axis).T
+    else:
+      w = jnp.concatenate([p["first"], p["second"]], self.axis)
+    return jnp.tanh(h @ w)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolve(Block):
+  """A convolution over tokens: kernels of 2 or 3, strides, dilation, feature groups, two layouts."""
+
+  kernel: int = 3
+  stride: int = 1
+  dilation: int = 1
+  groups: int = 1
+  padding: tuple[int, int] = (1, 1)
+  first: bool = False  # channels before tokens
+  bias: bool = True
+
+  def init(self, rng, width, tokens):
+    p = {"w": _normal(rng, self.kernel, width // self.groups, width)}
+    return p | ({"b": _normal(rng, width)} if self.bias else {}), width
+
+  def roles(self):
+    return {"w": "layer"} | ({"b": "layer"} if self.bias else {})
+
+  def canonical(self, p, h, tap):
+    x = h.reshape(-1, *h.shape[-2:])
+    x = jnp.pad(x, [(0, 0), self.padding, (0, 0)])
+    size = (x.shape[1] - (self.kernel - 1) * self.dilation - 1) // self.stride + 1
+    reach = (size - 1) * self.stride + 1
+    taken = [x[:, k * self.dilation :][:, : reach : self.stride] for k in range(self.kernel)]
+    pieces = jnp.stack(taken, 2)  # [n, place, kernel, feature]
+    i, o = p["w"].shape[1], p["w"].shape[2] // self.groups
+    out = []
+    for g in range(self.groups):
+      rows = pieces[..., g * i : (g + 1) * i].reshape(*pieces.shape[:2], -1)
+      w = p["w"][..., g * o : (g + 1) * o].reshape(-1, o)
+      out.append(tap("w", rows, w, p["b"][g * o : (g + 1) * o] if self.bias else None, g))
+    y = jnp.tanh(jnp.concatenate(out, -1)).mean(1, keepdims=True)
+    return h + y.reshape(*h.shape[:-2], 1, -1)
+
+  def spelled(self, p, h):
+    x = h.reshape(-1, *h.shape[-2:])
+    numbers = ("NHC", "HIO", "NHC")
+    if self.first:
+      x, numbers = x.swapaxes(1, 2), ("NCH", "HIO", "NCH")
+    y = lax.conv_general_dilated(
+      x,
+      p["w"],
+      (self.stride,),
+      [self.padding],
+      rhs_dilation=(self.dilation,),
+      dimension_numbers=numbers,
+      feature_group_count=self.groups,
+    )
+    if self.bias:
+      y = y + (p["b"][:, None] if self.first else p["b"])
+    y = jnp.tanh(y.swapaxes(1, 2) if self.first else y).mean(1, keepdims=True)
+    return h + y.reshape(*h.shape[:-2], 1, -1)
 
 
 # What goes around a group of blocks, acting on h[..., tokens, width].
@@ -1117,8 +1199,22 @@ BLOCKS = [
   (4, Odd, {"use": ODD, "bias": [True, False]}),
   (1, Norm, {"after": [True, False]}),
   (1, Embed, {"look_up": ["gather", "take", "onehot"]}),
+  (1, Joined, {"axis": [0, 1], "late": [True, False]}),
 ]
 TOKEN_BLOCKS = [
+  (
+    3,
+    Convolve,
+    {
+      "kernel": [1, 2, 3],
+      "stride": [1, 2],
+      "dilation": [1, 1, 2],
+      "groups": [1, 1, 2],
+      "padding": [(2, 2), (1, 2), (2, 1)],
+      "first": [True, False],
+      "bias": [True, False],
+    },
+  ),
   (0.5, Dense, DENSE | {"bias": ["positions"]}),
   (
     3,

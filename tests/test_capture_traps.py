@@ -148,6 +148,11 @@ def gram(p, x, y):  # [D, D] rows, whatever the batch
   return cross_entropy(x @ (x.T @ x @ p["w"]) @ p["head"], y)
 
 
+def repeated_penalty(p, x, y):  # a scan over examples repeats it, which makes no rows of it
+  one = lambda x: x @ p["ok"] * jnp.sum(jnp.ones(D) @ p["w"])
+  return cross_entropy(jax.lax.map(one, x) @ p["head"], y)
+
+
 def stopped(p, x, y):
   return cross_entropy(x @ jax.lax.stop_gradient(p["w"]) @ p["head"], y)
 
@@ -193,6 +198,7 @@ TRAPS = [
    {"w": "another parameter", "a": "another parameter", "ok": "not the output of one layer"}),
   (pooled, {"w": W, "ok": W}, {"w": "do not grow with the batch"}),
   (gram, {"w": W}, {"w": "do not grow with the batch"}),
+  (repeated_penalty, {"w": W, "ok": W}, {"w": "does not depend on the batch"}),
   (stopped, {"w": W}, {"w": "no gradient of the loss reaches it"}),
   (looked_up, {"w": draw(C, D), "ok": W}, {"w": "looked up one by one"}),
   (carried, {"w": W}, {"w": "carried through a `scan`"}),

@@ -100,14 +100,20 @@ def trace_twice(
 def growing(traced: Traced, twice: Traced | None, size: int) -> dict[Key, Use]:
   """The uses whose rows come from the examples: twice as many of them give twice the rows.
 
-  Where the loss can be traced for one size only, a multiple of it and a dependence on the batch
-  have to do. (The latter alone would miss the first step of a recurrence, of zeros.)
+  An operand that does not depend on the batch counts if its own rows grow (the zeros at which a
+  recurrence starts), not if a scan over examples repeats it. Where the loss can be traced for one
+  size only, a multiple of it and a dependence on the batch have to do.
   """
   uses = {path: use for path, use in traced.found.uses.items() if use.rows % size == 0}
   if twice is None:
     return {path: use for path, use in uses.items() if use.batch}
   bigger = twice.found.uses
-  return {p: u for p, u in uses.items() if p in bigger and bigger[p].rows == 2 * u.rows}
+
+  def grows(key, use):
+    rows = "rows" if use.batch else "own_rows"
+    return key in bigger and getattr(bigger[key], rows) == 2 * getattr(use, rows)
+
+  return {key: use for key, use in uses.items() if grows(key, use)}
 
 
 def terms_of(found: Found, size: int, given: int | None) -> int:

@@ -169,6 +169,7 @@ class Use:
     product: roles of the axes.
     stack, inputs, outputs: sizes of the view.
     rows: rows that the weight is applied to in one evaluation of the loss.
+    own_rows: those of one evaluation of the equation, without the repeats of scans.
     batch: whether the other operand depends on the batch.
     source: source line of the equation.
   """
@@ -182,5 +183,6 @@ class Use:
   inputs: int
   outputs: int
   rows: int
+  own_rows: int
   batch: bool
   source: str

@@ -247,6 +247,7 @@ class _Frame:
       inputs=matching.inputs,
       outputs=matching.outputs,
       rows=matching.rows * math.prod(self.scans) // within,
+      own_rows=matching.rows,
       batch=batch,
       source=_compat.source_of(self.jaxpr, equation),
     )
