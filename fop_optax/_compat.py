@@ -40,9 +40,7 @@ def scan_split(params: Mapping[str, Any], operands: int) -> tuple[int, int]:
 def single(jaxpr: Jaxpr, equation: Equation) -> tuple[Jaxpr, list[Any]]:
   """`equation` as a jaxpr of its own, and the variables it reads, in order."""
   inputs = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, core.Literal)))
-  one = jaxpr.replace(
-    constvars=[], invars=inputs, outvars=list(equation.outvars), eqns=[equation]
-  )
+  one = jaxpr.replace(constvars=[], invars=inputs, outvars=list(equation.outvars), eqns=[equation])
   return one, inputs
 
 

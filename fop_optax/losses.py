@@ -12,6 +12,7 @@ import optax
 # Names of the jitted functions by which capture knows these losses and their distributions.
 SOFTMAX, NORMAL = "fop_optax_softmax", "fop_optax_normal"
 
+
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Mean cross entropy of a softmax over the last axis.
 
@@ -75,11 +76,11 @@ def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
   """
   if predictions.shape != targets.shape or predictions.ndim == 0:
     raise ValueError(
-      "`fop_optax.squared_error(predictions, targets)` takes two arrays [..., outputs] of one shape,"
-      f" but got {list(predictions.shape)} and {list(targets.shape)}. One number an example is"
-      " [batch, 1]: write `predictions[..., None]`."
+      "`fop_optax.squared_error(predictions, targets)` takes two arrays [..., outputs] of one"
+      f" shape, but got {list(predictions.shape)} and {list(targets.shape)}. One number an example"
+      " is [batch, 1]: write `predictions[..., None]`."
     )
-  half = lambda f, y: jnp.mean(0.5 * jnp.sum((f - y) ** 2, axis=-1))  # noqa: E731
+  half = lambda f, y: jnp.mean(0.5 * jnp.sum((f - y) ** 2, axis=-1))
   return _mark(half, NORMAL)(predictions, targets)
 
 

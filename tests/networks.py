@@ -916,7 +916,7 @@ class Joined(Block):
 
 @dataclasses.dataclass(frozen=True)
 class Convolve(Block):
-  """A convolution over tokens: kernels of 2 or 3, strides, dilation, feature groups, two layouts."""
+  """A convolution over tokens: kernels of 1 to 3, strides, dilation, groups, two layouts."""
 
   kernel: int = 3
   stride: int = 1

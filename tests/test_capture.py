@@ -3,9 +3,9 @@
 A kind is a loss as a user would write it and the same function written out with taps.
 """
 
+from collections.abc import Callable
 import dataclasses
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import explicit
@@ -221,10 +221,14 @@ KINDS = {
   ),
   "per example": Kind(per_example, transposed, B),
   "bias written out": Kind(
-    lambda p, x: jnp.tanh(jnp.broadcast_to(p["b"], (len(x), D)) + jnp.tensordot(x, p["w"], 1)), plain, B
+    lambda p, x: jnp.tanh(jnp.broadcast_to(p["b"], (len(x), D)) + jnp.tensordot(x, p["w"], 1)),
+    plain,
+    B,
   ),
   "bias outside a jit": Kind(
-    lambda p, x: jnp.tanh(jax.jit(jnp.dot)(x, p["w"]).astype("float64") + p["b"].reshape(1, D)), plain, B
+    lambda p, x: jnp.tanh(jax.jit(jnp.dot)(x, p["w"]).astype("float64") + p["b"].reshape(1, D)),
+    plain,
+    B,
   ),
   "bias through reshapes": Kind(
     lambda p, x: jnp.tanh(
@@ -309,7 +313,9 @@ KINDS = {
 
 def relative(actual, desired, tolerance=1e-10):
   desired = np.asarray(desired)
-  np.testing.assert_allclose(actual, desired, rtol=0, atol=tolerance * (np.abs(desired).max() + 1e-30))
+  np.testing.assert_allclose(
+    actual, desired, rtol=0, atol=tolerance * (np.abs(desired).max() + 1e-30)
+  )
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -372,7 +378,9 @@ def test_any_groups_and_micro_batches_give_the_same_mean(groups, micro_batches):
   jax.tree.map(relative, grads, whole_grads)
   jax.tree.map(relative, stats.factors, whole_stats.factors)
   assert len(stats.contrasts) == groups - 1
-  by_group = np.stack([jax.grad(mlp)(params, x[i::groups], y[i::groups])["w"] for i in range(groups)])
+  by_group = np.stack(
+    [jax.grad(mlp)(params, x[i::groups], y[i::groups])["w"] for i in range(groups)]
+  )
   if groups > 1:  # contrasts: sqrt(2) times an orthonormal basis of what sums to zero
     c = np.stack([contrast["w"] for contrast in stats.contrasts])
     spread = by_group - by_group.mean(0)
@@ -399,15 +407,15 @@ def test_terms_are_known_from_the_mark_or_given():
   params, x = {"w": jnp.asarray(draw(D, C))}, jnp.asarray(draw(N, T, D))
   y = jnp.arange(N * T).reshape(N, T) % C
   marked = lambda p, x, y: fop_optax.softmax_cross_entropy(x @ p["w"], y)
-  unmarked = lambda p, x, y: -jnp.mean(
-    jnp.take_along_axis(jax.nn.log_softmax(x @ p["w"]), y[..., None], -1)
+  unmarked = lambda p, x, y: (
+    -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(x @ p["w"]), y[..., None], -1))
   )
   chunked = lambda p, x, y: jnp.mean(
     jax.lax.map(lambda xy: marked(p, *xy), (x.swapaxes(0, 1), y.swapaxes(0, 1)))
   )
-  G = lambda loss, **options: fop_optax.capture(loss, params, x, y, **options).value_and_grad(
-    params, x, y
-  )[2].factors[0].G
+  G = lambda loss, **options: (
+    fop_optax.capture(loss, params, x, y, **options).value_and_grad(params, x, y)[2].factors[0].G
+  )
   relative(G(marked), T * G(unmarked))
   relative(G(marked), G(unmarked, terms_per_example=T))
   relative(G(marked), G(chunked))
@@ -420,7 +428,11 @@ def test_bfloat16_activations_and_weights_have_float32_factors():
     x, y = jnp.asarray(draw(N, D), "float32"), jnp.arange(N) % C
     half = lambda p: jax.tree.map(lambda a: a.astype("bfloat16"), p)
     mixed = lambda p, x, y: mlp(half(p), x.astype("bfloat16"), y).astype("float32")
-    kinds = {"activations": (mixed, params), "weights": (mixed, half(params)), "none": (mlp, params)}
+    kinds = {
+      "activations": (mixed, params),
+      "weights": (mixed, half(params)),
+      "none": (mlp, params),
+    }
     found = {}
     for name, (loss, p) in kinds.items():
       captured = fop_optax.capture(loss, p, x, y, strict=True)

@@ -79,9 +79,7 @@ def slow_convolution(conv, x, w, b, tap):
     rows = []
     for place in itertools.product(*map(range, outputs)):
       start = [p * s for p, s in zip(place, conv.strides, strict=True)]
-      window = tuple(
-        slice(s, s + span, d) for s, span, d in zip(start, spans, rhs, strict=True)
-      )
+      window = tuple(slice(s, s + span, d) for s, span, d in zip(start, spans, rhs, strict=True))
       patch = x[(slice(None), *window, slice(g * i, (g + 1) * i))]
       axes = [(*names, "I").index(name) + 1 for name in own]
       rows.append(jnp.transpose(patch, (0, *axes)).reshape(N, -1))

@@ -110,8 +110,12 @@ def doubled(x, w):
   return x @ w
 
 
-doubled.defjvp(lambda primals, tangents: (
-  doubled(*primals), tangents[0] @ primals[1] + 2.0 * primals[0] @ tangents[1]))
+doubled.defjvp(
+  lambda primals, tangents: (
+    doubled(*primals),
+    tangents[0] @ primals[1] + 2.0 * primals[0] @ tangents[1],
+  )
+)
 
 
 def custom_jvp(p, x, y):
@@ -129,7 +133,9 @@ def branch(p, x, y):
 
 
 def repeated(p, x, y):
-  return cross_entropy(jnp.einsum("nd,nde->ne", x, jnp.broadcast_to(p["w"], (len(x), D, D))) @ p["head"], y)
+  return cross_entropy(
+    jnp.einsum("nd,nde->ne", x, jnp.broadcast_to(p["w"], (len(x), D, D))) @ p["head"], y
+  )
 
 
 def joined(p, x, y):
@@ -206,7 +212,9 @@ TRAPS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("loss, params, refused", TRAPS, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+  "loss, params, refused", TRAPS, ids=lambda value: getattr(value, "__name__", None)
+)
 def test_trap(loss, params, refused):
   params = jax.tree.map(jnp.asarray, params | {"head": draw(D, C)})
   x, y = jnp.asarray(draw(N, D)), jnp.arange(N) % C
@@ -225,7 +233,9 @@ def test_trap(loss, params, refused):
 
 def test_strict_quotes_the_equation_and_its_source_line():
   params = {"w": W, "head": draw(D, C)}
-  with pytest.raises(ValueError, match=r"(?s)in no layer.*\['w'\]: .*`mul`.*test_capture_traps\.py:\d+"):
+  with pytest.raises(
+    ValueError, match=r"(?s)in no layer.*\['w'\]: .*`mul`.*test_capture_traps\.py:\d+"
+  ):
     fop_optax.capture(scaled, params, draw(N, D), jnp.arange(N) % C, strict=True)
 
 

@@ -1,4 +1,4 @@
-"""The same network in Flax NNX, Flax Linen, Equinox and plain pytrees, with state, keys and loops."""
+"""The same network in Flax NNX, Linen, Equinox and plain pytrees, with state, keys and loops."""
 
 import equinox as eqx
 from flax import linen as nn
@@ -39,7 +39,12 @@ def as_nnx(weights):
   model.first.kernel.value, model.first.bias.value = weights[:2]
   model.last.kernel.value, model.last.bias.value = weights[2:]
   graph, params = nnx.split(model)
-  back = lambda p: (p["first"]["kernel"], p["first"]["bias"], p["last"]["kernel"], p["last"]["bias"])
+  back = lambda p: (
+    p["first"]["kernel"],
+    p["first"]["bias"],
+    p["last"]["kernel"],
+    p["last"]["bias"],
+  )
   return params, lambda p, x: nnx.merge(graph, p)(x), back
 
 
@@ -207,7 +212,9 @@ def test_linen_batch_norm_dropout_scan_and_attention():
 
   key = args[1]
   halves = [
-    jax.grad(lambda p, i=i: loss(p, args[0], jax.random.fold_in(key, i), x[i::2], y[i::2])[0])(params)
+    jax.grad(lambda p, i=i: loss(p, args[0], jax.random.fold_in(key, i), x[i::2], y[i::2])[0])(
+      params
+    )
     for i in range(2)
   ]
   expected = jax.tree.map(lambda a, b: (a + b) / 2, *halves)

@@ -24,7 +24,9 @@ def precision(request):
 
 def close(actual, desired, tolerance):
   desired = np.asarray(desired)
-  np.testing.assert_allclose(actual, desired, rtol=tolerance, atol=tolerance * np.abs(desired).max())
+  np.testing.assert_allclose(
+    actual, desired, rtol=tolerance, atol=tolerance * np.abs(desired).max()
+  )
 
 
 def kfac_direction(captured, params, batch, damping, scaling):

@@ -1,8 +1,8 @@
 """A batch sharded over a mesh of eight devices: the numbers of one, and one all-reduce."""
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 

@@ -1,4 +1,4 @@
-"""Capture and an optimizer together: inside vmap, scan, donation, and against explicit statistics."""
+"""Capture and an optimizer together: in vmap, scan, donation, and against explicit statistics."""
 
 import functools
 

@@ -12,8 +12,7 @@ import numpy as np
 
 from fop_optax.capture import aux as auxiliary
 from fop_optax.capture import batch as batches
-from fop_optax.capture import flow
-from fop_optax.capture import report
+from fop_optax.capture import flow, report
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
 from fop_optax.capture.fisher import FISHERS, check_marked
 from fop_optax.capture.resolve import resolve
@@ -225,7 +224,7 @@ class Captured:
     return (loss, aux), grads, stats
 
   def _with_statistics(self, signature, leaves, chunks, zeros, refresh):
-    """The backward pass with statistics, for the inputs at hand; checks that the layers are ours."""
+    """The backward pass with statistics for the inputs at hand, if their layers are ours."""
     size = chunks.size
     traced = signature.trace(leaves, chunks.leaves, chunks.chunk(0, 0))
     if tuple(traced.found.uses) == self._found:
@@ -243,7 +242,8 @@ class Captured:
     if resolved.layers != layers.entries:
       raise ValueError(
         "The loss has other layers with these arguments than it had in `fop_optax.capture`:"
-        f" {len(resolved.layers)} instead of {len(layers)}. Capture it with the arguments of training."
+        f" {len(resolved.layers)} instead of {len(layers)}. Capture it with the arguments of"
+        " training."
         + "".join(
           f"\n  now: {now}\n  captured: {then}"
           for now, then in zip(resolved.layers, layers, strict=False)
@@ -279,7 +279,9 @@ def _check_options(groups, micro_batches, fisher, terms, max_dim):
     if not isinstance(value, int) or value < 1:
       raise ValueError(f"`capture({name}=...)` takes a whole number of at least 1, not {value!r}.")
   if terms is not None and (not isinstance(terms, int) or terms < 1):
-    raise ValueError(f"`capture(terms_per_example=...)` takes a whole number or None, not {terms!r}.")
+    raise ValueError(
+      f"`capture(terms_per_example=...)` takes a whole number or None, not {terms!r}."
+    )
   if fisher not in FISHERS:
     raise ValueError(f"`capture(fisher={fisher!r})` is unknown: one of {', '.join(FISHERS)}.")
 

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jax.extend import core
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 
 from fop_optax.capture import batch as batches
 from fop_optax.capture import flow
 from fop_optax.capture.trace import Traced
 
-# A role: ("batch", rows an example) | ("mean",) | ("same",) | ("input", index of the traced argument)
+# A role: ("batch", rows an example) | ("mean",) | ("same",) | ("input", index of the argument)
 Role = tuple[Any, ...]
 PyTree = Any
 
@@ -66,9 +66,9 @@ def _role(name: str, aval: Any, bigger: Any, differs: bool, size: int) -> Role:
   if not differs or key:  # of new keys, each group's is as good as another's
     return ("same",)
   raise ValueError(
-    f"{name} ({aval.dtype}{list(shape)}) depends on the batch, so that it differs between the groups"
-    " of examples, and cannot be averaged. Return it as a float (it is averaged), or one value an"
-    " example."
+    f"{name} ({aval.dtype}{list(shape)}) depends on the batch, so that it differs between the"
+    " groups of examples, and cannot be averaged. Return it as a float (it is averaged), or one"
+    " value an example."
   )
 
 

@@ -6,6 +6,7 @@ reshape `[B] -> [B / chunks, chunks]`, which leaves a sharded batch axis sharded
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -69,9 +70,9 @@ class Arguments:
     if len(set(sizes.values())) > 1:
       listed = ", ".join(f"{path}: {size}" for path, size in sizes.items())
       raise ValueError(
-        f"The leading axes of the arguments differ ({listed}), so they cannot all be the batch. Name"
-        " the arguments that have it: `capture(loss, params, *args, batch_argnums=(0, 1))` counts"
-        " within `args`; state, keys and constants are left out."
+        f"The leading axes of the arguments differ ({listed}), so they cannot all be the batch."
+        " Name the arguments that have it: `capture(loss, params, *args, batch_argnums=(0, 1))`"
+        " counts within `args`; state, keys and constants are left out."
       )
     return next(iter(sizes.values()))
 
@@ -91,19 +92,18 @@ def classify(args: tuple[Any, ...], batch_argnums: int | Sequence[int] | None) -
   Raises:
     ValueError: if `batch_argnums` names no argument, or one with a scalar.
   """
-  if isinstance(batch_argnums, int):
-    batch_argnums = (batch_argnums,)
-  for number in batch_argnums or ():
+  implied = batch_argnums is None
+  numbers = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums or ())
+  for number in numbers:
     if not 0 <= number < len(args):
       raise ValueError(
-        f"batch_argnums={tuple(batch_argnums)} names argument {number}, but the loss has"
+        f"batch_argnums={numbers} names argument {number}, but the loss has"
         f" {len(args)} arguments after params (counted from 0)."
       )
   flat, treedef = jax.tree_util.tree_flatten_with_path(args)
   roles = []
   for path, leaf in flat:
-    explicit = batch_argnums is not None and path[0].idx in batch_argnums
-    implied = batch_argnums is None
+    explicit = path[0].idx in numbers
     if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
       roles.append("static")
     elif _is_key(leaf) and not (explicit and _keys(leaf)):
@@ -180,7 +180,9 @@ class Chunks:
         f"{self.micro_batches}. Drop or pad the last examples to a multiple of {self.count}, or"
         " capture with other numbers (`groups=1` suffices for K-FAC)."
       )
-    for leaf, role, path in zip(self.leaves, self.arguments.roles, self.arguments.paths, strict=True):
+    for leaf, role, path in zip(
+      self.leaves, self.arguments.roles, self.arguments.paths, strict=True
+    ):
       devices = _devices(leaf) if role == "batch" else 1
       if (batch // self.count) % devices:
         raise ValueError(
@@ -246,7 +248,8 @@ class Result(NamedTuple):
 
 def mean(arrays: Sequence[jax.Array]) -> jax.Array:
   """The mean of some arrays, summed in float32 or better."""
-  return (sum(map(_wide, arrays)) / len(arrays)).astype(arrays[0].dtype)
+  total = functools.reduce(jnp.add, map(_wide, arrays))
+  return (total / len(arrays)).astype(arrays[0].dtype)
 
 
 def contrasts(arrays: Sequence[jax.Array]) -> list[jax.Array]:

@@ -5,7 +5,6 @@ convolutions (`lhs_dilation`) too: `lax.pad` with interior padding, then a strid
 offset of the kernel. `patches' dy` is the kernel's gradient.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import itertools
 import math
@@ -53,12 +52,12 @@ class Convolution:
     chunks = _chunks(x.shape[0], max(1, limit // max(per_example, 1)))
 
     def moment(x):
-      patches, axes = self._patches(x)
-      a = moments.second_moment(patches, *axes, diagonal, dtype)
+      patches, roles = self._patches(x)
+      a = moments.second_moment(patches, roles, diagonal, dtype)
       if not bias:
         return a
-      n = math.prod(patches.shape[axis] for axis in axes[0])
-      return moments.with_ones(a, moments.row_sum(patches, *axes, dtype), n)
+      n = math.prod(patches.shape[axis] for axis in roles.rows)
+      return moments.with_ones(a, moments.row_sum(patches, roles, dtype), n)
 
     if chunks == 1:
       return moment(x)
@@ -73,10 +72,10 @@ class Convolution:
     batch, feature, *spatial = self.y_axes
     dy = dy.transpose(batch, *spatial, feature)
     dy = dy.reshape(*dy.shape[:-1], self.groups, -1)
-    rows = tuple(range(dy.ndim - 2))
-    return moments.second_moment(dy, rows, (dy.ndim - 2,), (dy.ndim - 1,), diagonal, dtype)
+    roles = moments.Roles(tuple(range(dy.ndim - 2)), (dy.ndim - 2,), (dy.ndim - 1,))
+    return moments.second_moment(dy, roles, diagonal, dtype)
 
-  def _patches(self, x: jax.Array) -> tuple[jax.Array, tuple[moments.Axes, ...]]:
+  def _patches(self, x: jax.Array) -> tuple[jax.Array, moments.Roles]:
     """Patches of `x[n, *spatial, features]`, and their axes: rows, stack, features."""
     config = [(0, 0, 0)]
     config += [
@@ -98,10 +97,8 @@ class Convolution:
     split = (*patches.shape[: n + 1], *self.kernel, self.groups, x.shape[-1] // self.groups)
     patches = patches.reshape(split)
     first = n + 1
-    features = tuple(
-      2 * n + 2 if axis == -1 else first + axis for axis in self.input_order
-    )
-    return patches, (tuple(range(first)), (2 * n + 1,), features)
+    features = tuple(2 * n + 2 if axis == -1 else first + axis for axis in self.input_order)
+    return patches, moments.Roles(tuple(range(first)), (2 * n + 1,), features)
 
 
 def match(equation: Any, weight: int) -> Matching | str:

@@ -14,7 +14,6 @@ import jax
 from fop_optax.capture import moments
 from fop_optax.capture.values import Atom, Matching, Part
 
-
 Cut = tuple[int, int, int]  # axis, start, size
 
 
@@ -36,18 +35,18 @@ class Dense:
 
   def input_moment(self, x: jax.Array, bias: bool, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r x_r x_r'`, of `[x_r; 1]` with `bias`."""
-    axes = self.x_rows, self.x_stack, self.x_in
+    roles = moments.Roles(self.x_rows, self.x_stack, self.x_in)
     x = _cut(x, self.x_cut)
-    a = moments.second_moment(x, *axes, diagonal, dtype)
+    a = moments.second_moment(x, roles, diagonal, dtype)
     if not bias:
       return a
     n = math.prod(x.shape[axis] for axis in self.x_rows)
-    return moments.with_ones(a, moments.row_sum(x, *axes, dtype), n)
+    return moments.with_ones(a, moments.row_sum(x, roles, dtype), n)
 
   def output_moment(self, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r dy_r dy_r'`."""
-    axes = self.y_rows, self.y_stack, self.y_out
-    return moments.second_moment(_cut(dy, self.y_cut), *axes, diagonal, dtype)
+    roles = moments.Roles(self.y_rows, self.y_stack, self.y_out)
+    return moments.second_moment(_cut(dy, self.y_cut), roles, diagonal, dtype)
 
 
 def match(equation: Any, weight: int, part: Part | None = None) -> Matching:
@@ -77,14 +76,16 @@ def match(equation: Any, weight: int, part: Part | None = None) -> Matching:
     product = _part(product, part, w_stack, w_in, w_out)
   w_shape = part.view.shape if part else w.shape
   groups = [sorted(w_stack), sorted(w_in), list(w_out)]
-  sizes = tuple(math.prod(w_shape[axis] for axis in group) for group in groups)
-  steps = (("transpose", tuple(axis for group in groups for axis in group)), ("reshape", sizes))
+  stack, inputs, outputs = (math.prod(w_shape[axis] for axis in group) for group in groups)
+  order = tuple(axis for group in groups for axis in group)
+  steps = (("transpose", order), ("reshape", (stack, inputs, outputs)))
   n = math.prod(x.shape[axis] for axis in x_rows)
-  return Matching(product, steps, *sizes, n, _atoms(equation.outvars[0].aval.shape, product))
+  axes = _atoms(equation.outvars[0].aval.shape, product)
+  return Matching(product, steps, stack, inputs, outputs, n, axes)
 
 
 def _part(product: Dense, part: Part, w_stack, w_in, w_out) -> Dense:
-  """The product of one part alone: of a stack's or inputs' axis of x, of a stack's or outputs' of y."""
+  """The product of one part alone, which meets a part of x and makes a part of y."""
   span = part.start, part.size
   roles = (
     ("x_cut", w_in, product.x_in),
@@ -92,8 +93,10 @@ def _part(product: Dense, part: Part, w_stack, w_in, w_out) -> Dense:
     ("y_cut", w_stack, product.y_stack),
     ("y_cut", w_out, product.y_out),
   )
-  cuts = {
-    name: (axes[sorted(own).index(part.axis)], *span) for name, own, axes in roles if part.axis in own
+  cuts: dict[str, Any] = {
+    name: (axes[sorted(own).index(part.axis)], *span)
+    for name, own, axes in roles
+    if part.axis in own
   }
   return dataclasses.replace(product, **cuts)
 

@@ -18,7 +18,6 @@ from fop_optax.capture import flow
 from fop_optax.capture.products import Moments, product_with_moments
 from fop_optax.capture.resolve import Resolved
 from fop_optax.capture.values import Key, Path, Use
-from fop_optax.layers import Factors
 
 # For each use zeros, [stack, ...] of what is left of its stack; for each mark a zero, [scans ...].
 Probes = dict[Key, Any]

@@ -35,8 +35,8 @@ def check_marked(fisher: str, marks: Sequence[Mark]) -> None:
   """
   if fisher != "empirical" and not marks:
     raise ValueError(
-      f"`capture(fisher={fisher!r})` needs to know the distribution of the model's output. Write the"
-      " loss with `fop_optax.softmax_cross_entropy(logits, labels)` or"
+      f"`capture(fisher={fisher!r})` needs to know the distribution of the model's output. Write"
+      " the loss with `fop_optax.softmax_cross_entropy(logits, labels)` or"
       " `fop_optax.squared_error(predictions, targets)`, or capture with fisher='empirical'."
     )
 
@@ -92,6 +92,7 @@ def statistics(
     key: for `"sampled"`.
   """
   if fisher == "sampled":
+    assert key is not None
     keys = jax.random.split(key, len(marks))
     return pullback(list(map(cotangent, marks, outputs, weights, keys)))
 

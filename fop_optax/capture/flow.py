@@ -65,7 +65,9 @@ def scan_relevant(equation: Any, needed: Sequence[bool]) -> tuple[list[bool], li
   outputs = list(needed)
   while True:  # a carry is needed if the next step needs it
     inputs = _relevant_inputs(body, outputs)
-    carried = [a or b for a, b in zip(outputs[:carry], inputs[consts : consts + carry], strict=True)]
+    carried = [
+      a or b for a, b in zip(outputs[:carry], inputs[consts : consts + carry], strict=True)
+    ]
     if carried == outputs[:carry]:
       return outputs, inputs
     outputs[:carry] = carried
@@ -97,7 +99,9 @@ def scan_depends(equation: Any, flags: Sequence[bool]) -> tuple[list[bool], list
   inputs = list(flags)
   while True:  # what enters the carry later counts as well
     outputs = depends(body, inputs)
-    carried = [a or b for a, b in zip(inputs[consts : consts + carry], outputs[:carry], strict=True)]
+    carried = [
+      a or b for a, b in zip(inputs[consts : consts + carry], outputs[:carry], strict=True)
+    ]
     if carried == inputs[consts : consts + carry]:
       return inputs, outputs
     inputs[consts : consts + carry] = carried

@@ -39,7 +39,8 @@ class Lookup:
 
   def output_moment(self, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r dy_r dy_r'` over lookups; gradients of dropped ones have to be zero by now."""
-    return moments.second_moment(dy, self.y_rows, (), self.y_out, diagonal, dtype)
+    roles = moments.Roles(self.y_rows, (), self.y_out)
+    return moments.second_moment(dy, roles, diagonal, dtype)
 
   def found(self, x: jax.Array) -> jax.Array:
     """Which lookups read a row, in the shape of the rows of `y`."""
@@ -54,7 +55,7 @@ class Lookup:
 def match(equation: Any, weight: int) -> Matching | str:
   """What a gather from this weight operand is as a layer, or why it is none."""
   numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-  w, x, y = equation.invars[0].aval, equation.invars[1].aval, equation.outvars[0].aval
+  w, y = equation.invars[0].aval, equation.outvars[0].aval
   looked_up = tuple(numbers.collapsed_slice_dims)
   if weight != 0 or len(looked_up) != 1 or tuple(numbers.start_index_map) != looked_up:
     return "its entries are looked up one by one (`gather`)"

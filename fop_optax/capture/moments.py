@@ -1,7 +1,7 @@
 """Second moments over the rows of an array: the arithmetic of Kronecker statistics."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -10,12 +10,22 @@ import jax.numpy as jnp
 Axes = tuple[int, ...]
 
 
-def second_moment(
-  v: jax.Array, rows: Axes, stack: Axes, features: Axes, diagonal: bool, dtype: Any
-) -> jax.Array:
-  """`sum_r v_r v_r'` over the axes `rows`: `[stack, d, d]`, or its diagonal `[stack, d]`."""
+class Roles(NamedTuple):
+  """The axes of an array by their role; stack and features in the order of the weight's axes."""
+
+  rows: Axes
+  stack: Axes
+  features: Axes
+
+
+def second_moment(v: jax.Array, roles: Roles, diagonal: bool, dtype: Any) -> jax.Array:
+  """`sum_r v_r v_r'` over the rows: `[stack, d, d]`, or its diagonal `[stack, d]`."""
+  rows, stack, features = roles
   n_stack, n = math.prod(v.shape[i] for i in stack), math.prod(v.shape[i] for i in features)
-  if v.dtype not in (jnp.bfloat16, jnp.float16):  # those are multiplied as they are, summed in dtype
+  if v.dtype not in (
+    jnp.bfloat16,
+    jnp.float16,
+  ):  # those are multiplied as they are, summed in dtype
     v = v.astype(dtype)
   if diagonal:
     moved = v.astype(dtype).transpose(*rows, *stack, *features)
@@ -40,15 +50,16 @@ def _replicated(v: jax.Array) -> jax.sharding.NamedSharding | None:
   return None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def row_sum(v: jax.Array, rows: Axes, stack: Axes, features: Axes, dtype: Any) -> jax.Array:
+def row_sum(v: jax.Array, roles: Roles, dtype: Any) -> jax.Array:
   """`sum_r v_r`: `[stack, d]`."""
+  rows, stack, features = roles
   n_stack = math.prod(v.shape[i] for i in stack)
   moved = v.transpose(*rows, *stack, *features)
   return jnp.sum(moved, axis=range(len(rows)), dtype=dtype).reshape(n_stack, -1)
 
 
 def with_ones(a: jax.Array, m: jax.Array, n: int) -> jax.Array:
-  """`A` of `n` rows with a one appended, from blocks `[[A, m], [m', n]]`: no column is added to x."""
+  """`A` of `n` rows with a one appended, by blocks `[[A, m], [m', n]]`: x gets no column."""
   corner = jnp.full((a.shape[0], 1), n, a.dtype)
   if a.ndim == 2:
     return jnp.concatenate([a, corner], axis=1)

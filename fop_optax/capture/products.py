@@ -11,7 +11,6 @@ constant over a scan, gets the sum, and one that a scan goes over gets a stack.
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Any
 
 import jax
 from jax import lax

@@ -1,4 +1,4 @@
-"""Words about what was captured: the table of parameters, and the error when there is too little."""
+"""Words about what was captured: the table of parameters, the error when it is too little."""
 
 from collections.abc import Mapping
 import math

@@ -167,7 +167,9 @@ def _join_biases(
     }
     if block.flipped:  # a bias of one orientation has no place in the other
       for leaf, _ in entries:
-        refused.setdefault(leaf, "it is the bias of a tied weight, which is used transposed as well")
+        refused.setdefault(
+          leaf, "it is the bias of a tied weight, which is used transposed as well"
+        )
       joined.append(None)
     elif len(entries) > 1 or (entries and not all(ours)):
       for leaf, _ in entries:

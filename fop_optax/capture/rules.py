@@ -13,8 +13,7 @@ from typing import Any
 from jax.extend.core import primitives
 import jax.numpy as jnp
 
-from fop_optax import _compat
-from fop_optax import views
+from fop_optax import _compat, views
 from fop_optax.capture import values
 
 Steps = list[views.View]  # for each output of an equation, the steps from its one operand
@@ -78,7 +77,7 @@ def _pieces(equation: Any, axis: int, sizes: Any) -> Steps:
 @functools.cache
 def steps() -> dict[Any, Callable[[Any], Steps | None]]:
   """Primitives of one operand that move or select entries, and the steps that they are."""
-  table = {
+  table: dict[Any, Callable[[Any], Steps | None]] = {
     primitives.convert_element_type_p: _convert,
     primitives.copy_p: _unchanged,
     primitives.name_p: _unchanged,
@@ -119,11 +118,12 @@ def parts_after(parts: tuple[values.Part, ...], taken: Steps) -> tuple[values.Pa
 
 def linear_after(linear: values.Linear, taken: views.View) -> values.Linear | None:
   """The output of a product after the steps `taken`; None where a bias could not follow it."""
+  after: values.Linear | None = linear
   for name, *args in taken:
-    if linear is None or name not in ("transpose", "reshape"):
+    if after is None or name not in ("transpose", "reshape"):
       return None
-    linear = linear.transposed(*args) if name == "transpose" else linear.reshaped(*args)
-  return linear
+    after = after.transposed(*args) if name == "transpose" else after.reshaped(*args)
+  return after
 
 
 def broadcast_core(equation: Any, shape: tuple[int, ...]) -> tuple[int, ...]:

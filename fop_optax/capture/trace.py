@@ -92,7 +92,7 @@ def trace_twice(
   traced = signature.trace(shapes, args, signature.args.resized(args, size))
   try:
     twice = signature.trace(shapes, args, signature.args.resized(args, 2 * size))
-  except Exception:  # noqa: BLE001  a loss may be written for one batch size
+  except Exception:
     twice = None
   return traced, twice
 

@@ -109,10 +109,15 @@ class Product(Protocol):
   diagonals, `[stack, d]`.
   """
 
-  weight: int  # which operand is the weight
+  @property
+  def weight(self) -> int:
+    """Which operand is the weight."""
+    ...
 
   @property
-  def kind(self) -> str: ...
+  def kind(self) -> str:
+    """What the layer is called in the table."""
+    ...
 
   def input_moment(self, x: Any, bias: bool, diagonal: bool, dtype: Any) -> Any: ...
 

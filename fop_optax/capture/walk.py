@@ -2,8 +2,8 @@
 
 One loop, an environment and a rule for each primitive. Every variable has a `Value`: whether it
 depends on the batch, whether it is a view of a parameter, whether it is the output of a product.
-The walk evaluates nothing. Nested jaxprs of `jit`, `checkpoint` and `scan` are walked like the outer
-one; every other equation is taken whole.
+The walk evaluates nothing. Nested jaxprs of `jit`, `checkpoint` and `scan` are walked like the
+outer one; every other equation is taken whole.
 """
 
 from collections import Counter
@@ -18,11 +18,7 @@ from jax.extend.core import primitives
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture import convolution
-from fop_optax.capture import dense
-from fop_optax.capture import flow
-from fop_optax.capture import lookup
-from fop_optax.capture import rules
+from fop_optax.capture import convolution, dense, flow, lookup, rules
 from fop_optax.capture.values import (
   BiasUse,
   Key,
@@ -126,16 +122,17 @@ class _Frame:
     """An equation that is not looked into: parameters that enter it are refused."""
     del index
     why = _WHOLE.get(
-      equation.primitive, f"it is used in `{equation.primitive}`, which is neither a product nor a view"
+      equation.primitive,
+      f"it is used in `{equation.primitive}`, which is neither a product nor a view",
     )
     self._refuse(equation, operands, why)
 
   def _join(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """Parameters joined along an axis: each is a part of the weight."""
     variables, axis = equation.invars, int(equation.params["dimension"])
-    views = [operand.view for operand in operands]
+    views = [operand.view for operand in operands if operand.view]
     if (
-      not all(views)
+      len(views) < len(operands)
       or any(map(self._repeated, variables, views))
       or len({view.levels for view in views}) > 1
     ):
@@ -218,7 +215,7 @@ class _Frame:
       for number, part in enumerate(operands[side].parts):
         self._use(index, equation, match(equation, side, part), part.view, batch, number)
       return [Value(batch)]
-    if self._repeated(equation.invars[side], view):
+    if view is None or self._repeated(equation.invars[side], view):
       return self._refuse(equation, operands, "its entries are repeated before it is used")
     matching = match(equation, side)
     if isinstance(matching, str):
