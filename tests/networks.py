@@ -817,10 +817,11 @@ ODD = {
 
 @dataclasses.dataclass(frozen=True)
 class Odd(Block):
-  """A weight used as no layer can be; the bias after it is none either."""
+  """A weight used as no layer can be, maybe `besides` a product; nor is the bias after it one."""
 
   use: str
   bias: bool = False
+  besides: bool = False
 
   def init(self, rng, width, tokens):
     p = {"w": _normal(rng, width, width)}
@@ -830,7 +831,10 @@ class Odd(Block):
     return {"w": "fallback"} | ({"b": "fallback"} if self.bias else {})
 
   def spelled(self, p, h):
-    return jnp.tanh(ODD[self.use](h, p["w"]) + p.get("b", 0.0))
+    y = ODD[self.use](h, p["w"])
+    if self.besides and self.use != "frozen":  # no gradient comes through that: a layer
+      y = y + h @ p["w"]
+    return jnp.tanh(y + p.get("b", 0.0))
 
   def canonical(self, p, h, tap):
     return self.spelled(p, h)
@@ -1196,7 +1200,7 @@ BLOCKS = [
       "bias": [True, False],
     },
   ),
-  (4, Odd, {"use": ODD, "bias": [True, False]}),
+  (4, Odd, {"use": ODD, "bias": [True, False], "besides": [True, False]}),
   (1, Norm, {"after": [True, False]}),
   (1, Embed, {"look_up": ["gather", "take", "onehot"]}),
   (1, Joined, {"axis": [0, 1], "late": [True, False]}),
