@@ -277,6 +277,32 @@ def test_a_tied_weight_is_the_balanced_sum_of_its_uses():
     relative(np.trace(ours.G[0]) * ours.A[0], 100 * np.trace(theirs.G[0]) * theirs.A[0])
 
 
+def test_experts_of_limited_capacity_have_rows_that_are_no_multiple_of_the_examples():
+  E, D = 4, 3
+  params = {"router": jnp.asarray(draw(D, E)), "w": jnp.asarray(draw(E, D, C))}
+  x, y = jnp.asarray(draw(8, D)), jnp.arange(8) % C
+
+  def loss(p, x, y):
+    scores = jax.nn.softmax(x @ p["router"])
+    chosen = jax.nn.one_hot(jnp.argmax(scores, 1), E)
+    place = (jnp.cumsum(chosen, 0) - 1) * chosen
+    slots = chosen[..., None] * jax.nn.one_hot(place.astype(int), len(x) // 2)  # [example, expert, slot]
+    out = jnp.einsum("esd,edc->esc", jnp.einsum("nes,nd->esd", slots, x), p["w"])
+    logits = jnp.einsum("nes,esc->nc", slots, out) * jnp.max(scores, 1, keepdims=True)
+    return fop_optax.softmax_cross_entropy(logits, y)
+
+  captured = fop_optax.capture(loss, params, x, y, strict=True, groups=1)
+  assert [layer.stack for layer in captured.layers] == [1, E]
+  _, grads, stats = captured.value_and_grad(params, x, y)
+  jax.tree.map(relative, grads, jax.grad(loss)(params, x, y))
+  chosen = np.asarray(jnp.argmax(x @ params["router"], 1))
+  for expert in range(E):
+    rows = np.stack(
+      [row for row, e in zip(x, chosen, strict=True) if e == expert][:4] or [0 * x[0]]
+    )
+    relative(stats.factors[1].A[expert], rows.T @ rows / 4)
+
+
 def test_joined_weights_are_parts_of_the_joined_layer():
   shapes = {"a": (4, 3), "b": (4, 2), "c": (3, 3), "d": (2, 3)}
   params = {k: jnp.asarray(draw(*s)) for k, s in shapes.items()}

@@ -228,12 +228,7 @@ class Captured:
     size = chunks.size
     traced = signature.trace(leaves, chunks.leaves, chunks.chunk(0, 0))
     if tuple(traced.found.uses) == self._found:
-      accepted = set(self._accepted)
-      uses = {
-        key: use
-        for key, use in traced.found.uses.items()
-        if key in accepted and use.rows % size == 0
-      }
+      uses = {key: traced.found.uses[key] for key in self._accepted}
     else:  # the program depends on the batch size
       _, twice = trace_twice(signature, leaves, chunks.leaves, size)
       uses = growing(traced, twice, size)

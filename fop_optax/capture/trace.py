@@ -104,9 +104,9 @@ def growing(traced: Traced, twice: Traced | None, size: int) -> dict[Key, Use]:
   recurrence starts), not if a scan over examples repeats it. Where the loss can be traced for one
   size only, a multiple of it and a dependence on the batch have to do.
   """
-  uses = {path: use for path, use in traced.found.uses.items() if use.rows % size == 0}
+  uses = traced.found.uses
   if twice is None:
-    return {path: use for path, use in uses.items() if use.batch}
+    return {key: use for key, use in uses.items() if use.batch and use.rows % size == 0}
   bigger = twice.found.uses
 
   def grows(key, use):
