@@ -286,7 +286,8 @@ def test_experts_of_limited_capacity_have_rows_that_are_no_multiple_of_the_examp
     scores = jax.nn.softmax(x @ p["router"])
     chosen = jax.nn.one_hot(jnp.argmax(scores, 1), E)
     place = (jnp.cumsum(chosen, 0) - 1) * chosen
-    slots = chosen[..., None] * jax.nn.one_hot(place.astype(int), len(x) // 2)  # [example, expert, slot]
+    # [example, expert, slot]
+    slots = chosen[..., None] * jax.nn.one_hot(place.astype(int), len(x) // 2)
     out = jnp.einsum("esd,edc->esc", jnp.einsum("nes,nd->esd", slots, x), p["w"])
     logits = jnp.einsum("nes,esc->nc", slots, out) * jnp.max(scores, 1, keepdims=True)
     return fop_optax.softmax_cross_entropy(logits, y)
