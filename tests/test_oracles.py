@@ -114,3 +114,33 @@ def test_asdl_from_the_loss(precision, damping):
     pi = np.sqrt((np.trace(A) / len(A)) / (np.trace(G) / len(G)))
     G_inv = np.linalg.inv(G + np.sqrt(damping) / pi * np.eye(len(G)))
     close(G_inv @ grads[name]["bias"], oracle[f"{key}/prec_bias"], tolerance)
+
+
+def test_asdl_convolutions_from_the_loss(precision):
+  dtype, tolerance = precision
+  oracle = np.load(ORACLES / "asdl_kfac_cnn.npz")
+  x, y = jnp.asarray(oracle["x"], dtype), jnp.asarray(oracle["y"])  # NCHW
+  names = ("c1", "c2", "fc")
+  weights = {name: jnp.asarray(oracle[f"{name}/weight"], dtype) for name in names}
+  biases = {name: jnp.asarray(oracle[f"{name}/bias"], dtype) for name in names}
+
+  def loss(w, biases, x, y):
+    for name, stride in (("c1", 1), ("c2", 2)):
+      x = jax.lax.conv_general_dilated(
+        x, w[name], (stride, stride), [(1, 1), (1, 1)], dimension_numbers=("NCHW", "OIHW", "NCHW")
+      )
+      x = jax.nn.relu(x + biases[name][:, None, None])
+    return fop_optax.softmax_cross_entropy(x.reshape(len(y), -1) @ w["fc"].T + biases["fc"], y)
+
+  # ASDL has no homogeneous coordinate: the biases are in no layer here.
+  captured = fop_optax.capture(loss, weights, biases, x, y, batch_argnums=(1, 2))
+  value, grads, stats = captured.value_and_grad(weights, biases, x, y)
+  close(value, oracle["loss"], tolerance)
+  for name, factors in zip(names, stats.factors, strict=True):
+    close(grads[name], oracle[f"{name}/grad_weight"], tolerance)
+    close(factors.A[0], oracle[f"{name}/A"], tolerance)
+    close(factors.G[0], oracle[f"{name}/B"], tolerance)
+  for damping in (0.01, 0.1):
+    updates, _ = kfac_direction(captured, weights, (biases, x, y), damping, "factored")
+    for name in names:
+      close(updates[name], oracle[f"damp{damping}/{name}/prec_weight"], tolerance)
