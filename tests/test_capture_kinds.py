@@ -103,13 +103,13 @@ CONVOLUTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("chunk_bytes", [None, 1], ids=["whole", "in chunks"])
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize(
+  "name, chunk_bytes",
+  [(name, None) for name in CONVOLUTIONS] + [("2-D, strides", 1), ("depthwise", 1)],
+)
 def test_convolution(name, chunk_bytes, monkeypatch):
   conv = CONVOLUTIONS[name]
-  if chunk_bytes:
-    if name not in ("2-D, strides", "depthwise"):
-      pytest.skip("chunks are the same for all")
+  if chunk_bytes:  # one example at a time
     monkeypatch.setitem(convolution.CHUNK_BYTES, "cpu", chunk_bytes)
   x_shape, w_shape, b_shape = conv.shapes()
   params = {"w": jnp.asarray(draw(*w_shape)), "b": jnp.asarray(draw(*b_shape))}

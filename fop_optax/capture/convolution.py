@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from fop_optax.capture import moments
 from fop_optax.capture.values import Atom, Matching
 
-# Patches are formed for so many bytes of them at a time: on CPU they then stay in the cache.
+# Patches are formed for about so many bytes of them at a time, which bounds their memory.
 CHUNK_BYTES = {"cpu": 4 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 
