@@ -1,0 +1,1 @@
+"""Benchmarks: commands that print ratios of alternating runs, with counted floors beside them."""

@@ -1,0 +1,53 @@
+"""Other people's optimizers as windows of steps; their packages are the user's to install."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarks.cases import Case
+
+
+class KfacJax:
+  """`kfac_jax.Optimizer` with fixed rates: inverses every `period` steps.
+
+  Its estimator is the default one; statistics come with every step (its default), or with every
+  inverse as ours do.
+  """
+
+  def __init__(self, case: Case, period: int, curvature_period: int):
+    import kfac_jax
+
+    def loss(params, batch):
+      logits = case.apply(params, batch[0])
+      kfac_jax.register_softmax_cross_entropy_loss(logits, batch[1])
+      return case.loss(params, *batch)
+
+    constant = lambda value: lambda step: jnp.asarray(value)
+    self.optimizer = kfac_jax.Optimizer(
+      value_and_grad_func=jax.value_and_grad(loss),
+      l2_reg=0.0,
+      inverse_update_period=period,
+      curvature_update_period=curvature_period,
+      learning_rate_schedule=constant(1e-3),
+      momentum_schedule=constant(0.9),
+      damping_schedule=constant(1e-2),
+      num_burnin_steps=0,
+      multi_device=False,
+    )
+    self.batch = (case.x, case.y)
+    self.params = jax.tree.map(jnp.copy, case.params)
+    self.state = self.optimizer.init(self.params, jax.random.PRNGKey(0), self.batch)
+    self.count = 0
+
+  def window(self, steps: int) -> Any:
+    for _ in range(steps):
+      self.params, self.state, _ = self.optimizer.step(
+        self.params,
+        self.state,
+        jax.random.PRNGKey(self.count),
+        batch=self.batch,
+        global_step_int=self.count,
+      )
+      self.count += 1
+    return self.params
