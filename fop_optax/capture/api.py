@@ -118,6 +118,8 @@ def capture(
   if not resolved.layers or (strict and fallbacks):
     raise ValueError(report.refusal(layers, fallbacks))
   convolutions = flow.contains(traced.jaxpr, primitives.conv_general_dilated_p)
+  looping = not (convolutions and jax.default_backend() == "cpu")
+  scanned = flow.contains(traced.jaxpr, primitives.scan_p)  # in a loop already: one more is cheap
   return Captured(
     layers=layers,
     fallbacks=fallbacks,
@@ -125,7 +127,7 @@ def capture(
     _aux_roles=roles,
     _found=tuple(traced.found.uses),
     _accepted=tuple(uses),
-    _unroll=convolutions and jax.default_backend() == "cpu",
+    _loops=batches.Loops(groups=looping and scanned, micro_batches=looping),
   )
 
 
@@ -159,7 +161,7 @@ class Captured:
   _aux_roles: tuple[auxiliary.Role, ...]
   _found: tuple[Key, ...]  # uses at the time of capture, and those of them that are layers
   _accepted: tuple[Key, ...]
-  _unroll: bool  # convolutions on CPU: their gradients are slow in a loop
+  _loops: batches.Loops
 
   def __str__(self) -> str:
     return report.table(self.layers, self.fallbacks)
@@ -208,7 +210,7 @@ class Captured:
           "With fisher='sampled' labels are drawn: pass `value_and_grad(..., key=key)`, with a new"
           " `key = jax.random.fold_in(seed, step)` each step."
         )
-    results = chunks.run(backward, self._unroll, key)
+    results = chunks.run(backward, self._loops, key)
 
     by_leaf = list(zip(*(result.grads for result in results), strict=True))
     unflatten = functools.partial(jax.tree.unflatten, signature.params)
@@ -255,7 +257,7 @@ class Captured:
       scale=float(size * terms),
       refresh=refresh,
       fisher=self._spec.fisher,
-      branch=not self._unroll,
+      branch=self._loops.micro_batches,
     )
     return backward, functools.partial(by_layer, resolved)
 

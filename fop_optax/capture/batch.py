@@ -146,6 +146,17 @@ def _fold_in(key: jax.Array, data: Any) -> jax.Array:
   return fold(key, data)
 
 
+class Loops(NamedTuple):
+  """Which chunks are worked off in a loop; the others are written out one after the other.
+
+  A loop compiles its body once, and holds the activations of one chunk. Written out, groups are
+  a little quicker; convolutions very much so on CPU, where their gradients are slow in a loop.
+  """
+
+  groups: bool
+  micro_batches: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunks:
   """The batch of one step, dealt to groups and cut into micro-batches.
@@ -206,33 +217,41 @@ class Chunks:
     return out
 
   def run(
-    self, backward: Callable[[list[Any], Any], "Result"], unroll: bool, key: jax.Array | None
+    self, backward: Callable[[list[Any], Any], "Result"], loops: "Loops", key: jax.Array | None
   ) -> list["Result"]:
     """One result a group: means over its micro-batches, aux stacked `[micro_batches, ...]`.
 
-    Groups are unrolled; under a trace they share one inner `jit`, so that they are traced once.
+    Under a trace groups that are written out share one inner `jit`, so that they are traced once.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in self.leaves):
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in self.leaves)
+    if traced:
       backward = jax.jit(backward)
 
     def one(group, micro):
       own = None if key is None else _fold_in(key, group + self.groups * micro)
       return backward(self.chunk(group, micro), own)
 
+    def every(micro):
+      if not (traced and loops.groups):
+        return [one(group, micro) for group in range(self.groups)]
+      stacked = jax.lax.map(lambda group: one(group, micro), jnp.arange(self.groups))
+      return [jax.tree.map(lambda a: a[group], stacked) for group in range(self.groups)]
+
     if self.micro_batches == 1:
-      results = [one(group, 0) for group in range(self.groups)]
+      results = every(0)
       return [r._replace(aux=jax.tree.map(lambda a: jnp.asarray(a)[None], r.aux)) for r in results]
 
     def step(total, micro):
-      results = [one(group, micro) for group in range(self.groups)]
+      results = every(micro)
       sums = jax.tree.map(_wide, [r._replace(aux=()) for r in results])
       return jax.tree.map(jnp.add, total, sums), [r.aux for r in results]
 
     pieces = jnp.arange(self.micro_batches)
-    like = jax.eval_shape(lambda: [one(group, pieces[0]) for group in range(self.groups)])
+    like = jax.eval_shape(lambda: every(pieces[0]))
     like = [r._replace(aux=()) for r in like]
     zeros = jax.tree.map(lambda a: _wide(jnp.zeros(a.shape, a.dtype)), like)
-    sums, auxes = jax.lax.scan(step, zeros, pieces, unroll=self.micro_batches if unroll else 1)
+    unroll = 1 if loops.micro_batches else self.micro_batches
+    sums, auxes = jax.lax.scan(step, zeros, pieces, unroll=unroll)
     means = jax.tree.map(lambda a, b: (a / self.micro_batches).astype(b.dtype), sums, like)
     return [mean._replace(aux=aux) for mean, aux in zip(means, auxes, strict=True)]
 
