@@ -42,7 +42,7 @@ class Limits(NamedTuple):
 
 
 def blocks(tree: PyTree, dimensions: Dimensions, limits: Limits, groups: int) -> Layers:
-  """Each leaf of a tree like params as a layer of its own; leaves that optax masked in none.
+  """Each leaf of a tree like params as a layer of its own; masked and empty leaves in none.
 
   A leaf with two or more axes is a matrix by its dimension numbers, by default the last axis out
   and the others in. One with fewer is a vector, as is a matrix of one row or one column: a matrix
@@ -56,7 +56,7 @@ def blocks(tree: PyTree, dimensions: Dimensions, limits: Limits, groups: int) ->
   entries, shapes = [], []
   for index, ((path, leaf), own) in enumerate(zip(flat, numbers, strict=True)):
     shapes.append(() if is_masked(leaf) else tuple(jnp.shape(leaf)))
-    if not is_masked(leaf):
+    if math.prod(shapes[-1]) and not is_masked(leaf):
       name = jax.tree_util.keystr(path)
       entries.append(_block(name, index, shapes[-1], own, limits))
   paths = tuple(jax.tree_util.keystr(path) for path, _ in flat)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fop_optax.capture import moments
 from fop_optax.curvature.precondition import matmul
 
 
@@ -34,8 +35,10 @@ class Gram(NamedTuple):
 def gram(gradients: Sequence[jax.Array], dtype: jax.typing.DTypeLike) -> Gram:
   """`K` of per-example gradients, leaves `[B, ...]`; of zeros if it is not finite."""
   batch = len(gradients[0])
-  rows = [leaf.astype(dtype).reshape(batch, -1) for leaf in gradients]
-  K = sum((matmul(X, X.T) for X in rows), start=jnp.zeros((batch, batch), dtype)) / batch
+  K = jnp.zeros((batch, batch), dtype)
+  for leaf in gradients:
+    roles = moments.Roles(rows=tuple(range(1, leaf.ndim)), stack=(), features=(0,))
+    K += moments.second_moment(leaf, roles, False, dtype)[0] / batch
   finite = jnp.all(jnp.isfinite(K))
   S, U = jnp.linalg.eigh(jnp.where(finite, K, 0))
   return Gram(U, jnp.maximum(S, 0), finite)
@@ -63,5 +66,10 @@ def solve_weights(of: Gram, weights: jax.Array, damping: jax.Array) -> jax.Array
 
 def combine(gradient: jax.Array, weights: jax.Array) -> jax.Array:
   """One leaf of `X' w`, in the dtype of the weights."""
-  wide = gradient.astype(weights.dtype)
-  return jnp.tensordot(weights, wide, 1, precision=jax.lax.Precision.HIGHEST)
+  return jax.lax.dot_general(
+    weights,
+    gradient.astype(weights.dtype),
+    (((0,), (0,)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST,
+    out_sharding=moments.replicated(gradient),
+  )

@@ -68,6 +68,11 @@ def check_batch(updates: Any, params: Any, groups: int) -> None:
     if not is_masked(leaf):
       name, shape = jax.tree_util.keystr(path), tuple(jnp.shape(leaf))
       _check_shape(name, shape, None if is_masked(param) else tuple(jnp.shape(param)))
+      if not jnp.issubdtype(dtype_of(leaf), jnp.floating):
+        raise ValueError(
+          f"The gradient is {dtype_of(leaf)} at {name}, where it should be floating point. Keep a"
+          " parameter that is not trained out with `optax.masked`."
+        )
       sizes[name] = shape[0]
   if len(set(sizes.values())) > 1:
     listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
@@ -100,7 +105,7 @@ def _check_shape(name: str, shape: tuple[int, ...], param: tuple[int, ...] | Non
 
 def means(leaf: jax.Array, groups: int) -> list[jax.Array]:
   """The mean gradient of each group; example `i` belongs to group `i mod groups`."""
-  wide = leaf.reshape(-1, groups, *leaf.shape[1:])
+  wide = leaf.reshape(len(leaf) // groups, groups, *leaf.shape[1:])
   wide = jnp.mean(wide, axis=0, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
   return list(wide.astype(leaf.dtype))
 
