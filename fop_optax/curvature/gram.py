@@ -50,9 +50,9 @@ def coordinates(of: Gram, weights: jax.Array) -> jax.Array:
 
 
 def divide(of: Gram, y: jax.Array, damping: jax.Array) -> jax.Array:
-  """`(S + lambda)^-1 y`; zero where `S + lambda` is rounding, which takes a damping of about zero.
+  """`(S + lambda)^-1 y`; zero where `S + lambda` is rounding next to the largest `S`.
 
-  Then the result is the shortest of the solutions.
+  That takes a damping as small; at lambda = 0 the result is the shortest of the solutions.
   """
   damped = of.S + damping
   floor = len(of.S) * jnp.finfo(of.S.dtype).eps * jnp.max(of.S)
