@@ -3,6 +3,7 @@
 from fop_optax.capture import Captured as Captured
 from fop_optax.capture import capture as capture
 from fop_optax.diagnostics import diagnostics as diagnostics
+from fop_optax.dimensions import DimensionNumbers as DimensionNumbers
 from fop_optax.layers import Layer as Layer
 from fop_optax.layers import Layers as Layers
 from fop_optax.layers import Stats as Stats
@@ -11,9 +12,17 @@ from fop_optax.losses import squared_error as squared_error
 from fop_optax.optimizers.fop import ScaleByFopState as ScaleByFopState
 from fop_optax.optimizers.fop import fop as fop
 from fop_optax.optimizers.fop import scale_by_fop as scale_by_fop
+from fop_optax.optimizers.fop_per_example import fop_per_example as fop_per_example
+from fop_optax.optimizers.fop_per_example import (
+  scale_by_fop_per_example as scale_by_fop_per_example,
+)
 from fop_optax.optimizers.kfac import ScaleByKfacState as ScaleByKfacState
 from fop_optax.optimizers.kfac import kfac as kfac
 from fop_optax.optimizers.kfac import scale_by_kfac as scale_by_kfac
+from fop_optax.optimizers.kfac_per_example import kfac_per_example as kfac_per_example
+from fop_optax.optimizers.kfac_per_example import (
+  scale_by_kfac_per_example as scale_by_kfac_per_example,
+)
 from fop_optax.optimizers.refresh import refresh_due as refresh_due
 from fop_optax.projection import FopDirection as FopDirection
 from fop_optax.projection import fop_direction as fop_direction

@@ -25,7 +25,7 @@ def diagnostics(
   Args:
     opt_state: state of an optimizer that holds one K-FAC or FOP state, however deep.
     layers: `captured.layers`, for the names of layers; needed under `jax.jit`. Without it layers
-      are named by their number.
+      are named by their number. Per-example optimizers have none: theirs are the leaves of params.
     condition: whether to work out condition numbers, an eigendecomposition of each factor.
 
   Returns:
@@ -40,6 +40,9 @@ def diagnostics(
       `residual` (of orthogonality), as in `fop_optax.projection`;
     - with `condition`: `condition_A` and `condition_G` of the running factors, and `condition` of
       the damped Fisher block that they give with that damping.
+
+    With `curvature="exact"` of per-example gradients there are no layers, but `"all parameters"`
+    with FOP's numbers.
 
   Raises:
     ValueError: if there is no such state or more than one; under `jax.jit`, without `layers` or
@@ -61,6 +64,8 @@ def diagnostics(
   curvature: CurvatureState = state.curvature
   owners = _owners(curvature.stacks, layers)
   out: dict[str, dict[str, jax.Array]] = {}
+  if isinstance(state, ScaleByFopState) and not curvature.stacks:
+    (out["all parameters"],) = (found._asdict() for found in state.projections)
   for index, (stack, owner) in enumerate(zip(curvature.stacks, owners, strict=True)):
     numbers = _numbers(stack, condition)
     if isinstance(state, ScaleByFopState):

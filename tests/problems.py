@@ -105,6 +105,12 @@ def value_and_grad(params, batch, refresh=True, groups=2):
   return jnp.mean(values), mean, Stats(jnp.asarray(refresh), tuple(factors), contrasts)
 
 
+def per_example_grads(params, batch):
+  """Gradient of each example, leaves `[examples, *param]`."""
+  one = lambda params, x, y: example_loss(params, x, y)[0]
+  return jax.vmap(jax.grad(one), (None, 0, 0))(params, *batch)
+
+
 def contrast_rows(groups):
   """`sqrt(2) H`, with `H` the Helmert matrix: orthonormal rows that sum to zero."""
   rows = np.zeros((groups - 1, groups))

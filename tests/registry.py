@@ -19,6 +19,8 @@ class Row:
     make: factory, called with keyword arguments.
     kwargs: its arguments, but `layers`.
     curvature: whether it takes `layers` and `stats`.
+    per_example: whether it takes per-example gradients `[B, *param]`.
+    blockwise: whether what it does to a leaf or a layer does not depend on the others.
     injected: the arguments that `optax.inject_hyperparams` turns into arrays.
     static: arguments to declare static there.
   """
@@ -27,6 +29,8 @@ class Row:
   make: Callable[..., optax.GradientTransformation]
   kwargs: dict[str, Any]
   curvature: bool = True
+  per_example: bool = False
+  blockwise: bool = True
   injected: tuple[str, ...] = ()
   static: tuple[str, ...] = ()
 
@@ -51,7 +55,13 @@ COMMON = ("damping", "decay", "curvature_update_period", "inverse_update_period"
 ALIAS = ("learning_rate", "momentum", "weight_decay")
 
 ROWS = (
-  Row("sgd", optax.sgd, {"learning_rate": 0.1, "momentum": 0.9}, False, ("learning_rate",)),
+  Row(
+    "sgd",
+    optax.sgd,
+    {"learning_rate": 0.1, "momentum": 0.9},
+    curvature=False,
+    injected=("learning_rate",),
+  ),
   Row(
     "kfac",
     fop_optax.kfac,
@@ -72,6 +82,7 @@ ROWS = (
       "inverse_update_period": 3,
       "stagger": True,
     },
+    blockwise=False,
     injected=(*COMMON, "norm_constraint", "learning_rate"),
   ),
   Row(
@@ -89,5 +100,54 @@ ROWS = (
       "nesterov": True,
     },
     injected=("beta", *ALIAS),
+  ),
+  Row(
+    "kfac per example",
+    fop_optax.kfac_per_example,
+    {"learning_rate": 0.1, "damping": 1e-2, "weight_decay": 1e-2, "mask": decays, "max_vector": 5},
+    curvature=False,
+    per_example=True,
+    injected=("decay", "damping", *ALIAS, "curvature_update_period"),
+    static=("mask", "max_dim", "max_vector"),
+  ),
+  Row(
+    "kfac per example exact",
+    fop_optax.kfac_per_example,
+    {
+      "learning_rate": optax.linear_schedule(0.1, 0.01, 10),
+      "damping": optax.linear_schedule(0.1, 0.01, 10),
+      "curvature": "exact",
+      "norm_constraint": 1e-3,
+    },
+    curvature=False,
+    per_example=True,
+    blockwise=False,
+    injected=("damping", "norm_constraint", *ALIAS),
+    static=("max_dim", "max_vector"),
+  ),
+  Row(
+    "fop per example",
+    fop_optax.fop_per_example,
+    {
+      "learning_rate": 0.1,
+      "damping": 1e-2,
+      "scaling": "exact",
+      "curvature_update_period": 2,
+      "inverse_update_period": 3,
+    },
+    curvature=False,
+    per_example=True,
+    injected=(*COMMON, *ALIAS),
+    static=("groups", "max_dim", "max_vector"),
+  ),
+  Row(
+    "fop per example exact",
+    fop_optax.fop_per_example,
+    {"learning_rate": jnp.float32(0.1), "damping": 0.1, "curvature": "exact", "groups": 4},
+    curvature=False,
+    per_example=True,
+    blockwise=False,
+    injected=("damping", *ALIAS),
+    static=("groups", "max_dim", "max_vector"),
   ),
 )

@@ -27,14 +27,17 @@ frozen_layer = lambda tree: {name: name != "fc1" for name in tree}
 
 
 @functools.cache
-def data(seed=0, dtype=jnp.float32):
-  """Gradient and statistics of one batch."""
+def data(row_name, seed=0, dtype=jnp.float32):
+  """Gradient (or gradients) and statistics of one batch."""
+  (row,) = (row for row in ROWS if row.name == row_name)
   params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
-  _, grads, stats = GRADIENT(params, problems.make_batch(seed=seed, dtype=dtype))
-  return grads, stats
+  batch = problems.make_batch(seed=seed, dtype=dtype)
+  _, grads, stats = GRADIENT(params, batch)
+  return (GRADIENTS(params, batch) if row.per_example else grads), stats
 
 
 GRADIENT = jax.jit(problems.value_and_grad)
+GRADIENTS = jax.jit(problems.per_example_grads)
 
 
 def due(row, state):
@@ -62,15 +65,15 @@ def plain(row_name):
   return tx, jax.jit(make_step(row, tx))
 
 
-def run(step, params, state, steps=3):
+def run(row, step, params, state, steps=3):
   for seed in range(steps):
-    params, state = step(params, state, data(seed))
+    params, state = step(params, state, data(row.name, seed))
   return params, state
 
 
 def run_plain(row, steps=3):
   tx, step = plain(row.name)
-  return run(step, PARAMS, tx.init(PARAMS), steps)
+  return run(row, step, PARAMS, tx.init(PARAMS), steps)
 
 
 def assert_equal(tree, other, tol=0.0):
@@ -84,7 +87,7 @@ def types(tree):
 def test_structure_is_final_from_init(row):
   tx, step = plain(row.name)
   state = tx.init(PARAMS)
-  _, after = step(PARAMS, state, data())
+  _, after = step(PARAMS, state, data(row.name))
   assert types(state) == types(after)
   abstract = jax.eval_shape(tx.init, jax.eval_shape(lambda: PARAMS))
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
@@ -95,14 +98,14 @@ def test_structure_is_final_from_init(row):
 def test_compiles_once_also_with_donated_state(row):
   tx = row.tx(LAYERS)
   step = jax.jit(make_step(row, tx), donate_argnums=(0, 1))
-  params, _ = run(step, *jax.tree.map(jnp.copy, (PARAMS, tx.init(PARAMS))))
+  params, _ = run(row, step, *jax.tree.map(jnp.copy, (PARAMS, tx.init(PARAMS))))
   assert step._cache_size() == 1
   assert_equal(params, run_plain(row)[0])
 
 
 def test_unknown_extra_arguments_are_ignored(row):
   tx, _ = plain(row.name)
-  grads, stats = data()
+  grads, stats = data(row.name)
   args = grads, tx.init(PARAMS), PARAMS
   got = tx.update(*args, stats=stats, loss=1.0, something_else=None)
   assert_equal(got, tx.update(*args, stats=stats))
@@ -111,7 +114,7 @@ def test_unknown_extra_arguments_are_ignored(row):
 def test_chain_with_clipping(row):
   tx, _ = plain(row.name)
   chained = optax.chain(optax.clip_by_global_norm(0.1), tx)
-  grads, stats = data()
+  grads, stats = data(row.name)
   norm = optax.tree.norm(grads)
   clipped = jax.tree.map(lambda g: 0.1 * g / norm, grads)
   want, _ = tx.update(clipped, tx.init(PARAMS), PARAMS, stats=stats)
@@ -131,13 +134,13 @@ def test_a_frozen_layer(row, wrap):
     "masked leaf by leaf": optax.masked(tx, by_leaf),
     "partition": optax.partition({"train": tx, "frozen": optax.set_to_zero()}, label),
   }[wrap]
-  grads, stats = data()
+  grads, stats = data(row.name)
   state = other.init(PARAMS)
   got, after = other.update(grads, state, PARAMS, stats=stats)
   assert types(state) == types(after)
   zeros = jax.tree.map(jnp.zeros_like, grads["fc1"])
   assert_equal(got["fc1"], zeros if wrap == "partition" else grads["fc1"])
-  if not row.kwargs.get("norm_constraint"):  # which is over all layers
+  if row.blockwise:
     want, _ = tx.update(grads, tx.init(PARAMS), PARAMS, stats=stats)
     assert_equal({**got, "fc1": 0}, {**want, "fc1": 0}, 1e-5)
   if row.curvature:
@@ -151,7 +154,7 @@ def test_an_integer_leaf_is_kept_out_by_a_mask(row):
   tx = optax.masked(
     row.tx(problems.layers_of(params)), lambda tree: {name: name != "steps" for name in tree}
   )
-  grads, stats = data()
+  grads, stats = data(row.name)
   stats = stats._replace(contrasts=tuple(c | integer for c in stats.contrasts))
   got, _ = tx.update(grads | {"steps": jnp.asarray(0)}, tx.init(params), params, stats=stats)
   assert optax.apply_updates(params, got)["steps"] == 3
@@ -159,17 +162,19 @@ def test_an_integer_leaf_is_kept_out_by_a_mask(row):
 
 def test_injected_hyperparameters_equal_constants(row):
   tx = row.inject(LAYERS)
-  params, state = run(jax.jit(make_step(row, tx)), PARAMS, tx.init(PARAMS))
+  params, state = run(row, jax.jit(make_step(row, tx)), PARAMS, tx.init(PARAMS))
   assert set(row.injected) <= set(state.hyperparams)
   assert_equal(params, run_plain(row)[0], 1e-5)
 
 
 def test_apply_if_finite(row):
+  if row.per_example:
+    pytest.skip("the updates it gives instead are like its input, [B, *param]")
   tx = optax.apply_if_finite(plain(row.name)[0], 3)
   step = jax.jit(make_step(row, tx))
-  params, state = run(step, PARAMS, tx.init(PARAMS))
+  params, state = run(row, step, PARAMS, tx.init(PARAMS))
   assert_equal(params, run_plain(row)[0], 1e-6)
-  grads, stats = data()
+  grads, stats = data(row.name)
   bad = jax.tree.map(lambda g: g * jnp.nan, grads)
   after, state = step(params, state, (bad, stats))
   assert state.total_notfinite == 1
@@ -186,14 +191,15 @@ def test_map_params(row):
 def test_dtypes_are_kept(row):
   params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
   params["gain"] = PARAMS["gain"]  # of two kinds, so that injected hyperparameters are float32
-  grads, stats = data(dtype=jnp.bfloat16)
+  grads, stats = data(row.name, dtype=jnp.bfloat16)
   grads["gain"] = grads["gain"].astype(jnp.float32)
   reference, step = plain(row.name)
-  wide, _ = step(PARAMS, reference.init(PARAMS), data())
-  for tx in (row.tx(LAYERS), row.inject(LAYERS)) if row.curvature else (row.tx(LAYERS),):
+  wide, _ = step(PARAMS, reference.init(PARAMS), data(row.name))
+  ours = row.curvature or row.per_example
+  for tx in (row.tx(LAYERS), row.inject(LAYERS)) if ours else (row.tx(LAYERS),):
     state = tx.init(params)
     updates, after = jax.jit(tx.update)(grads, state, params, stats=stats)
-    assert types(updates) == types(grads)
+    assert types(updates) == types(params)
     assert types(after) == types(state)
     new = optax.apply_updates(params, updates)
     assert_equal(jax.tree.map(lambda x: x.astype(jnp.float32), new), wide, 0.1)
@@ -202,7 +208,7 @@ def test_dtypes_are_kept(row):
 def test_scan(row):
   tx, _ = plain(row.name)
   step = make_step(row, tx)
-  batches = jax.tree.map(lambda *x: jnp.stack(x), *(data(seed) for seed in range(3)))
+  batches = jax.tree.map(lambda *x: jnp.stack(x), *(data(row.name, seed) for seed in range(3)))
   (params, _), _ = jax.lax.scan(
     lambda carry, batch: (step(*carry, batch), None), (PARAMS, tx.init(PARAMS)), batches
   )
@@ -214,9 +220,9 @@ def test_vmap_over_seeds(row):
   seeds = [problems.make_params(seed) for seed in range(3)]
   params = jax.tree.map(lambda *x: jnp.stack(x), *seeds)
   params, _ = run(
-    jax.jit(jax.vmap(make_step(row, tx), (0, 0, None))), params, jax.vmap(tx.init)(params)
+    row, jax.jit(jax.vmap(make_step(row, tx), (0, 0, None))), params, jax.vmap(tx.init)(params)
   )
-  single, _ = run(step, seeds[1], tx.init(seeds[1]))
+  single, _ = run(row, step, seeds[1], tx.init(seeds[1]))
   assert_equal(jax.tree.map(lambda x: x[1], params), single, 1e-4)
 
 
@@ -226,7 +232,7 @@ def test_state_survives_a_checkpoint(row, frozen, tmp_path):
   if frozen:
     tx = optax.masked(tx, frozen_layer)
     step = jax.jit(make_step(row, tx))
-  params, state = step(PARAMS, tx.init(PARAMS), data())
+  params, state = step(PARAMS, tx.init(PARAMS), data(row.name))
   leaves, treedef = jax.tree.flatten(state)
   assert_equal(jax.tree.unflatten(treedef, leaves), state)
   with orbax.checkpoint.StandardCheckpointer() as checkpointer:
@@ -234,7 +240,7 @@ def test_state_survives_a_checkpoint(row, frozen, tmp_path):
     checkpointer.wait_until_finished()
     restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: state))
   assert jax.tree.structure(restored) == jax.tree.structure(state)
-  assert_equal(step(params, restored, data(1)), step(params, state, data(1)))
+  assert_equal(step(params, restored, data(row.name, 1)), step(params, state, data(row.name, 1)))
 
 
 def test_a_state_of_another_model_is_refused(row):
@@ -243,7 +249,7 @@ def test_a_state_of_another_model_is_refused(row):
   sizes = ((5, 6), (6, 5), (5, 6))
   other = problems.make_params(sizes=sizes)
   state = row.tx(problems.layers_of(other)).init(other)
-  grads, stats = data()
+  grads, stats = data(row.name)
   with pytest.raises(ValueError, match=r"state is of another model .*`tx.init\(params\)`"):
     plain(row.name)[0].update(grads, state, PARAMS, stats=stats)
 
@@ -292,7 +298,8 @@ def test_nnx_optimizer(row):
 
   @nnx.jit
   def step(model, optimizer, refresh):
-    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    examples = (4,) if row.per_example else ()
+    grads = jax.tree.map(lambda p: jnp.ones(examples + p.shape), nnx.state(model, nnx.Param))
     factors = tuple(
       fop_optax.layers.Factors(*(jnp.eye(s[1])[None] for s in layer.factor_shapes))
       for layer in layers

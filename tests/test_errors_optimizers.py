@@ -42,7 +42,11 @@ def test_hyperparameters(make, kwargs, message):
     (2, {"projection_metric": "euclid"}, "one of 'fisher', 'damped', 'inverse'"),
     (2, {"total_gradient": "both"}, '`total_gradient` is "mean" or "sum", not \'both\''),
     (1, {}, "captured with groups=1: use .*groups=2"),
-    (3, {"beta": 0.5}, "groups=3: with more than two groups it would depend on the basis"),
+    (
+      3,
+      {"beta": 0.5},
+      "groups=3 of examples: with more than two groups it would depend on the basis",
+    ),
   ],
 )
 def test_fop_hyperparameters(groups, kwargs, message):

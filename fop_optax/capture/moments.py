@@ -36,7 +36,7 @@ def second_moment(v: jax.Array, roles: Roles, diagonal: bool, dtype: Any) -> jax
     ((rows, rows), (stack, stack)),
     precision=lax.Precision.HIGHEST,
     preferred_element_type=dtype,
-    out_sharding=_replicated(v),  # under explicit axes a sum over a sharded one has to say
+    out_sharding=replicated(v),  # under explicit axes a sum over a sharded one has to say
   )
   # the features come out in the order of v's axes: bring the small result into the weight's order
   rank = [sorted(features).index(axis) for axis in features]
@@ -45,7 +45,8 @@ def second_moment(v: jax.Array, roles: Roles, diagonal: bool, dtype: Any) -> jax
   return product.reshape(n_stack, n, n)
 
 
-def _replicated(v: jax.Array) -> jax.sharding.NamedSharding | None:
+def replicated(v: jax.Array) -> jax.sharding.NamedSharding | None:
+  """The sharding of a sum over an axis of `v` that may be sharded."""
   mesh = jax.typeof(v).sharding.mesh
   return None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 

@@ -5,6 +5,7 @@ Grosse, 2015, section 5): the plain mean until the decay bites, so the first is 
 no zero start has to be divided out.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,9 @@ class Running(NamedTuple):
   factors: Factors
   folds: jax.Array  # int32, shape=(): statistics folded in
   nonfinite: jax.Array  # int32, shape=(): statistics refused because they were not finite
+
+
+Fold = Callable[[Running, Factors, jax.Array], Running]  # one block: running, new, decay
 
 
 def init_running(shapes: tuple[tuple[int, ...], tuple[int, ...]], blocks: int, dtype) -> Running:

@@ -5,7 +5,8 @@ A *scaling* says what `M`, the damped Fisher block, is and how its inverse is ke
 - "factored": `M = (A + pi sqrt(lambda) I) (x) (G + sqrt(lambda) / pi I)`, the inverses of both;
 - "exact": `M = A (x) G + lambda I`, the eigenvectors and eigenvalues of both.
 
-Each is one row of `SCALINGS`. A block without an inverse has zeros for it: its direction is zero.
+Each is one row of `SCALINGS`, handed on as it is. A block without an inverse has zeros for it: its
+direction is zero.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 from fop_optax.curvature.damping import add_damping, split_damping
 from fop_optax.curvature.precondition import Side, matmul, multiply, sandwich, transposed
 from fop_optax.layers import Factors
+
+Split = Callable[[Factors, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class FactoredInverse(NamedTuple):
@@ -52,8 +55,11 @@ def _factored_empty(factors):
   return FactoredInverse(jnp.zeros_like(factors.A), jnp.zeros_like(factors.G), zero, zero)
 
 
-def _factored_invert(factors, damping):
-  damping_A, damping_G = split_damping(factors, damping)
+def factored_invert(
+  factors: Factors, damping: jax.Array, split: Split = split_damping
+) -> tuple[FactoredInverse, jax.Array]:
+  """Both damped factors inverted, and whether that is sound; `split` shares the damping out."""
+  damping_A, damping_G = split(factors, damping)
   inverse = FactoredInverse(
     A=_positive_inverse(add_damping(factors.A, damping_A)),
     G=_positive_inverse(add_damping(factors.G, damping_G)),
@@ -148,7 +154,7 @@ def _exact_damped(inverse, factors, V):
 
 
 SCALINGS = {
-  "factored": Scaling(_factored_empty, _factored_invert, _factored_solve, _factored_damped),
+  "factored": Scaling(_factored_empty, factored_invert, _factored_solve, _factored_damped),
   "exact": Scaling(_exact_empty, _exact_invert, _exact_solve, _exact_damped),
 }
 
@@ -161,20 +167,20 @@ class Inverse(NamedTuple):
   failed: jax.Array  # int32, shape=(): inverses refused because they were not finite
 
 
-def init_inverse(factors: Factors, scaling: str) -> Inverse:
+def init_inverse(factors: Factors, scaling: Scaling) -> Inverse:
   """Inverses of a stack before any statistics."""
   counter = jnp.zeros(len(factors.A), jnp.int32)
-  return Inverse(jax.vmap(SCALINGS[scaling].empty)(factors), counter, counter)
+  return Inverse(jax.vmap(scaling.empty)(factors), counter, counter)
 
 
 def remake(
-  inverse: Inverse, factors: Factors, folds: jax.Array, damping: jax.Array, scaling: str
+  inverse: Inverse, factors: Factors, folds: jax.Array, damping: jax.Array, scaling: Scaling
 ) -> Inverse:
   """One block's inverse made anew; the last good one stays if that fails, which is counted.
 
   A block without statistics (`folds` is zero) is left without an inverse.
   """
-  value, sound = SCALINGS[scaling].invert(factors, damping)
+  value, sound = scaling.invert(factors, damping)
   known = folds > 0
   return Inverse(
     value=jax.tree.map(lambda new, old: jnp.where(known & sound, new, old), value, inverse.value),

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fop_optax.curvature.factors import Running, fold, init_running
-from fop_optax.curvature.inverse import Inverse, init_inverse, remake
+from fop_optax.curvature.factors import Fold, Running, init_running
+from fop_optax.curvature.inverse import Inverse, Scaling, init_inverse, remake
 from fop_optax.curvature.stacks import Stack, dtype_of, stack_factors
 from fop_optax.layers import Factors, Layers
 
@@ -40,7 +40,8 @@ class CurvatureOptions(NamedTuple):
   """When and how a step updates the curvature."""
 
   decay: jax.typing.ArrayLike
-  scaling: str
+  scaling: Scaling
+  fold: Fold  # how statistics go into the running factors
   curvature_update_period: jax.typing.ArrayLike
   inverse_update_period: jax.typing.ArrayLike | None
   stagger: bool
@@ -99,7 +100,7 @@ def advance(
 
   def fold_all(running):
     return tuple(
-      jax.vmap(fold, (0, 0, None))(old, stack_factors(stack, factors, s.dtype), decay)
+      jax.vmap(options.fold, (0, 0, None))(old, stack_factors(stack, factors, s.dtype), decay)
       for old, stack, s in zip(running, stacks, state.stacks, strict=True)
     )
 
@@ -114,7 +115,7 @@ def advance(
     due = refresh
     if options.inverse_update_period is not None:
       waiting = [jnp.any(_waiting(i, r)) for i, r in zip(kept, running, strict=True)]
-      due = finite & ((state.count % inverse_period == 0) | jnp.any(jnp.stack(waiting)))
+      due = functools.reduce(jnp.logical_or, waiting, state.count % inverse_period == 0) & finite
     inverse = _remake_all(kept, running, due, damping, options.scaling)
 
   return CurvatureState(

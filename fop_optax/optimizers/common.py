@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fop_optax.curvature import factors, products
 from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.curvature.stacks import (
   Stack,
@@ -28,7 +29,6 @@ ScalarOrSchedule = Scalar | optax.Schedule
 class Options:
   """Hyperparameters that K-FAC and FOP share; checked where they are Python numbers."""
 
-  layers: Layers
   damping: ScalarOrSchedule
   decay: Scalar
   scaling: str
@@ -37,15 +37,9 @@ class Options:
   stagger: bool
   norm_constraint: ScalarOrSchedule | None
   learning_rate: ScalarOrSchedule
+  from_products: bool = False  # whether statistics are those of `fop_optax.curvature.products`
 
   def __post_init__(self):
-    if not isinstance(self.layers, Layers):
-      raise TypeError(
-        f"`layers` is a {type(self.layers).__name__}, not a `Layers`. Pass `captured.layers` of"
-        " `captured = fop_optax.capture(loss, params, ...)`."
-      )
-    if not self.layers:
-      raise ValueError("`layers` is empty: the loss has no layer to precondition.")
     one_of("scaling", self.scaling, tuple(SCALINGS))
     check("damping", self.damping, lambda x: x >= 0, "at least 0")
     check("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
@@ -57,13 +51,29 @@ class Options:
   @property
   def curvature(self) -> CurvatureOptions:
     """The part of it that the curvature needs."""
+    scalings, fold = (
+      (products.SCALINGS, products.fold) if self.from_products else (SCALINGS, factors.fold)
+    )
     return CurvatureOptions(
       self.decay,
-      self.scaling,
+      scalings[self.scaling],
+      fold,
       self.curvature_update_period,
       self.inverse_update_period,
       self.stagger,
     )
+
+
+def check_layers(layers: Any) -> Layers:
+  """Checks that `layers` are what `capture` found, and some."""
+  if not isinstance(layers, Layers):
+    raise TypeError(
+      f"`layers` is a {type(layers).__name__}, not a `Layers`. Pass `captured.layers` of"
+      " `captured = fop_optax.capture(loss, params, ...)`."
+    )
+  if not layers:
+    raise ValueError("`layers` is empty: the loss has no layer to precondition.")
+  return layers
 
 
 def check(name: str, value: Any, valid: Callable[[Any], bool], wanted: str) -> None:
@@ -96,20 +106,24 @@ class Step(NamedTuple):
   leaves: list[Any]
 
 
-def init(options: Options, params: Any) -> tuple[tuple[Stack, ...], CurvatureState]:
+def init(options: Options, layers: Layers, params: Any) -> tuple[tuple[Stack, ...], CurvatureState]:
   """Stacks and curvature state for `params`, of which only shapes and dtypes are read."""
   # optax.tree.map_params asks for a state with a placeholder that has no leaves: as if unmasked.
   placeholder = not jax.tree.leaves(params, is_leaf=is_masked)
-  leaves = None if placeholder else options.layers.leaves(params, "params")
-  stacks = plan_stacks(options.layers, leaves)
-  return stacks, init_curvature(options.layers, stacks, leaves, options.curvature)
+  leaves = None if placeholder else layers.leaves(params, "params")
+  stacks = plan_stacks(layers, leaves)
+  return stacks, init_curvature(layers, stacks, leaves, options.curvature)
 
 
 def begin(
-  options: Options, updates: Any, state: CurvatureState, stats: Stats, contrasts: bool
+  options: Options,
+  layers: Layers,
+  updates: Any,
+  state: CurvatureState,
+  stats: Stats,
+  contrasts: bool,
 ) -> Step:
   """Checks what came in, stacks the gradient and lets the curvature take its step."""
-  layers = options.layers
   leaves = layers.leaves(updates, "The gradient")
   stacks = plan_stacks(layers, leaves)
   check_state(stacks, state)
@@ -133,26 +147,37 @@ def begin(
 
 
 def finish(
-  options: Options, step: Step, directions: list[jax.Array], norm2: jax.Array, count: jax.Array
+  options: Options,
+  layers: Layers,
+  step: Step,
+  directions: list[jax.Array],
+  norm2: jax.Array,
+  count: jax.Array,
 ) -> Any:
-  r"""The directions as a tree like the gradient; zero on a step that is skipped.
+  """The directions as a tree like the gradient; zero on a step that is skipped."""
+  scale = constrain(options, norm2, count)
+  directions = [jnp.where(step.finite, scale.astype(d.dtype) * d, 0) for d in directions]
+  leaves = unstack(step.stacks, layers, directions, step.leaves)
+  return layers.tree(step.updates, leaves)
+
+
+def constrain(options: Options, norm2: jax.Array, count: jax.Array) -> jax.Array:
+  r"""The factor that keeps a step within `norm_constraint`, 1 where there is none.
 
   With `norm_constraint` kappa all layers are scaled by one factor (Ba, Grosse and Martens, 2017):
 
   .. math::
     \nu = \min\Big(1, \sqrt{\kappa / (\alpha^2 \textstyle\sum_l d_l^\top M_l d_l)}\Big)
 
-  so that a step at rate alpha has at most kappa of twice the KL divergence that `M` predicts.
+  so that a step at rate alpha has at most kappa of twice the KL divergence that `M` predicts;
+  `norm2` is the sum.
   """
-  scale = jnp.ones((), norm2.dtype)
-  if options.norm_constraint is not None:
-    kappa = value_at(options.norm_constraint, count).astype(norm2.dtype)
-    rate = value_at(options.learning_rate, count).astype(norm2.dtype)
-    size = rate**2 * jnp.abs(norm2)
-    scale = jnp.where(size > kappa, jnp.sqrt(kappa / jnp.where(size > kappa, size, 1)), 1)
-  directions = [jnp.where(step.finite, scale.astype(d.dtype) * d, 0) for d in directions]
-  leaves = unstack(step.stacks, options.layers, directions, step.leaves)
-  return options.layers.tree(step.updates, leaves)
+  if options.norm_constraint is None:
+    return jnp.ones((), norm2.dtype)
+  kappa = value_at(options.norm_constraint, count).astype(norm2.dtype)
+  rate = value_at(options.learning_rate, count).astype(norm2.dtype)
+  size = rate**2 * jnp.abs(norm2)
+  return jnp.where(size > kappa, jnp.sqrt(kappa / jnp.where(size > kappa, size, 1)), 1)
 
 
 def keep_if(finite: jax.Array, new: Any, old: Any) -> Any:
@@ -272,9 +297,8 @@ def complete(
   nesterov: bool,
   weight_decay: Scalar,
   mask: Any,
-  fallback: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
-  """An optimizer out of a direction: momentum, weight decay, rate; `fallback` beside it."""
+  """An optimizer out of a direction: momentum, weight decay, rate."""
   check("learning_rate", options.learning_rate, lambda x: x >= 0, "at least 0")
   check("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
   check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
@@ -293,11 +317,10 @@ def complete(
   if not (isinstance(weight_decay, numbers.Real) and weight_decay == 0):
     stages.append(optax.add_decayed_weights(weight_decay, mask))  # alone needs params
   stages.append(optax.scale_by_learning_rate(rate))
-  if fallback is None:
-    slow = (lambda count: 0.01 * rate(count)) if callable(rate) else 0.01 * rate
-    fallback = optax.adamw(slow)
-  return by_layer(
-    options.layers,
-    optax.chain(precondition, keep_dtypes(optax.chain(*stages))),
-    keep_dtypes(fallback),
-  )
+  return optax.chain(precondition, keep_dtypes(optax.chain(*stages)))
+
+
+def slow_adamw(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
+  """What takes care of leaves in no layer by default: AdamW at a hundredth of the rate."""
+  rate = learning_rate
+  return optax.adamw((lambda count: 0.01 * rate(count)) if callable(rate) else 0.01 * rate)

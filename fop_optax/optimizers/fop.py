@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fop_optax.curvature import precondition
-from fop_optax.curvature.inverse import SCALINGS
+from fop_optax.curvature.inverse import Scaling
 from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import common
@@ -43,20 +43,26 @@ class FopOptions(NamedTuple):
   adaptive_step: bool
   beta: ScalarOrSchedule | None
 
-  def check(self, layers: Layers) -> None:
+  def check(self) -> None:
     common.one_of("projection_metric", self.projection_metric, METRICS)
     check_total_gradient(self.total_gradient)
+
+  def check_beta(self, groups: int) -> None:
+    if self.beta is not None and groups > 2:
+      raise ValueError(
+        f"`beta={self.beta}` is a number, but there are groups={groups} of examples: with more than"
+        " two groups it would depend on the basis of the contrasts. Leave `beta=None`, or use"
+        " groups=2."
+      )
+
+  def check_layers(self, layers: Layers) -> None:
+    self.check()
     if layers.groups < 2:
       raise ValueError(
         "FOP needs the gradients of at least two groups of examples, but these layers were captured"
         " with groups=1: use `fop_optax.capture(loss, params, ..., groups=2)`, or `fop_optax.kfac`."
       )
-    if self.beta is not None and layers.groups > 2:
-      raise ValueError(
-        f"`beta={self.beta}` is a number, but these layers were captured with"
-        f" groups={layers.groups}: with more than two groups it would depend on the basis of the"
-        " contrasts. Leave `beta=None`, or capture with groups=2."
-      )
+    self.check_beta(layers.groups)
 
 
 def scale_by_fop(
@@ -83,7 +89,6 @@ def scale_by_fop(
   `optax.scale_by_adam()`.
   """
   options = Options(
-    layers,
     damping,
     decay,
     scaling,
@@ -94,16 +99,20 @@ def scale_by_fop(
     learning_rate,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
-  return common.by_layer(layers, _project(options, fop_options), fallback or optax.scale_by_adam())
+  inner = project(options, fop_options, common.check_layers(layers))
+  return common.by_layer(layers, inner, fallback or optax.scale_by_adam())
 
 
-def _project(options: Options, fop_options: FopOptions) -> optax.GradientTransformationExtraArgs:
+def project(
+  options: Options, fop_options: FopOptions, layers: Layers
+) -> optax.GradientTransformationExtraArgs:
   """FOP on the leaves that are in layers; the others have to be masked."""
-  fop_options.check(options.layers)
+  fop_options.check_layers(layers)
+  scaling = options.curvature.scaling
 
   def init(params: optax.Params) -> Any:
-    stacks, curvature = common.init(options, params)
-    contrasts = options.layers.groups - 1
+    stacks, curvature = common.init(options, layers, params)
+    contrasts = layers.groups - 1
     projections = []
     for stack, s in zip(stacks, curvature.stacks, strict=True):
       zero, zeros = (jnp.zeros((stack.blocks, *k), s.dtype) for k in ((), (contrasts,)))
@@ -113,10 +122,10 @@ def _project(options: Options, fop_options: FopOptions) -> optax.GradientTransfo
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
   def apply(updates, state, stats):
     count = state.curvature.count
-    step = common.begin(options, updates, state.curvature, stats, contrasts=True)
+    step = common.begin(options, layers, updates, state.curvature, stats, contrasts=True)
     beta = None if fop_options.beta is None else common.value_at(fop_options.beta, count)
     results = [
-      jax.vmap(functools.partial(_block_direction, options.scaling, fop_options, beta, resolution))(
+      jax.vmap(functools.partial(_block_direction, scaling, fop_options, beta, resolution))(
         s, V, contrasts
       )
       for s, V, contrasts, resolution in zip(
@@ -124,20 +133,20 @@ def _project(options: Options, fop_options: FopOptions) -> optax.GradientTransfo
       )
     ]
     norm2 = sum((jnp.sum(r.norm2) for r in results), start=jnp.zeros(()))
-    updates = common.finish(options, step, [r.direction for r in results], norm2, count)
+    updates = common.finish(options, layers, step, [r.direction for r in results], norm2, count)
     projections = tuple(Projection(r.beta, r.eta, r.rho2, r.residual, r.s) for r in results)
     projections = common.keep_if(step.finite, projections, state.projections)
     return updates, ScaleByFopState(step.curvature, projections)
 
   def update(updates, state, params=None, *, stats: Stats | None = None, **extra_args):
     del params, extra_args
-    return apply(updates, state, common.check_stats(options.layers, stats))
+    return apply(updates, state, common.check_stats(layers, stats))
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _block_direction(
-  scaling: str,
+  scaling: Scaling,
   fop_options: FopOptions,
   beta: jax.Array | None,
   resolution: float,
@@ -150,13 +159,13 @@ def _block_direction(
   multiply, fisher_norm = {
     "fisher": (lambda V: precondition.multiply(factors, V), precondition.norm(factors)),
     # M with the running factors of now, damped as when they were last inverted.
-    "damped": (lambda V: SCALINGS[scaling].damped(inverse, factors, V), 0.0),
+    "damped": (lambda V: scaling.damped(inverse, factors, V), 0.0),
     "inverse": (None, 0.0),
   }[fop_options.projection_metric]
   return fop_direction(
     V,
     contrasts,
-    lambda V: SCALINGS[scaling].solve(inverse, V),
+    lambda V: scaling.solve(inverse, V),
     multiply,
     fisher_norm=fisher_norm,
     total_gradient=fop_options.total_gradient,
@@ -263,7 +272,6 @@ def fop(
     Batches <https://arxiv.org/abs/2508.13898>`_, 2025
   """
   options = Options(
-    layers,
     damping,
     decay,
     scaling,
@@ -274,6 +282,9 @@ def fop(
     learning_rate,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
-  return common.complete(
-    options, _project(options, fop_options), momentum, nesterov, weight_decay, mask, fallback
+  inner = project(options, fop_options, common.check_layers(layers))
+  return common.by_layer(
+    layers,
+    common.complete(options, inner, momentum, nesterov, weight_decay, mask),
+    common.keep_dtypes(fallback or common.slow_adamw(learning_rate)),
   )

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.curvature.state import CurvatureState
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import common
@@ -39,7 +38,6 @@ def scale_by_kfac(
   `optax.scale_by_adam()`.
   """
   options = Options(
-    layers,
     damping,
     decay,
     scaling,
@@ -49,20 +47,21 @@ def scale_by_kfac(
     norm_constraint,
     learning_rate,
   )
-  return common.by_layer(layers, _precondition(options), fallback or optax.scale_by_adam())
+  inner = precondition(options, common.check_layers(layers))
+  return common.by_layer(layers, inner, fallback or optax.scale_by_adam())
 
 
-def _precondition(options: Options) -> optax.GradientTransformationExtraArgs:
+def precondition(options: Options, layers: Layers) -> optax.GradientTransformationExtraArgs:
   """K-FAC on the leaves that are in layers; the others have to be masked."""
-  solve = jax.vmap(SCALINGS[options.scaling].solve)
+  solve = jax.vmap(options.curvature.scaling.solve)
 
   def init(params: optax.Params) -> Any:
-    _, curvature = common.init(options, params)
+    _, curvature = common.init(options, layers, params)
     return ScaleByKfacState(curvature)
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
   def apply(updates, state, stats):
-    step = common.begin(options, updates, state.curvature, stats, contrasts=False)
+    step = common.begin(options, layers, updates, state.curvature, stats, contrasts=False)
     directions = [
       solve(s.inverse.value, V) for s, V in zip(step.curvature.stacks, step.matrices, strict=True)
     ]
@@ -70,12 +69,12 @@ def _precondition(options: Options) -> optax.GradientTransformationExtraArgs:
     norm2 = sum(
       (jnp.sum(V * d) for V, d in zip(step.matrices, directions, strict=True)), start=jnp.zeros(())
     )
-    updates = common.finish(options, step, directions, norm2, state.curvature.count)
+    updates = common.finish(options, layers, step, directions, norm2, state.curvature.count)
     return updates, ScaleByKfacState(step.curvature)
 
   def update(updates, state, params=None, *, stats: Stats | None = None, **extra_args):
     del params, extra_args
-    return apply(updates, state, common.check_stats(options.layers, stats))
+    return apply(updates, state, common.check_stats(layers, stats))
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -172,7 +171,6 @@ def kfac(
     <https://arxiv.org/abs/1503.05671>`_, 2015
   """
   options = Options(
-    layers,
     damping,
     decay,
     scaling,
@@ -182,6 +180,9 @@ def kfac(
     norm_constraint,
     learning_rate,
   )
-  return common.complete(
-    options, _precondition(options), momentum, nesterov, weight_decay, mask, fallback
+  inner = precondition(options, common.check_layers(layers))
+  return common.by_layer(
+    layers,
+    common.complete(options, inner, momentum, nesterov, weight_decay, mask),
+    common.keep_dtypes(fallback or common.slow_adamw(learning_rate)),
   )

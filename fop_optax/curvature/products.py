@@ -1,0 +1,63 @@
+"""Kronecker factors where only products are known: `V_n = a_n g_n'`, neither `a_n` nor `g_n`.
+
+For a block with per-example gradients `V_n`, `[rows, outputs]`, an average over the examples is
+
+    L = mean_n V_n V_n'        R = mean_n V_n' V_n        F = L (x) R / tr L        tr L = tr R
+
+If `|a_n|` and `|g_n|` do not depend on `n`, then `L = |g|^2 A`, `R = |a|^2 G` and `F = A (x) G`, as
+K-FAC has it; otherwise examples count in `L` by the size of their output gradient as well, and in
+`R` by that of their input. A block of one row is a vector `g_n'`: `L` is the number `tr R` and `F`
+is `mean_n g_n g_n'`, exact.
+
+Statistics are `Factors(L, R)`; running factors are kept as `Factors(L / tr L, R)` of the averages,
+whose Kronecker product is `F`: what is read from them is as for K-FAC.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fop_optax.capture import moments
+from fop_optax.curvature import factors, inverse
+from fop_optax.curvature.damping import split_damping
+from fop_optax.curvature.factors import Running
+from fop_optax.layers import Factors
+
+
+def statistics(V: jax.Array, diagonal: tuple[bool, bool]) -> Factors:
+  """`L` and `R` of per-example gradients `[examples, stack, rows, outputs]`, stacked."""
+  dtype = jnp.promote_types(V.dtype, jnp.float32)
+  L = moments.second_moment(V, moments.Roles((0, 3), (1,), (2,)), diagonal[0], dtype)
+  R = moments.second_moment(V, moments.Roles((0, 2), (1,), (3,)), diagonal[1], dtype)
+  return Factors(L / len(V), R / len(V))
+
+
+def fold(running: Running, new: Factors, decay: jax.Array) -> Running:
+  """As `fop_optax.curvature.factors.fold`, of the averages of `L` and `R`."""
+  A, G = running.factors
+  folded = factors.fold(running._replace(factors=Factors(A * _trace(G), G)), new, decay)
+  L, R = folded.factors
+  size = _trace(R)
+  accepted = folded.folds > running.folds
+  A = jnp.where(accepted, L / jnp.where(size > 0, size, 1), A)
+  return folded._replace(factors=Factors(A, R))
+
+
+def _split(of: Factors, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Damping of both factors; that of a vector, `R + lambda I`, needs no sharing out."""
+  if len(of.A) > 1:
+    return split_damping(of, damping)
+  return 1 - jnp.sum(of.A), damping  # A is 1, and 0 before there was a gradient
+
+
+def _trace(factor: jax.Array) -> jax.Array:
+  return jnp.trace(factor) if factor.ndim == 2 else jnp.sum(factor)
+
+
+SCALINGS = {
+  "factored": inverse.SCALINGS["factored"]._replace(
+    invert=functools.partial(inverse.factored_invert, split=_split)
+  ),
+  "exact": inverse.SCALINGS["exact"],
+}

@@ -1,0 +1,239 @@
+"""What the per-example optimizers share: from gradients `[B, *param]` to a direction `[*param]`."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fop_optax.capture import batch
+from fop_optax.curvature import gram, products
+from fop_optax.curvature.gram import Gram
+from fop_optax.curvature.stacks import dtype_of
+from fop_optax.curvature.state import CurvatureState
+from fop_optax.dimensions import Dimensions, Limits, blocks
+from fop_optax.layers import Factors, Layers, Stats, is_masked
+from fop_optax.optimizers import common
+from fop_optax.optimizers.common import Options
+
+CURVATURES = ("kronecker", "exact")
+STATIC = ("groups", "max_dim", "max_vector")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Hyperparameters that only per-example optimizers have; all of them static."""
+
+  curvature: str
+  dimension_numbers: Dimensions
+  max_dim: int
+  max_vector: int
+  groups: int = 1
+
+  def __post_init__(self):
+    common.one_of("curvature", self.curvature, CURVATURES)
+    for name in STATIC:
+      value, least = getattr(self, name), 1 if name == "groups" else 0
+      if not isinstance(value, int) or value < least:
+        raise ValueError(
+          f"`{name}={value}` should be a Python integer, at least {least}."
+          " `optax.inject_hyperparams` makes arrays of numbers: declare the integers among"
+          f" {', '.join(STATIC)} with `optax.inject_hyperparams(..., static_args=(...))`."
+        )
+
+  def blocks(self, tree: Any) -> Layers:
+    """The leaves of a tree like params, each a block of curvature."""
+    limits = Limits(self.max_dim, self.max_vector)
+    return blocks(tree, self.dimension_numbers, limits, self.groups)
+
+
+def check_batch(updates: Any, params: Any, groups: int) -> None:
+  """Checks that `updates` are per-example gradients at `params`, of examples that make groups."""
+  if params is None:
+    raise ValueError(
+      "No `params`: they tell the examples' axis from those of parameters. Write"
+      " `tx.update(per_example_grads, opt_state, params)`."
+    )
+  flat, _ = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
+  own = jax.tree.leaves(params, is_leaf=is_masked)
+  if len(flat) != len(own):
+    raise ValueError(
+      f"The per-example gradients have {len(flat)} leaves, but params have {len(own)}. Pass the"
+      " gradients at these params: `jax.vmap(jax.grad(loss), (None, 0))(params, batch)`."
+    )
+  sizes = {}
+  for (path, leaf), param in zip(flat, own, strict=True):
+    if not is_masked(leaf):
+      name, shape = jax.tree_util.keystr(path), tuple(jnp.shape(leaf))
+      _check_shape(name, shape, None if is_masked(param) else tuple(jnp.shape(param)))
+      if not jnp.issubdtype(dtype_of(leaf), jnp.floating):
+        raise ValueError(
+          f"The gradient is {dtype_of(leaf)} at {name}, where it should be floating point. Keep a"
+          " parameter that is not trained out with `optax.masked`."
+        )
+      sizes[name] = shape[0]
+  if len(set(sizes.values())) > 1:
+    listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+    raise ValueError(
+      f"The leading axes of the per-example gradients differ ({listed}), so they cannot all be the"
+      " examples. Pass the gradients of one batch, every leaf `[B, *param]`."
+    )
+  for size in set(sizes.values()):
+    if size == 0 or size % groups:
+      raise ValueError(
+        f"Gradients of {size} examples cannot be divided into groups={groups}. Drop the last"
+        f" examples, to a multiple of {groups}, or use another number of groups."
+      )
+
+
+def _check_shape(name: str, shape: tuple[int, ...], param: tuple[int, ...] | None) -> None:
+  if param is None or shape[1:] == param and shape:
+    return
+  what = f"has shape {shape} at {name or 'its root'}, where params have {param}"
+  if shape == param:
+    raise ValueError(
+      f"The gradient {what}: this is a plain gradient, without an axis of examples. Pass"
+      " `jax.vmap(jax.grad(loss), (None, 0))(params, batch)`, with `loss` that of one example."
+    )
+  raise ValueError(
+    f"The gradient {what}. A per-example gradient there is [B, {', '.join(map(str, param))}]: pass"
+    " `jax.vmap(jax.grad(loss), (None, 0))(params, batch)`."
+  )
+
+
+def means(leaf: jax.Array, groups: int) -> list[jax.Array]:
+  """The mean gradient of each group; example `i` belongs to group `i mod groups`."""
+  wide = leaf.reshape(len(leaf) // groups, groups, *leaf.shape[1:])
+  wide = jnp.mean(wide, axis=0, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
+  return list(wide.astype(leaf.dtype))
+
+
+def kronecker(
+  settings: Settings,
+  options: Options,
+  inner: Callable[[Layers], optax.GradientTransformationExtraArgs],
+) -> optax.GradientTransformationExtraArgs:
+  """K-FAC or FOP of given layers, `inner`, fed with the products' statistics."""
+
+  def init(params: optax.Params) -> Any:
+    state: Any = inner(settings.blocks(params)).init(params)
+    if jax.tree.leaves(params, is_leaf=is_masked):
+      return state
+    # optax.tree.map_params asks for the outline of a state: one leaf for what depends on params.
+    outline = jnp.zeros(())
+    if "projections" in state._fields:
+      state = state._replace(projections=outline)
+    return state._replace(curvature=state.curvature._replace(stacks=outline))
+
+  @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
+  def apply(updates, state):
+    layers = settings.blocks(_one_example(updates))
+    flat, treedef = jax.tree.flatten(updates)
+    groups = [means(leaf, settings.groups) for leaf in flat]
+    mean = jax.tree.unflatten(treedef, map(batch.mean, groups))
+    by_leaf = [batch.contrasts(group) for group in groups]
+    contrasts = tuple(jax.tree.unflatten(treedef, c) for c in zip(*by_leaf, strict=True))
+    refresh = state.curvature.count % options.curvature.periods[0] == 0
+    factors = _factors(layers, jax.tree.leaves(updates, is_leaf=is_masked), refresh)
+    return inner(layers).update(mean, state, stats=Stats(refresh, factors, contrasts))
+
+  return _transformation(settings, init, apply)
+
+
+def _factors(layers: Layers, leaves: Sequence[Any], refresh: jax.Array) -> tuple[Factors, ...]:
+  """Statistics of each block if `refresh`, else zeros."""
+
+  def make():
+    V = [jax.vmap(lambda leaf, own=own: own.matrix({own.weight: leaf})) for own in layers]
+    return tuple(
+      products.statistics(matrix(leaves[own.weight]), own.diagonal)
+      for matrix, own in zip(V, layers, strict=True)
+    )
+
+  none = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make))
+  return jax.lax.cond(refresh, make, none)
+
+
+class Share(NamedTuple):
+  """What a method makes of one batch, as weights of the examples."""
+
+  weights: jax.Array  # [B]: the direction is X' weights
+  norm2: jax.Array  # shape=(): direction' M direction
+  projections: tuple[Any, ...] = ()  # what FOP found
+
+
+class Weights(NamedTuple):
+  """Mean gradient and contrasts as weights of the examples."""
+
+  mean: jax.Array  # [B]
+  contrasts: jax.Array  # [groups - 1, B]
+
+
+def exact(
+  settings: Settings,
+  options: Options,
+  start: Callable[[CurvatureState, Any], Any],
+  share: Callable[[Gram, Weights, jax.Array, jax.Array, float], Share],
+) -> optax.GradientTransformationExtraArgs:
+  """A method in the metric of the damped empirical Fisher of all leaves together.
+
+  `start` makes its state, and `share` its direction out of the Gram matrix, the weights of mean and
+  contrasts, damping, count, and the coarsest machine epsilon of the gradients.
+  """
+
+  def init(params: optax.Params) -> Any:
+    zero, one = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
+    dtypes = [dtype_of(leaf) for leaf in jax.tree.leaves(params)]
+    return start(CurvatureState(zero, one, one, zero, ()), jnp.result_type(jnp.float32, *dtypes))
+
+  @jax.jit
+  def apply(updates, state):
+    leaves = jax.tree.leaves(updates)
+    dtype = jnp.result_type(jnp.float32, *leaves)
+    count = state.curvature.count
+    damping = common.value_at(options.damping, count).astype(dtype)
+    of = gram.gram(leaves, dtype)
+    weights = _weights(len(leaves[0]), settings.groups, dtype)
+    resolution = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
+    own = share(of, weights, damping, count, resolution)
+    nu = common.constrain(options, own.norm2, count) * own.weights
+    updates = jax.tree.map(
+      lambda leaf: jnp.where(of.finite, gram.combine(leaf, nu), 0).astype(leaf.dtype), updates
+    )
+    new = {"curvature": _counted(state.curvature, of.finite)}
+    if own.projections:
+      new["projections"] = common.keep_if(of.finite, own.projections, state.projections)
+    return updates, state._replace(**new)
+
+  return _transformation(settings, init, apply)
+
+
+def _weights(size: int, groups: int, dtype: Any) -> Weights:
+  by_group = list(jnp.tile(jnp.eye(groups, dtype=dtype), size // groups) * (groups / size))
+  contrasts = jnp.asarray(batch.contrasts(by_group), dtype).reshape(groups - 1, size)
+  return Weights(batch.mean(by_group), contrasts)
+
+
+def _counted(curvature: CurvatureState, finite: jax.Array) -> CurvatureState:
+  return curvature._replace(
+    count=jnp.where(finite, optax.safe_increment(curvature.count), curvature.count),
+    nonfinite_gradients=curvature.nonfinite_gradients + ~finite,
+  )
+
+
+def _transformation(settings, init, apply) -> optax.GradientTransformationExtraArgs:
+  def update(updates, state, params=None, **extra_args):
+    del extra_args
+    check_batch(updates, params, settings.groups)
+    if not jax.tree.leaves(updates):  # optax has masked everything
+      return updates, state
+    return apply(updates, state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _one_example(updates: Any) -> Any:
+  """Shapes of the gradient of one example."""
+  return jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), updates)
