@@ -1,6 +1,8 @@
 """Running factors, damped inverses, their failures and their schedule."""
 
 from pathlib import Path
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import fop_optax
 from fop_optax.curvature.damping import split_damping
 from fop_optax.curvature.factors import fold, init_running
 from fop_optax.curvature.inverse import SCALINGS
+from fop_optax.curvature.positive import positive_inverse
 from fop_optax.layers import Factors, Layer, Layers, Stats
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -263,3 +266,26 @@ def test_views_stacks_and_shared_leaves():
   for i in range(3):
     want = solve(factors[2], i, params["scan"][i])
     np.testing.assert_allclose(np.ravel(updates["scan"][i]), want, rtol=1e-8)
+
+
+@pytest.mark.parametrize("n", [7, 385, 801])
+def test_positive_inverse(n):
+  rng = np.random.default_rng(n)
+  x = rng.normal(size=(2, 2 * n, n))
+  matrices = np.einsum("bni,bnj->bij", x, x) / n
+  inverses = jax.vmap(positive_inverse)(matrices)
+  np.testing.assert_allclose(inverses @ matrices, np.broadcast_to(np.eye(n), (2, n, n)), atol=1e-9)
+  np.testing.assert_array_equal(inverses, np.swapaxes(inverses, 1, 2))
+  indefinite = matrices - 9 * np.eye(n)
+  assert not np.isfinite(np.asarray(jax.vmap(positive_inverse)(indefinite))).any()
+
+
+def test_many_stacks_at_a_time_do_not_wait_for_each_other():
+  """In a process of its own: where batches of LAPACK calls wait for each other, it never ends."""
+  script = """
+import jax, jax.numpy as jnp
+from fop_optax.curvature.positive import positive_inverse
+stacks = [jnp.stack([jnp.eye(d)] * 2) for d in (129, 384, 129, 128, 129, 512, 513, 128)]
+jax.block_until_ready(jax.jit(lambda s: [jax.vmap(positive_inverse)(a) for a in s])(stacks))
+"""
+  subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

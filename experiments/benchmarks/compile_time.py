@@ -42,7 +42,10 @@ def transformer(blocks: int, scan: bool) -> Case:
 
   def weights(key):
     keys = jax.random.split(key, len(sizes))
-    out = {n: jax.random.normal(k, s) / s[0] ** 0.5 for k, (n, s) in zip(keys, sizes.items())}
+    out = {
+      n: jax.random.normal(k, s) / s[0] ** 0.5
+      for k, (n, s) in zip(keys, sizes.items(), strict=True)
+    }
     return out | {f"{name}_bias": jnp.zeros(shape[1]) for name, shape in sizes.items()}
 
   def apply(params, x):
@@ -100,7 +103,9 @@ def measure(case: Case, rounds: int) -> tuple[float, dict[str, list[float]]]:
 
 
 def main(config: Config) -> None:
-  table = Table(title=f"to trace and compile; {jax.devices()[0].device_kind}, jax {jax.__version__}")
+  table = Table(
+    title=f"to trace and compile; {jax.devices()[0].device_kind}, jax {jax.__version__}"
+  )
   for heading in ("blocks", "step", "seconds", "ratio", "capture, s"):
     table.add_column(heading, no_wrap=True)
   for blocks in config.blocks:

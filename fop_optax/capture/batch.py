@@ -235,7 +235,8 @@ class Chunks:
       if not (traced and loops.groups):
         return [one(group, micro) for group in range(self.groups)]
       stacked = jax.lax.map(lambda group: one(group, micro), jnp.arange(self.groups))
-      return [jax.tree.map(lambda a: a[group], stacked) for group in range(self.groups)]
+      leaves, treedef = jax.tree.flatten(stacked)
+      return [treedef.unflatten([a[group] for a in leaves]) for group in range(self.groups)]
 
     if self.micro_batches == 1:
       results = every(0)
