@@ -1,6 +1,5 @@
 """Command line: `python -m experiments.public_models [NAMES] --sources DIR --out DIR`."""
 
-from collections.abc import Sequence
 import dataclasses
 import importlib
 import pathlib
@@ -32,7 +31,9 @@ class Options:
 
   names: tyro.conf.Positional[tuple[str, ...]] = ()
   sources: pathlib.Path = pathlib.Path("sources")
-  out: Annotated[pathlib.Path, tyro.conf.arg(aliases=["-o"])] = pathlib.Path("results/public_models")
+  out: Annotated[pathlib.Path, tyro.conf.arg(aliases=["-o"])] = pathlib.Path(
+    "results/public_models"
+  )
 
 
 def collections() -> list[Collection]:
@@ -59,10 +60,11 @@ def run(model: Model, version: str) -> report.Row:
 
 def main(options: Options) -> None:
   """Measures the models that are there."""
-  wanted = lambda *texts: not options.names or any(
-    name.lower() in text.lower() for name in options.names for text in texts
+  wanted = lambda *texts: (
+    not options.names
+    or any(name.lower() in text.lower() for name in options.names for text in texts)
   )
-  rows, missing = [], []
+  rows, missing, saved = [], [], []
   console = Console(width=None if sys.stdout.isatty() else 160)
   every = [(c, [m for m in c.models if wanted(c.title, m.name)]) for c in collections()]
   with progress(sum(len(models) for _, models in every), "public models") as bar:
@@ -74,12 +76,13 @@ def main(options: Options) -> None:
       for model in models:
         bar.update(bar.task_ids[0], note=f"{collection.title}: {model.name}")
         rows.append(run(model, version))
+        saved = report.save(options.out, rows)
         bar.update(bar.task_ids[0], advance=1)
   console.print(report.table(rows))
   for collection in missing:
     where = collection.package or options.sources / collection.folder
     console.print(f"skipped {collection.title}: {where} is not there", highlight=False)
-  console.print("saved", ", ".join(map(str, report.save(options.out, rows))), highlight=False)
+  console.print("saved", ", ".join(map(str, saved)), highlight=False)
 
 
 if __name__ == "__main__":

@@ -37,27 +37,6 @@ def densenet() -> Problem:
   return _classifier(modeling.DenseNet(config, rngs=nnx.Rngs(0)))
 
 
-@BONSAI.model("EfficientNet", "NNX")
-def efficientnet() -> Problem:
-  from bonsai.models.efficientnet import modeling
-  from flax import nnx
-
-  blocks = modeling.BlockConfigs.default_block_config()
-  config = modeling.ModelConfig(0.25, 0.3, 32, 0.2, 1, 0.99, 1e-5, blocks, 10)
-  model = modeling.EfficientNet(config, rngs=nnx.Rngs(0))
-  model.dropout.rngs = nnx.Rngs(1)
-  return _classifier(model, 32, training=True)
-
-
-@BONSAI.model("VGG", "NNX")
-def vgg() -> Problem:
-  from bonsai.models.vgg19 import modeling
-  from flax import nnx
-
-  config = modeling.ModelConfig(10, [2, 2, 2, 2, 2], [8, 16, 16, 24, 24, 64])
-  return _classifier(modeling.VGG(config, rngs=nnx.Rngs(0)))
-
-
 @BONSAI.model("ViT", "NNX")
 def vit() -> Problem:
   from bonsai.models.vit import modeling
@@ -65,27 +44,6 @@ def vit() -> Problem:
 
   config = modeling.ModelConfig((32, 32), (8, 8), 3, 32, 0.0, 0.0, 4, 64, 1e-12, 2, 10)
   return _classifier(modeling.ViTClassificationModel(config, rngs=nnx.Rngs(0)), rngs=None)
-
-
-@BONSAI.model("U-Net", "NNX")
-def unet() -> Problem:
-  from bonsai.models.unet import modeling
-  from flax import nnx
-
-  config = modeling.ModelConfig(in_channels=3, num_classes=4, features=(4, 8, 16, 32, 64))
-  model = modeling.UNet(config, rngs=nnx.Rngs(0))
-  inputs = [problem.images(32, 32, 3)]
-  return problem.nnx(model, inputs, problem.cross_entropy, problem.labels(4, 32, 32))
-
-
-@BONSAI.model("VAE of Stable Diffusion", "NNX")
-def vae() -> Problem:
-  from bonsai.models.vae import modeling
-  from flax import nnx
-
-  config = modeling.ModelConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4)
-  x = problem.images(32, 32, 3)
-  return problem.nnx(modeling.VAE(config, nnx.Rngs(0)), [x], problem.squared_error, x)
 
 
 @BONSAI.model("Mamba-2", "NNX")
@@ -99,27 +57,6 @@ def mamba() -> Problem:
   tokens = problem.labels(96, 16)
   model = modeling.Mamba2ForCausalLM(config, rngs=nnx.Rngs(0))
   return problem.nnx(model, [tokens, tokens], lambda outputs: outputs["loss"])
-
-
-@BONSAI.model("Qwen3", "NNX")
-def qwen() -> Problem:
-  from bonsai.models.qwen3 import modeling
-  from flax import nnx
-  import jax.numpy as jnp
-
-  config = modeling.ModelConfig(
-    num_layers=2, vocab_size=96, emb_dim=32, mlp_dim=64, num_heads=4, head_dim=8, num_kv_heads=2,
-    rope_theta=10_000, rope_scaling_factor=1, local_rope_theta=1e4, norm_eps=1e-6,
-    tie_word_embeddings=True,
-  )  # fmt: skip
-  tokens = problem.labels(96, 16)
-
-  def forward(model, tokens):
-    cache = modeling.init_cache(config, len(tokens), 16, 0, jnp.float32)
-    return model(tokens, cache=cache, segment_ids=jnp.ones_like(tokens))
-
-  model = modeling.Qwen3(config, rngs=nnx.Rngs(0))
-  return problem.nnx(model, [tokens], problem.next_token, tokens, forward=forward)
 
 
 @BONSAI.model("UMT5", "NNX")

@@ -27,25 +27,9 @@ def unet() -> Problem:
     times = jax.random.randint(keys[1], (len(x),), 0, 1000)
     level = jnp.cos(0.5 * jnp.pi * times / 1000)[:, None, None, None]
     noisy = level * x + jnp.sqrt(1 - level**2) * noise
-    return problem.squared_error(model.apply({"params": params}, noisy, times, prompt).sample, noise)
+    return problem.squared_error(
+      model.apply({"params": params}, noisy, times, prompt).sample, noise
+    )
 
   args = problem.images(4, 16, 16), problem.images(5, 16), problem.KEY
   return Problem(loss_fn, params, args)
-
-
-@DIFFUSERS.model("VAE of Stable Diffusion", "Linen")
-def vae() -> Problem:
-  from diffusers import FlaxAutoencoderKL
-
-  model = FlaxAutoencoderKL(
-    down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    block_out_channels=(16, 32), norm_num_groups=8, sample_size=16,
-  )  # fmt: skip
-  params = model.init_weights(problem.KEY)
-
-  def loss_fn(params, x, key):
-    rngs = {"gaussian": key, "dropout": key}
-    outputs = model.apply({"params": params}, x, sample_posterior=True, rngs=rngs)
-    return problem.squared_error(outputs.sample, x)
-
-  return Problem(loss_fn, params, (problem.images(3, 16, 16), problem.KEY))

@@ -36,14 +36,6 @@ def vit() -> Problem:
   return _classifier(model)
 
 
-@EQUIMO.model("ConvNeXt", "Equinox")
-def convnext() -> Problem:
-  model = _models("convnext").ConvNeXt(
-    in_channels=3, depths=[1, 1, 1, 1], dims=[16, 24, 32, 48], num_classes=10, key=problem.KEY
-  )
-  return _classifier(model, 64)
-
-
 @EQUIMO.model("MobileNetV3", "Equinox")
 def mobilenet() -> Problem:
   model = _models("mobilenet").mobilenetv3_small(in_channels=3, num_classes=10, key=problem.KEY)

@@ -49,9 +49,7 @@ def wmt() -> Problem:
     emb_dim=32, num_heads=4, num_layers=2, qkv_dim=32, mlp_dim=64, max_len=16,
   )  # fmt: skip
   tokens = problem.labels(96, 16)
-  return problem.linen(
-    models.Transformer(config), [tokens, tokens], problem.cross_entropy, tokens
-  )
+  return problem.linen(models.Transformer(config), [tokens, tokens], problem.cross_entropy, tokens)
 
 
 @FLAX.model("language model (LM1B)", "Linen")

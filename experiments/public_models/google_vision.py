@@ -78,25 +78,6 @@ def siglip() -> Problem:
   return _images(model, lambda outputs, y: problem.cross_entropy(outputs[0], y))
 
 
-@BIG_VISION.model("BiT ResNet", "Linen")
-def bit() -> Problem:
-  from big_vision.models import bit
-
-  model = bit.Model(num_classes=10, width=0.25, depth=(1, 1, 1, 1))
-  return _images(model, lambda outputs, y: problem.cross_entropy(outputs[0], y))
-
-
-@BIG_VISION.model("MLP-Mixer", "Linen")
-def mlp_mixer() -> Problem:
-  from big_vision.models import mlp_mixer
-
-  model = mlp_mixer.Model(
-    num_classes=10, patch_size=(8, 8), num_blocks=2, hidden_dim=32, tokens_mlp_dim=16,
-    channels_mlp_dim=64,
-  )  # fmt: skip
-  return _images(model, lambda outputs, y: problem.cross_entropy(outputs[0], y))
-
-
 VMOE = Collection(
   "vmoe", repository="google-research/vmoe", commit="942a78bc81d2e63199f0933733582ddae0715416"
 )

@@ -1,7 +1,6 @@
 """Haiku's own networks and examples."""
 
 import jax
-import jax.numpy as jnp
 
 from experiments.public_models import problem
 from experiments.public_models.problem import Collection, Problem
@@ -27,8 +26,8 @@ def resnet() -> Problem:
   import haiku as hk
 
   make = lambda: hk.nets.ResNet(
-    blocks_per_group=(1, 1, 1, 1), num_classes=10, bottleneck=True, channels_per_group=(16, 32, 48, 64),
-    resnet_v2=True,
+    blocks_per_group=(1, 1, 1, 1), num_classes=10, bottleneck=True, resnet_v2=True,
+    channels_per_group=(16, 32, 48, 64),
   )  # fmt: skip
   return _classifier(make)
 
@@ -81,23 +80,6 @@ def transformer() -> Problem:
 
   tokens = problem.labels(96, 16)
   return problem.haiku(apply, [tokens], problem.next_token, tokens)
-
-
-@EXAMPLES.model("VAE", "Haiku")
-def vae() -> Problem:
-  models = problem.load("examples/vae.py")
-
-  def apply(x):
-    encoder, decoder = models.Encoder(10, 64), models.Decoder(x.shape[1:], 64)
-    return models.VariationalAutoEncoder(encoder, decoder)(x)
-
-  def bound(outputs, x):
-    likelihood = x * outputs.logits - jax.nn.softplus(outputs.logits)
-    divergence = outputs.mean**2 + outputs.variance - 1 - jnp.log(outputs.variance)
-    return jnp.mean(0.5 * divergence.sum(1) - likelihood.sum((1, 2, 3)))
-
-  x = (problem.images(28, 28, 1) > 0).astype(float)
-  return problem.haiku(apply, [x], bound, x)
 
 
 RESEARCH = Collection(

@@ -60,21 +60,6 @@ def llama() -> Problem:
   return _problem(FlaxLlamaForCausalLM(config), inputs, objective, inputs["input_ids"])
 
 
-@TRANSFORMERS.model("BART", "Linen")
-def bart() -> Problem:
-  from transformers import BartConfig, FlaxBartForConditionalGeneration
-
-  config = BartConfig(
-    vocab_size=V, max_position_embeddings=T, encoder_layers=2, encoder_ffn_dim=64,
-    encoder_attention_heads=4, decoder_layers=2, decoder_ffn_dim=64, decoder_attention_heads=4,
-    d_model=32,
-  )  # fmt: skip
-  objective = lambda outputs, tokens: problem.cross_entropy(outputs.logits, tokens)
-  tokens = problem.labels(V, T)
-  inputs = _text(decoder_input_ids=jnp.roll(tokens, 1, 1))
-  return _problem(FlaxBartForConditionalGeneration(config), inputs, objective, tokens)
-
-
 @TRANSFORMERS.model("CLIP", "Linen")
 def clip() -> Problem:
   from transformers import CLIPConfig, FlaxCLIPModel
@@ -133,12 +118,10 @@ def beit() -> Problem:
   from transformers import BeitConfig, FlaxBeitForImageClassification
 
   config = BeitConfig(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32,
-    patch_size=8, num_labels=10, use_relative_position_bias=True, use_absolute_position_embeddings=True,
-    layer_scale_init_value=0.1,
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+    image_size=32, patch_size=8, num_labels=10, use_relative_position_bias=True,
+    use_absolute_position_embeddings=True, layer_scale_init_value=0.1,
   )  # fmt: skip
   model = FlaxBeitForImageClassification(config)
   objective = lambda outputs, y: problem.cross_entropy(outputs.logits, y)
-  return _problem(
-    model, {"pixel_values": problem.images(3, 32, 32)}, objective, problem.labels(10)
-  )
+  return _problem(model, {"pixel_values": problem.images(3, 32, 32)}, objective, problem.labels(10))

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-import fop_optax
 from experiments.public_models.problem import Problem
+import fop_optax
 
 GROUPS = 2
 
@@ -21,16 +21,19 @@ class Measurement(NamedTuple):
   in_layers: int  # of matrices in layers
   layers: int
   refused: dict[str, str]  # path and shape of a matrix in no layer -> reason
-  gradient_error: float
+  gradient_error: float  # NaN where there is no layer and so no step
   kfac_finite: bool
   fop_finite: bool
 
 
 def measure(problem: Problem) -> Measurement:
   """Captures the problem's loss and takes a step with each optimizer."""
-  captured = fop_optax.capture(
-    problem.loss_fn, problem.params, *problem.args, groups=GROUPS, **problem.options
-  )
+  try:
+    captured = fop_optax.capture(
+      problem.loss_fn, problem.params, *problem.args, groups=GROUPS, **problem.options
+    )
+  except ValueError as error:
+    return _none(problem.params, error)
   layers = captured.layers
   sizes = [math.prod(shape) for shape in layers.shapes]
   matrices = [leaf for leaf, shape in enumerate(layers.shapes) if len(shape) >= 2]
@@ -49,6 +52,29 @@ def measure(problem: Problem) -> Measurement:
     gradient_error=_distance(grads, _gradient(problem)),
     kfac_finite=_finite_step(fop_optax.kfac(1e-3, layers), problem.params, grads, stats),
     fop_finite=_finite_step(fop_optax.fop(1e-3, layers), problem.params, grads, stats),
+  )
+
+
+def _none(params: Any, error: ValueError) -> Measurement:
+  """What `capture` says of a loss without any layer."""
+  if "found no layer" not in str(error):
+    raise error
+  leaves = jax.tree.leaves(params)
+  reasons = [line.strip().split(": ", 1) for line in str(error).splitlines()[1:]]
+  refused = [
+    (f"{path} {list(leaf.shape)}", why)
+    for leaf, (path, why) in zip(leaves, reasons, strict=True)
+    if leaf.ndim >= 2
+  ]
+  return Measurement(
+    parameters=sum(leaf.size for leaf in leaves),
+    elements=sum(leaf.size for leaf in leaves if leaf.ndim >= 2),
+    in_layers=0,
+    layers=0,
+    refused=dict(refused),
+    gradient_error=math.nan,
+    kfac_finite=False,
+    fop_finite=False,
   )
 
 

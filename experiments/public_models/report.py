@@ -1,6 +1,5 @@
 """What a run leaves behind: a table in the terminal, `table.md` and `models.csv`."""
 
-from collections import Counter
 from collections.abc import Sequence
 import csv
 import pathlib
@@ -32,15 +31,12 @@ class Row(NamedTuple):
     cells = [model.collection.title, self.version, model.name, model.framework]
     if found is None:
       return [*cells, self.problem, *[""] * (len(COLUMNS) - len(cells) - 1)]
-    return [
-      *cells,
-      f"{found.parameters:,}",
-      str(found.layers),
-      f"{100 * found.in_layers / found.elements:.1f} %",
-      f"{found.gradient_error:.0e}",
-      "finite" if found.kfac_finite else "no",
-      "finite" if found.fop_finite else "no",
-    ]
+    share = f"{100 * found.in_layers / found.elements:.1f} %"
+    cells += [f"{found.parameters:,}", str(found.layers), share]
+    if not found.layers:
+      return [*cells, "", "", ""]
+    steps = ("finite" if finite else "no" for finite in (found.kfac_finite, found.fop_finite))
+    return [*cells, f"{found.gradient_error:.0e}", *steps]
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -93,8 +89,7 @@ def save(folder: pathlib.Path, rows: Sequence[Row]) -> list[pathlib.Path]:
   for row in rows:
     for array, reason in reasons(row.found.refused if row.found else {}):
       lines.append(f"- {row.model.collection.title}, {row.model.name}: `{array}`: {reason}")
-  used = Counter(experiments.versions())
-  versions = ", ".join(f"{name} {version}" for name, version in used.items())
+  versions = ", ".join(" ".join(item) for item in experiments.versions().items())
   lines += ["", f"Measured with {versions}.", ""]
   paths = [folder / "table.md", folder / "models.csv"]
   paths[0].write_text("\n".join(lines), encoding="utf-8")

@@ -36,16 +36,3 @@ def qwen3() -> Problem:
     num_kv_heads=2, rope_theta=10_000, norm_eps=1e-6, num_experts=4, num_experts_per_tok=2,
   )  # fmt: skip
   return _language_model(model.Qwen3(config, rngs=nnx.Rngs(0)))
-
-
-@TUNIX.model("Llama 3", "NNX")
-def llama3() -> Problem:
-  problem.namespace("tunix")
-  from flax import nnx
-  from tunix.models.llama3 import model
-
-  config = model.ModelConfig(
-    num_layers=2, vocab_size=96, embed_dim=32, hidden_dim=64, num_heads=4, head_dim=8,
-    num_kv_heads=2, rope_theta=10_000, norm_eps=1e-6,
-  )  # fmt: skip
-  return _language_model(model.Llama3(config, rngs=nnx.Rngs(0)))
