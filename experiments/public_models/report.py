@@ -36,7 +36,8 @@ class Row(NamedTuple):
     if not found.layers:
       return [*cells, "", "", ""]
     steps = ("finite" if finite else "no" for finite in (found.kfac_finite, found.fop_finite))
-    return [*cells, f"{found.gradient_error:.0e}", *steps]
+    error = f"{found.gradient_error:.0e}" if found.gradient_error else "0"
+    return [*cells, error, *steps]
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -252,7 +252,7 @@ class _Frame:
     return key
 
   def _add(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
-    """A sum with a product's output: of a bias, which joins its layer, or of anything else."""
+    """A sum: of a product's output and its bias, of a table and anything, or of anything else."""
     shape = tuple(equation.outvars[0].aval.shape)
     sums = [
       operand.linear

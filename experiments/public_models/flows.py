@@ -1,4 +1,4 @@
-"""Equinox modules: its own networks, neural differential equations, flows, vision models."""
+"""Neural differential equations and normalising flows, in Equinox."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from experiments.public_models import problem
 from experiments.public_models.problem import Collection, Problem
 
-EQUINOX = Collection("Equinox", package="equinox")
 DIFFRAX = Collection("diffrax", package="diffrax")
 FLOWJAX = Collection("flowjax", package="flowjax")
 
