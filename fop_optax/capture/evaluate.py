@@ -101,12 +101,9 @@ class Evaluation:
 
     x, w = operands[1 - side], operands[side]
     moments, zeros = [self.moments[key] for key in keys], [probes[key] for key in keys]
-    if isinstance(product, Table):  # whose product is the summand alone, with one-hot rows
-      w = jnp.broadcast_to(w, equation.outvars[0].aval.shape)
-      index = jnp.zeros((), jnp.int32)
-      return evaluate(
-        x, product_with_moments(lambda _, w: w, moments, index, w, zeros, self.refresh)
-      )
+    if isinstance(product, Table):  # the sum's gradients are those of the looked-up rows
+      same, index = lambda _, y: y, jnp.zeros((), jnp.int32)
+      return product_with_moments(same, moments, index, evaluate(x, w), zeros, self.refresh)
     return product_with_moments(evaluate, moments, x, w, zeros, self.refresh)
 
   def _inline(self, equation, operands, probes, here, depth):
