@@ -43,13 +43,15 @@ def measure(problem: Problem) -> Measurement:
     if leaf not in layers.covered
   }
   _, grads, stats = jax.jit(captured.value_and_grad)(problem.params, *problem.args)
+  expected = _gradient(problem)
+  _check_unreached(captured, expected)
   return Measurement(
     parameters=sum(sizes),
     elements=sum(sizes[leaf] for leaf in matrices),
     in_layers=sum(sizes[leaf] for leaf in matrices if leaf in layers.covered),
     layers=len(layers),
     refused=refused,
-    gradient_error=_distance(grads, _gradient(problem)),
+    gradient_error=_distance(grads, expected),
     kfac_finite=_finite_step(fop_optax.kfac(1e-3, layers), problem.params, grads, stats),
     fop_finite=_finite_step(fop_optax.fop(1e-3, layers), problem.params, grads, stats),
   )
@@ -76,6 +78,17 @@ def _none(params: Any, error: ValueError) -> Measurement:
     kfac_finite=False,
     fop_finite=False,
   )
+
+
+def _check_unreached(captured: Any, gradient: Any) -> None:
+  """Checks that a parameter has no gradient where `captured` says so.
+
+  Raises:
+    RuntimeError: if one has.
+  """
+  for path, leaf in zip(captured.layers.paths, jax.tree.leaves(gradient), strict=True):
+    if captured.fallbacks.get(path, "").startswith("no gradient") and jnp.any(leaf != 0):
+      raise RuntimeError(f"{path} is said to have no gradient, but has one")
 
 
 def _gradient(problem: Problem) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import csv
 import pathlib
 import re
+import statistics
 from typing import NamedTuple
 
 from rich.table import Table
@@ -41,17 +42,18 @@ class Row(NamedTuple):
 
 
 def summary(rows: Sequence[Row]) -> str:
-  """The share over all models, of the elements and of the mean model."""
+  """The share over all elements, and how it is spread over the models."""
   found = [row.found for row in rows if row.found is not None]
   if not found:
     return "No model was measured."
   inside, elements = sum(f.in_layers for f in found), sum(f.elements for f in found)
-  mean = sum(f.in_layers / f.elements for f in found) / len(found)
+  shares = [100 * f.in_layers / f.elements for f in found]
   collections = {row.model.collection.title for row in rows if row.found is not None}
   return (
     f"{len(found)} models of {len(collections)} collections: {inside:,} of {elements:,} elements"
-    f" ({100 * inside / elements:.2f} %) of all arrays with at least two axes are in layers;"
-    f" {100 * mean:.1f} % of the mean model's."
+    f" ({100 * inside / elements:.1f} %) of all arrays with at least two axes are in layers."
+    f" By model: at least 95 % in {sum(share >= 95 for share in shares)} of {len(shares)},"
+    f" median {statistics.median(shares):.1f} %, mean {statistics.fmean(shares):.1f} %."
   )
 
 
@@ -68,7 +70,7 @@ def reasons(refused: dict[str, str]) -> list[tuple[str, str]]:
   """The refused arrays, those of like name and reason together."""
   groups: dict[tuple[str, str], list[str]] = {}
   for array, reason in refused.items():
-    name = re.sub(r"\d+", "*", re.sub(r" \[.*?\]$", "", array))
+    name = re.sub(r"_?\d+", "", re.sub(r" \[.*?\]$", "", array))
     groups.setdefault((name, _short(reason)), []).append(array)
   return [
     (arrays[0] if len(arrays) == 1 else f"{len(arrays)} like {arrays[0]}", reason)
