@@ -18,7 +18,7 @@ ALGOPERF = Collection(
 def _models(workload: str) -> Any:
   """The models of a workload; the package's own `__init__` needs a file that installing writes."""
   problem.namespace("algoperf")
-  return problem.load(f"algoperf/workloads/{workload}_jax/models.py")
+  return ALGOPERF.load(f"algoperf/workloads/{workload}_jax/models.py")
 
 
 def _binary(logits: jax.Array, y: jax.Array) -> jax.Array:

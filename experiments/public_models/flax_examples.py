@@ -16,7 +16,7 @@ FLAX = Collection(
 
 @FLAX.model("VAE", "Linen")
 def vae() -> Problem:
-  models = problem.load("vae/models.py")
+  models = FLAX.load("vae/models.py")
   model = models.VAE(latents=20)
   x = jax.nn.sigmoid(problem.images(784))
   params = model.init(problem.KEY, x, problem.KEY)["params"]
@@ -32,7 +32,7 @@ def vae() -> Problem:
 
 @FLAX.model("LSTM seq2seq", "Linen")
 def seq2seq() -> Problem:
-  models = problem.load("seq2seq/models.py")
+  models = FLAX.load("seq2seq/models.py")
   vocabulary, length = 15, 8
   model = models.Seq2seq(teacher_force=True, hidden_size=48, vocab_size=vocabulary)
   tokens = problem.labels(vocabulary, length)
@@ -43,7 +43,7 @@ def seq2seq() -> Problem:
 
 @FLAX.model("Transformer (WMT)", "Linen")
 def wmt() -> Problem:
-  models = problem.load("wmt/models.py")
+  models = FLAX.load("wmt/models.py")
   config = models.TransformerConfig(
     vocab_size=96, output_vocab_size=96, share_embeddings=True, logits_via_embedding=True,
     emb_dim=32, num_heads=4, num_layers=2, qkv_dim=32, mlp_dim=64, max_len=16,
@@ -54,7 +54,7 @@ def wmt() -> Problem:
 
 @FLAX.model("language model (LM1B)", "Linen")
 def lm1b() -> Problem:
-  models = problem.load("lm1b/models.py")
+  models = FLAX.load("lm1b/models.py")
   config = models.TransformerConfig(
     vocab_size=96, output_vocab_size=96, emb_dim=32, num_heads=4, num_layers=2, qkv_dim=32,
     mlp_dim=64, max_len=16,
@@ -65,7 +65,7 @@ def lm1b() -> Problem:
 
 @FLAX.model("LSTM with attention (SST-2)", "Linen")
 def sst2() -> Problem:
-  models = problem.load("sst2/models.py")
+  models = FLAX.load("sst2/models.py")
   model = models.TextClassifier(
     embedding_size=32, hidden_size=32, vocab_size=96, output_size=1, dropout_rate=0.1,
     word_dropout_rate=0.1, unk_idx=1,
@@ -79,7 +79,7 @@ def sst2() -> Problem:
 
 @FLAX.model("actor-critic (PPO, Atari)", "Linen")
 def ppo() -> Problem:
-  models = problem.load("ppo/models.py")
+  models = FLAX.load("ppo/models.py")
   model = models.ActorCritic(num_outputs=4)
 
   def objective(outputs, actions, returns):
@@ -94,7 +94,7 @@ def ppo() -> Problem:
 
 @FLAX.model("graph network (ogbg-molpcba)", "Linen")
 def graphs() -> Problem:
-  models = problem.load("ogbg_molpcba/models.py")
+  models = FLAX.load("ogbg_molpcba/models.py")
   make = lambda deterministic: models.GraphNet(
     latent_size=32, num_mlp_layers=2, message_passing_steps=2, output_globals_size=8,
     dropout_rate=0.1, deterministic=deterministic,

@@ -25,7 +25,7 @@ def _images(model, objective=problem.cross_entropy, **call) -> Problem:
 
 @VISION_TRANSFORMER.model("ViT", "Linen")
 def vit() -> Problem:
-  models = problem.load("vit_jax/models_vit.py")
+  models = VISION_TRANSFORMER.load("vit_jax/models_vit.py")
   model = models.VisionTransformer(
     num_classes=10, patches=_Patches((8, 8)), hidden_size=32,
     transformer={"mlp_dim": 64, "num_heads": 4, "num_layers": 2, "dropout_rate": 0.1},
@@ -35,7 +35,7 @@ def vit() -> Problem:
 
 @VISION_TRANSFORMER.model("ViT on ResNet", "Linen")
 def hybrid() -> Problem:
-  models = problem.load("vit_jax/models_vit.py")
+  models = VISION_TRANSFORMER.load("vit_jax/models_vit.py")
   model = models.VisionTransformer(
     num_classes=10, patches=_Patches((1, 1)), hidden_size=32,
     transformer={"mlp_dim": 64, "num_heads": 4, "num_layers": 2},
@@ -46,7 +46,7 @@ def hybrid() -> Problem:
 
 @VISION_TRANSFORMER.model("MLP-Mixer", "Linen")
 def mixer() -> Problem:
-  models = problem.load("vit_jax/models_mixer.py")
+  models = VISION_TRANSFORMER.load("vit_jax/models_mixer.py")
   model = models.MlpMixer(
     patches=_Patches((8, 8)), num_classes=10, num_blocks=2, hidden_dim=32, tokens_mlp_dim=16,
     channels_mlp_dim=64,
@@ -68,7 +68,6 @@ class _ResNet:
 
 @BIG_VISION.model("ViT, attention pooling", "Linen")
 def siglip() -> Problem:
-  problem.namespace("big_vision")
   from big_vision.models import vit
 
   model = vit.Model(

@@ -72,7 +72,7 @@ def gru() -> Problem:
 
 @EXAMPLES.model("Transformer", "Haiku")
 def transformer() -> Problem:
-  models = problem.load("examples/transformer/model.py")
+  models = EXAMPLES.load("examples/transformer/model.py")
 
   def apply(tokens):
     stack = models.Transformer(num_heads=4, num_layers=2, attn_size=8, dropout_rate=0.1)

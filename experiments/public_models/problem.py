@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import importlib
 import importlib.metadata
 import importlib.util
 import pathlib
@@ -38,7 +37,7 @@ class Model(NamedTuple):
   build: Callable[[], Problem]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Collection:
   """A public collection: a package, or a repository at a commit.
 
@@ -48,6 +47,8 @@ class Collection:
     repository: `owner/name` on GitHub, if it is not.
     commit: of the repository, that the models were tried at.
     root: folder of the repository that goes on the import path.
+    models: those registered by `model`.
+    path: of the root, once it is found.
   """
 
   title: str
@@ -56,6 +57,7 @@ class Collection:
   commit: str = ""
   root: str = "."
   models: list[Model] = dataclasses.field(default_factory=list)
+  path: pathlib.Path = pathlib.Path()
 
   def model(self, name: str, framework: str) -> Callable[..., Callable[[], Problem]]:
     """Decorates the function that builds a model."""
@@ -80,23 +82,20 @@ class Collection:
     folder = sources / self.folder
     if not folder.is_dir():
       return ""
-    root = str(folder / self.root)
-    if root not in sys.path:
-      sys.path.append(root)
+    self.path = folder / self.root
+    sys.path.append(str(self.path))
     command = ["git", "-C", str(folder), "rev-parse", "--short=10", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "no commit"
 
-
-def load(file: str) -> Any:
-  """A module by its file below the import path: examples call each of theirs `models`."""
-  path = next(path for root in sys.path if (path := pathlib.Path(root) / file).is_file())
-  name = "public_models_" + file.removesuffix(".py").replace("/", "_")
-  spec = importlib.util.spec_from_file_location(name, path)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[name] = module
-  spec.loader.exec_module(module)
-  return module
+  def load(self, file: str) -> Any:
+    """A module by its file below the root: examples call each of theirs `models`."""
+    name = "public_models_" + file.removesuffix(".py").replace("/", "_")
+    spec = importlib.util.spec_from_file_location(name, self.path / file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def namespace(package: str) -> None:
