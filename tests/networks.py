@@ -202,7 +202,6 @@ BIAS_TRAPS = {
   "after activation": lambda y, b: jnp.tanh(y) + b,
   "read twice": lambda y, b: y + b + jnp.sin(b),
   "sum read twice": lambda y, b: (y + b) * y,
-  "positions": lambda y, b: y + b,
   "scalar": lambda y, b: y + b,
   "one": lambda y, b: y + b,
   "maximum": lambda y, b: jnp.maximum(y, b),
@@ -220,7 +219,7 @@ PENALTIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Block):
-  """`act(x @ w + b)`; `bias` is "none", "bias", or one of `BIAS_TRAPS`."""
+  """`act(x @ w + b)`; `bias` is "none", "bias", "positions" (a table), or one of `BIAS_TRAPS`."""
 
   outputs: int
   bias: str = "bias"
@@ -247,7 +246,7 @@ class Dense(Block):
     weight = "layer" if self.penalty_on_w == "none" else "fallback"
     joins = self.bias == "bias" and self.penalty_on_b == "none" and weight == "layer"
     bias = {} if self.bias == "none" else {"b": self.spelling.bias if joins else "fallback"}
-    return {"w": weight} | bias
+    return {"w": weight} | ({"b": "layer"} if self.bias == "positions" else bias)
 
   def _finish(self, y, h, b, join):
     """What comes after the product: the residual, and a bias that is not added by `join`."""
@@ -263,15 +262,18 @@ class Dense(Block):
 
   def canonical(self, p, h, tap):
     w, b = _read(self.stored, p["w"], h.shape[-1]), p.get("b")
+    if self.bias == "positions":
+      rows = lambda y: jnp.broadcast_to(jnp.eye(len(b)), (*y.shape[:-1], len(b)))
+      return self._finish(tap("w", h, w), h, b, lambda y, b: y + tap("b", rows(y), b))
     joins = self.roles().get("b") in ("layer", "either")
     y = tap("w", h, w, b if joins else None)
     return self._finish(y, h, b, None if joins or b is None else jnp.add)
 
   def spelled(self, p, h):
     w, b = _read(self.stored, p["w"], h.shape[-1], self.reading), p.get("b")
-    if self.bias in BIAS_TRAPS or b is None or self.residual == "before":
-      y = self.spelling(h, w)
-      return self._finish(y, h, b, None if b is None else SUMS[self.spelling.sum])
+    if self.bias != "bias" or self.residual == "before":
+      join = None if b is None else SUMS[self.spelling.sum]
+      return self._finish(self.spelling(h, w), h, b, jnp.add if self.bias == "positions" else join)
     return self._finish(self.spelling(h, w, b), h, b, None)
 
   def penalty(self, p):
@@ -1155,7 +1157,7 @@ DENSE = {
 }
 BLOCKS = [
   (6, Dense, DENSE),
-  (1.5, Dense, DENSE | {"bias": [trap for trap in BIAS_TRAPS if trap != "positions"]}),
+  (1.5, Dense, DENSE | {"bias": BIAS_TRAPS}),
   (1, Dense, DENSE | {"penalty_on_w": PENALTIES}),
   (0.3, Dense, DENSE | {"bias": ["bias"], "penalty_on_b": ["l2"]}),
   (

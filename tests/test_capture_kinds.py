@@ -246,6 +246,69 @@ def test_ids_out_of_range_count_as_the_lookup_treats_them(mode):
   relative(G[0], dy.T @ dy / N)
 
 
+TABLES: dict[str, Callable[..., Any]] = {  # w[P, T, D], x[N, P, T, D]
+  "sum": lambda w, x: x + w,
+  "leading axis": lambda w, x: w[None] + x,
+  "per example": lambda w, x: jax.vmap(lambda x: x + w)(x),
+  "one by one": lambda w, x: jax.lax.map(lambda x: x + w, x),
+  "by parts": lambda w, x: jnp.stack([x[:, 0] + w[0], x[:, 1] + w[1]], 1),
+  "constant over a scan": lambda w, x: jax.lax.scan(lambda c, x: (c, x + w), 0, x[:, None])[1][
+    :, 0
+  ],
+  "elsewhere": lambda w, x: jax.device_put(jnp.asarray(w)) + x,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_a_lookup_of_all_its_rows(name):
+  P, T, D = 2, 3, 4
+  params = {"w": jnp.asarray(draw(P, T, D)), "head": jnp.asarray(draw(D, C))}
+  x, y = jnp.asarray(draw(N, P, T, D)), jnp.arange(N) % C
+
+  def loss(add, p, x, y):
+    h = jnp.tanh(add(p["w"], jnp.tanh(x)))
+    return fop_optax.softmax_cross_entropy(h.mean((1, 2)) @ p["head"], y)
+
+  def look_up(w, x):
+    ids = jnp.broadcast_to(jnp.arange(P * T), (len(x), P * T))
+    return x + w.reshape(-1, D)[ids].reshape(x.shape)
+
+  found = []
+  for add in (TABLES[name], look_up):
+    captured = fop_optax.capture(lambda *args, f=add: loss(f, *args), params, x, y, strict=True)
+    found.append((captured, captured.value_and_grad(params, x, y)))
+  (ours, (value, grads, stats)), (_, (expected, their_grads, theirs)) = found
+  relative(value, expected)
+  jax.tree.map(relative, grads, their_grads)
+  assert {layer.kind for layer in ours.layers[1:]} == {"table"}
+  if name == "by parts":
+    assert [layer.path for layer in ours.layers[1:]] == ["['w'] part 0", "['w'] part 1"]
+    assert all(np.allclose(factors.A, 1 / T) for factors in stats.factors[1:])
+    relative(sum(factors.G for factors in stats.factors[1:]), theirs.factors[1].G)
+  else:
+    jax.tree.map(relative, stats.factors[1], theirs.factors[1])
+
+
+def test_tables_that_a_scan_goes_over_are_a_stack():
+  T, D = 3, 4
+  params = {"w": jnp.asarray(draw(2, T, D)), "head": jnp.asarray(draw(D, C))}
+  x, y = jnp.asarray(draw(N, T, D)), jnp.arange(N) % C
+
+  def loss(
+    p, x, y, tables=lambda w, x: jax.lax.scan(lambda h, w: (jnp.tanh(h + w), None), x, w)[0]
+  ):
+    return fop_optax.softmax_cross_entropy(tables(p["w"], x).mean(1) @ p["head"], y)
+
+  one_by_one = lambda w, x: jnp.tanh(jnp.tanh(x + w[0]) + w[1])
+  scanned = fop_optax.capture(loss, params, x, y, strict=True)
+  unrolled = fop_optax.capture(lambda *args: loss(*args, one_by_one), params, x, y, strict=True)
+  assert scanned.layers[1].stack == 2
+  (_, ours), (_, *theirs) = (
+    captured.value_and_grad(params, x, y)[2].factors for captured in (scanned, unrolled)
+  )
+  jax.tree.map(lambda a, *b: relative(a, np.concatenate(b)), ours, *theirs)
+
+
 def test_a_tied_weight_is_the_balanced_sum_of_its_uses():
   V, D = 7, 4
   params = {"w": jnp.asarray(draw(V, D)), "inner": jnp.asarray(draw(D, D))}

@@ -53,9 +53,31 @@ def scaled(p, x, y):
   return cross_entropy(x @ (2.0 * p["w"]) @ p["head"], y)
 
 
-def positions(p, x, y):  # a table [T, D] has the shape of a broadcast bias
-  h = jnp.tanh(jnp.stack([x] * T, 1) @ p["ok"] + p["w"])
+def table_of_all(p, x, y):  # depends on the batch, but is no sum an example
+  return cross_entropy(x @ (x.T @ x + p["w"]) @ p["head"], y)
+
+
+def table_of_none(p, x, y):  # nor does what a constant is added to
+  return cross_entropy(x @ (jnp.eye(D) + p["w"]) @ p["head"], y)
+
+
+def table_taken_away(p, x, y):
+  h = jnp.tanh(jnp.stack([x] * T, 1) @ p["ok"] - p["w"])
   return cross_entropy(h.mean(1) @ p["head"], y)
+
+
+def table_read_twice(p, x, y):
+  h = jnp.tanh(jnp.stack([x] * T, 1) @ p["ok"] + p["w"])
+  return cross_entropy((h.mean(1) * jnp.sum(p["w"] ** 2)) @ p["head"], y)
+
+
+def constant_lookup(p, x, y):
+  h = jnp.stack([x] * T, 1) @ p["ok"] + p["w"][jnp.arange(T) // 2]
+  return cross_entropy(jnp.tanh(h).mean(1) @ p["head"], y)
+
+
+def masked(p, x, y):
+  return cross_entropy(x @ jnp.where(jnp.tri(D) > 0, p["w"], 0.0) @ p["head"], y)
 
 
 def bias_by_example(p, x, y):  # one entry an output feature, but only of the first product's rows
@@ -184,7 +206,12 @@ TRAPS = [
   (l2_inside, {"w": W}, {"w": "`integer_pow`|`square`|`mul`"}),
   (standardised, {"w": W}, {"w": "`reduce_sum`|`sub`"}),
   (scaled, {"w": W}, {"w": "multiplied entry by entry"}),
-  (positions, {"w": draw(T, D), "ok": W}, {"w": "differs between rows"}),
+  (table_of_all, {"w": W}, {"w": "do not grow with the batch"}),
+  (table_of_none, {"w": W}, {"w": "not the output of one layer"}),
+  (table_taken_away, {"w": draw(T, D), "ok": W}, {"w": "`sub`"}),
+  (table_read_twice, {"w": draw(T, D), "ok": W}, {"w": "`integer_pow`|`square`|`mul`"}),
+  (constant_lookup, {"w": draw(T, D), "ok": W}, {"w": "looked up by indices that do not depend"}),
+  (masked, {"w": W}, {"w": "masked"}),
   (bias_by_example, {"w": W, "ok": W}, {"w": "`reduce_sum`"}),
   (scalar_bias, {"w": draw(1), "ok": W}, {"w": "one entry for each output feature"}),
   (scalar_bias, {"w": np.float64(0.5), "ok": W}, {"w": "not the output of one layer"}),

@@ -12,6 +12,7 @@ N, T, D, C = 64, 3, 16, 4
 
 
 def loss(p, x, y):
+  x = x + p["positions"]
   for w, b in zip(p["w"], p["b"], strict=True):
     x = jnp.tanh(x @ w + b)
   return fop_optax.softmax_cross_entropy(x.mean(1) @ p["head"], y)
@@ -32,6 +33,7 @@ def inputs(n=N):
     "stack": draw(2, D, D),
     "shift": draw(2, D),
     "head": draw(D, C),
+    "positions": draw(T, D),
   }
   return params, draw(n, T, D), jnp.arange(n) % C
 

@@ -12,11 +12,13 @@ import jax
 from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
+import jax.numpy as jnp
 
 from fop_optax import _compat
 from fop_optax.capture import flow
 from fop_optax.capture.products import Moments, product_with_moments
 from fop_optax.capture.resolve import Resolved
+from fop_optax.capture.table import Table
 from fop_optax.capture.values import Key, Path, Use
 
 # For each use zeros, [stack, ...] of what is left of its stack; for each mark a zero, [scans ...].
@@ -90,15 +92,19 @@ class Evaluation:
     return [read(atom) for atom in jaxpr.outvars], marked
 
   def _product(self, jaxpr, equation, operands, keys, probes):
-    side = self.uses[keys[0]].product.weight
+    product = self.uses[keys[0]].product
+    side = product.weight
 
-    def multiply(x, w):
+    def evaluate(x, w):
       pair = (x, w) if side == 1 else (w, x)
       return _compat.evaluate_equation(jaxpr, equation, pair)[0]
 
     x, w = operands[1 - side], operands[side]
-    moments = [self.moments[key] for key in keys]
-    return product_with_moments(multiply, moments, x, w, [probes[k] for k in keys], self.refresh)
+    moments, zeros = [self.moments[key] for key in keys], [probes[key] for key in keys]
+    if isinstance(product, Table):  # the sum's gradients are those of the looked-up rows
+      same, index = lambda _, y: y, jnp.zeros((), jnp.int32)
+      return product_with_moments(same, moments, index, evaluate(x, w), zeros, self.refresh)
+    return product_with_moments(evaluate, moments, x, w, zeros, self.refresh)
 
   def _inline(self, equation, operands, probes, here, depth):
     inner, consts = _compat.open_jaxpr(flow.inner_jaxpr(equation))

@@ -12,6 +12,8 @@ from fop_optax.capture.values import BiasUse, Key, Use
 from fop_optax.capture.walk import Found
 from fop_optax.layers import Layer
 
+ONE_HOT = frozenset(("lookup", "table"))  # kinds whose rows have one entry: diagonal factors
+
 
 class Place(NamedTuple):
   """A layer, and whether its weight is used transposed (a tied weight)."""
@@ -65,8 +67,10 @@ def resolve(
     if use.key not in uses:
       why = "the rows it is applied to do not grow with the batch"
       if not use.batch:
-        why = "it is multiplied with something that does not depend on the batch"
-      refused.setdefault(use.leaf, f"{why} at {use.source}")
+        looked_up = use.product.kind == "lookup"
+        verb = "looked up by indices" if looked_up else "multiplied with something"
+        why = f"it is {verb} that {'do' if looked_up else 'does'} not depend on the batch"
+      refused.setdefault(use.leaf, f"{why} at {use.source}" if use.source else why)
   biases = {bias.leaf for bias in found.biases}
   for use in found.uses.values():
     if use.leaf in biases:
@@ -207,7 +211,7 @@ def _layer(
     bias_view=views.simplify(bias.view, shapes[bias.leaf]) if bias else None,
     uses=len(inputs + outputs),
     diagonal=(
-      "lookup" in inputs or use.inputs + (bias is not None) > max_dim,
-      "lookup" in outputs or use.outputs > max_dim,
+      not ONE_HOT.isdisjoint(inputs) or use.inputs + (bias is not None) > max_dim,
+      not ONE_HOT.isdisjoint(outputs) or use.outputs > max_dim,
     ),
   )

@@ -103,7 +103,7 @@ class Value:
 
 
 class Product(Protocol):
-  """How one equation is a product of a weight: what `dense`, `convolution` and `lookup` bring.
+  """How one equation is a product of a weight: what `dense`, `lookup` and others bring.
 
   Moments are sums over rows in the order of the weight's own axes, `[stack, d, d]` or, as
   diagonals, `[stack, d]`.

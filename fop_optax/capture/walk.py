@@ -18,7 +18,7 @@ from jax.extend.core import primitives
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture import convolution, dense, flow, lookup, rules
+from fop_optax.capture import convolution, dense, flow, lookup, rules, table
 from fop_optax.capture.values import (
   BiasUse,
   Key,
@@ -42,6 +42,7 @@ _WHOLE = {
   primitives.concatenate_p: "it is joined with other arrays before it is used (`concatenate`)",
   primitives.mul_p: "it is multiplied entry by entry (`mul`)",
   primitives.add_p: "it is added to something that is not the output of one layer (`add`)",
+  primitives.select_n_p: "it is masked or chosen entry by entry (`select_n`)",
 }
 
 
@@ -251,7 +252,7 @@ class _Frame:
     return key
 
   def _add(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
-    """A sum with a product's output: of a bias, which joins its layer, or of anything else."""
+    """A sum: of a product's output and its bias, of a table and anything, or of anything else."""
     shape = tuple(equation.outvars[0].aval.shape)
     sums = [
       operand.linear
@@ -263,20 +264,36 @@ class _Frame:
     if not views:  # of two products' outputs, the choice must not depend on the spelling
       linear = min(sums, key=lambda s: (s.leaf, s.use)) if sums else None
       return [Value(batch, linear=linear)]
-    if len(views) >= 2 or not sums:
+    if len(views) >= 2:
       return self._whole(index, equation, operands)
-    (view,), (linear,) = views, sums
+    (view,) = views
+    why = self._bias(view, sums[0], shape) if sums else _WHOLE[primitives.add_p]
+    if why:
+      side = int(bool(operands[1].views))
+      matching = table.match(equation, side, view) if batch else None
+      if matching is None:
+        return self._refuse(equation, operands, why)
+      self._use(index, equation, matching, view, batch)
+    return [Value(batch)]
+
+  def _bias(self, view: ParamView, linear: Linear, shape: tuple[int, ...]) -> str:
+    """Joins a view that is added to a product's output of `shape` to its layer, or says why not."""
     if len(view.shape) != len(shape):  # a scalar
-      return self._whole(index, equation, operands)
+      return _WHOLE[primitives.add_p]
     steps = rules.bias_steps(linear, view, shape)
     if isinstance(steps, str):
-      return self._refuse(equation, operands, steps)
+      return steps
     if view.levels != self.found.uses[linear.use].levels:
-      why = "it is added to a product within a `scan`, of which only one is scanned over"
-      return self._refuse(equation, operands, why)
+      return "it is added to a product within a `scan`, of which only one is scanned over"
     steps = view.steps + steps + ((("stack",),) if view.levels else ())
     self.found.biases.append(BiasUse(view.leaf, steps, linear.use))
-    return [Value(batch)]
+    return ""
+
+  def _same(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
+    """Values that pass unchanged, as through `optimization_barrier`."""
+    if any(device is not None for device in equation.params.get("devices", ())):
+      return self._whole(index, equation, operands)
+    return list(operands)
 
   def _inline(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """`jit`, `checkpoint`: walked as if they were written out."""
@@ -342,7 +359,8 @@ def _unsharded(equation: Any) -> bool:
 def _rules() -> dict[Any, Callable[..., list[Value] | None]]:
   return {
     **dict.fromkeys(rules.steps(), _Frame._move),
-    _compat.unexported()["optimization_barrier"]: lambda frame, index, equation, operands: operands,
+    _compat.unexported()["optimization_barrier"]: _Frame._same,
+    primitives.device_put_p: _Frame._same,
     primitives.broadcast_in_dim_p: _Frame._broadcast,
     primitives.concatenate_p: _Frame._join,
     primitives.dot_general_p: _Frame._dot,

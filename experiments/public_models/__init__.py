@@ -1,0 +1,1 @@
+"""Models of public collections, as they stand there: which of their parameters `capture` finds."""
