@@ -197,6 +197,13 @@ BAD = {
   "groups": (lambda: fop_optax.capture(cross_entropy, P, X, Y, groups=0), r"groups=.*at least 1"),
   "fisher": (lambda: fop_optax.capture(cross_entropy, P, X, Y, fisher="true"),
              r"fisher='true'.*one of empirical, sampled, exact"),
+  "fraction": (lambda: fop_optax.capture(cross_entropy, P, X, Y, curvature_fraction=0.3),
+               r"curvature_fraction=0.3.*1 over a whole number"),
+  "no fraction": (lambda: fop_optax.capture(cross_entropy, P, X, Y, curvature_fraction=0.0),
+                  r"curvature_fraction=0.0.*1 over a whole number"),
+  "fraction of the batch": (
+    lambda: fop_optax.capture(cross_entropy, P, X, Y, groups=2, curvature_fraction=1 / 8),
+    r"batch of 8 .* has 4 examples in each piece.*1/8` is no whole number. Use a multiple of 16"),
   "terms": (lambda: fop_optax.capture(cross_entropy, P, X, Y, terms_per_example=0.5),
             r"terms_per_example=.*not 0.5"),
   "one number an example": (lambda: fop_optax.capture(

@@ -388,3 +388,34 @@ def test_joined_weights_are_parts_of_the_joined_layer():
     jax.tree.map(relative, tuple(part), (A, G))
   for part, (A, G) in ((c, (cd.A[:, :3, :3], cd.G)), (d, (cd.A[:, 3:, 3:], cd.G))):
     jax.tree.map(relative, tuple(part), (A, G))
+
+
+def some_network(params, x, y):
+  """A lookup, a product over tokens, one over examples and tokens in one axis, a convolution."""
+  h = jnp.tanh(params["table"][x] @ params["tokens"])  # [N, T, 6]
+  h = jnp.tanh(h.reshape(-1, 6) @ params["merged"] + params["bias"]).reshape(*x.shape, 6)
+  numbers = ("NWC", "WIO", "NWC")
+  h = jnp.tanh(jax.lax.conv_general_dilated(h, params["kernel"], (1,), "SAME", None, None, numbers))
+  return fop_optax.softmax_cross_entropy(h.mean(1) @ params["head"], y)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_statistics_of_a_fraction_are_those_of_these_examples(groups):
+  shapes = {"table": (9, 5), "tokens": (5, 6), "merged": (6, 6), "bias": (6,)}
+  shapes |= {"kernel": (3, 6, 4), "head": (4, 3)}
+  rng = np.random.default_rng(0)
+  params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+  x, y = jnp.asarray(rng.integers(0, 9, (24, 7))), jnp.asarray(rng.integers(0, 3, 24))
+
+  def run(x, y, fraction):
+    captured = fop_optax.capture(
+      some_network, params, x, y, groups=groups, curvature_fraction=fraction
+    )
+    assert not captured.fallbacks
+    return captured.value_and_grad(params, x, y)
+
+  kept = np.arange(24).reshape(-1, 3, groups)[:, 0].ravel()  # every third of each group
+  _, grads, stats = run(x, y, 1 / 3)
+  jax.tree.map(relative, stats.factors, run(x[kept], y[kept], 1.0)[2].factors)
+  _, whole_grads, whole_stats = run(x, y, 1.0)
+  jax.tree.map(relative, (grads, stats.contrasts), (whole_grads, whole_stats.contrasts))

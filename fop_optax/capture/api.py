@@ -32,6 +32,7 @@ def capture(
   groups: int = 2,
   micro_batches: int = 1,
   fisher: str = "empirical",
+  curvature_fraction: float = 1.0,
   terms_per_example: int | None = None,
   max_dim: int = 8192,
   strict: bool = False,
@@ -68,6 +69,9 @@ def capture(
       `"sampled"`, from labels drawn from the model's output (one more backward pass on refresh);
       `"exact"`, the expectation over them (one for each class). The latter two need a marked loss,
       `fop_optax.softmax_cross_entropy` or `squared_error`.
+    curvature_fraction: 1, or 1 over a whole number k: statistics are of every k-th example alone,
+      which makes a refresh cheaper and them noisier. Gradients are those of all examples. Uses
+      whose rows have no axis of examples (within a scan over them) count whole.
     terms_per_example: R above, the number of terms the mean loss has for an example: 1 for a label
       an example, the tokens of an example for a mean over tokens. By default what
       `fop_optax.softmax_cross_entropy` or `squared_error` in the loss say, else 1.
@@ -97,14 +101,17 @@ def capture(
     ((1, 5, 5), (1, 8, 8))
   """
   _check_options(groups, micro_batches, fisher, terms_per_example, max_dim)
-  spec = Spec(loss_fn, has_aux, batch_argnums, micro_batches, terms_per_example, max_dim, fisher)
+  every = _every(curvature_fraction)
+  spec = Spec(
+    loss_fn, has_aux, batch_argnums, micro_batches, terms_per_example, max_dim, fisher, every
+  )
   flat, treedef = jax.tree_util.tree_flatten_with_path(params)
   paths = tuple(report.printable(path) for path, _ in flat)
   leaves = [leaf for _, leaf in flat]
   _check_params(leaves, paths)
   signature = Signature(loss_fn, has_aux, treedef, batches.classify(args, batch_argnums))
   shapes = tuple(tuple(leaf.shape) for leaf in leaves)
-  chunks = batches.Chunks(signature.args, jax.tree.leaves(args), groups, micro_batches)
+  chunks = batches.Chunks(signature.args, jax.tree.leaves(args), groups, micro_batches, every)
   traced, twice = trace_twice(signature, leaves, chunks.leaves, chunks.size)
   uses = growing(traced, twice, chunks.size)
   resolved = resolve(traced.found, uses, shapes, paths, max_dim)
@@ -142,6 +149,7 @@ class Spec:
   terms_per_example: int | None
   max_dim: int
   fisher: str
+  every: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,8 +202,9 @@ class Captured:
     signature = Signature(
       self._spec.loss_fn, self._spec.has_aux, jax.tree.structure(params), arguments
     )
+    spec, leaves_of_args = self._spec, jax.tree.leaves(args)
     chunks = batches.Chunks(
-      arguments, jax.tree.leaves(args), self.layers.groups, self._spec.micro_batches
+      arguments, leaves_of_args, self.layers.groups, spec.micro_batches, spec.every
     )
     chunks.size  # noqa: B018  raises if the batch cannot be divided
     static = isinstance(refresh, (bool, np.bool_))
@@ -255,6 +264,8 @@ class Captured:
       params=leaves,
       zeros=zeros,
       scale=float(size * terms),
+      examples=size,
+      every=self._spec.every,
       refresh=refresh,
       fisher=self._spec.fisher,
       branch=self._loops.micro_batches,
@@ -281,6 +292,16 @@ def _check_options(groups, micro_batches, fisher, terms, max_dim):
     )
   if fisher not in FISHERS:
     raise ValueError(f"`capture(fisher={fisher!r})` is unknown: one of {', '.join(FISHERS)}.")
+
+
+def _every(fraction: float) -> int:
+  """k of a fraction 1 / k."""
+  every = round(1 / fraction) if 0 < fraction <= 1 else 0
+  if every == 0 or abs(every * fraction - 1) > 1e-6:
+    raise ValueError(
+      f"`capture(curvature_fraction={fraction})` takes 1 over a whole number, as 1, 0.5 or 0.25."
+    )
+  return every
 
 
 def _check_params(leaves, paths):

@@ -43,6 +43,8 @@ class WithStatistics:
     params: leaves of the parameters.
     zeros: of the layers' factors.
     scale: N R, examples of the chunk times terms an example.
+    examples: N.
+    every: statistics are of every that many-th example.
     refresh: a traced bool, or None for always.
     fisher: which labels the statistics are of.
     branch: whether a second backward pass may stand in a branch.
@@ -54,6 +56,8 @@ class WithStatistics:
   params: Sequence[Any]
   zeros: tuple[Factors, ...]
   scale: float
+  examples: int
+  every: int
   refresh: jax.Array | None
   fisher: str
   branch: bool
@@ -81,7 +85,8 @@ class WithStatistics:
     traced, resolved = self.traced, self.resolved
     accepted = {key: self.uses[key] for key in resolved.places}
     marks = frozenset(weights)
-    evaluation = Evaluation(accepted, moments_of(resolved, accepted), self.refresh, marks)
+    moments = moments_of(resolved, accepted, self.examples, self.every)
+    evaluation = Evaluation(accepted, moments, self.refresh, marks)
     by_key = {key: probes[place] for key, place in resolved.places.items()}
     by_key |= {Key(path, MARK): weight for path, weight in weights.items()}
     outputs, marked = evaluation.run(traced.jaxpr, traced.consts, [*params, *chunk], by_key)

@@ -166,12 +166,14 @@ class Chunks:
     leaves: all leaves of the arguments.
     groups: number of groups.
     micro_batches: number of pieces of each group.
+    every: statistics are of every that many-th example.
   """
 
   arguments: Arguments
   leaves: list[Any]
   groups: int
   micro_batches: int
+  every: int
 
   @property
   def count(self) -> int:
@@ -201,6 +203,12 @@ class Chunks:
           f" into groups={self.groups} times micro_batches={self.micro_batches} on each. Use a"
           f" multiple of {self.count * devices}, so that no example has to change its device."
         )
+    if (batch // self.count) % self.every:
+      raise ValueError(
+        f"The batch of {batch} in groups={self.groups} times micro_batches={self.micro_batches} has"
+        f" {batch // self.count} examples in each piece, of which `curvature_fraction="
+        f"1/{self.every}` is no whole number. Use a multiple of {self.count * self.every}."
+      )
     return batch // self.count
 
   def chunk(self, group: int, micro: Any) -> list[Any]:

@@ -44,6 +44,10 @@ class Convolution:
 
   kind = "conv"
 
+  @property
+  def row_axes(self) -> tuple[tuple[int, int], ...]:
+    return ((self.x_axes[0], self.y_axes[0]),)
+
   def input_moment(self, x: jax.Array, bias: bool, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r p_r p_r'` over the patches `p_r`, of `[p_r; 1]` with `bias`."""
     x = x.transpose(self.x_axes[0], *self.x_axes[2:], self.x_axes[1])

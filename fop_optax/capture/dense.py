@@ -33,6 +33,10 @@ class Dense:
 
   kind = "dense"
 
+  @property
+  def row_axes(self) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(self.x_rows, self.y_rows, strict=True))
+
   def input_moment(self, x: jax.Array, bias: bool, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r x_r x_r'`, of `[x_r; 1]` with `bias`."""
     roles = moments.Roles(self.x_rows, self.x_stack, self.x_in)

@@ -150,11 +150,13 @@ def _unstack(probe: jax.Array, length: int) -> jax.Array:
   return probe.reshape((length, probe.shape[0] // length, *probe.shape[1:]))
 
 
-def moments_of(resolved: Resolved, uses: Mapping[Key, Use]) -> dict[Key, Moments]:
-  """What each accepted use is to form."""
+def moments_of(
+  resolved: Resolved, uses: Mapping[Key, Use], examples: int, every: int
+) -> dict[Key, Moments]:
+  """What each accepted use is to form, of every `every`-th of a chunk's examples."""
   out = {}
   for key, (index, flipped) in resolved.places.items():
     layer = resolved.layers[index]
     diagonal = layer.diagonal[::-1] if flipped else layer.diagonal
-    out[key] = Moments(uses[key].product, layer.bias is not None, diagonal)
+    out[key] = Moments(uses[key].product, layer.bias is not None, diagonal, examples, every)
   return out

@@ -28,6 +28,10 @@ class Lookup:
 
   kind = "lookup"
 
+  @property
+  def row_axes(self) -> tuple[tuple[int, int], ...]:
+    return tuple(enumerate(self.y_rows))
+
   def input_moment(self, x: jax.Array, bias: bool, diagonal: bool, dtype: Any) -> jax.Array:
     """How often each row is looked up: the diagonal of the one-hot rows' second moment."""
     assert diagonal

@@ -25,20 +25,43 @@ Bilinear = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-  """Which statistics a product is to form: with a bias or not, as diagonals or not."""
+  """Which statistics a product is to form: with a bias or not, as diagonals or not.
+
+  Of the examples of a chunk every `every`-th counts, `every` times, where an axis of rows has them.
+  """
 
   product: Product
   bias: bool
   diagonal: tuple[bool, bool]
+  examples: int
+  every: int
 
   def __call__(self, x: jax.Array, dy: jax.Array, like: Factors) -> Factors:
     """The sums over rows, in the shapes and dtypes of `like`."""
     if isinstance(self.product, Lookup):  # of an index out of range no gradient comes back
       found = self.product.found(x)
       dy = jnp.where(jnp.expand_dims(found, self.product.y_out), dy, 0)
+    x, dy, weight = self._thin(x, dy)
     a = self.product.input_moment(x, self.bias, self.diagonal[0], like.A.dtype)
     g = self.product.output_moment(dy, self.diagonal[1], like.G.dtype)
-    return Factors(a.reshape(like.A.shape), g.reshape(like.G.shape))
+    return Factors(weight * a.reshape(like.A.shape), weight * g.reshape(like.G.shape))
+
+  def _thin(self, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+    """`x` and `dy` of some of the examples, and how often each is to count."""
+    pairs = [p for p in self.product.row_axes if x.shape[p[0]] % self.examples == 0]
+    if self.every == 1 or not pairs:
+      return x, dy, 1
+    x_axis, y_axis = pairs[0]
+    return self._some(x, x_axis), self._some(dy, y_axis), self.every
+
+  def _some(self, array: jax.Array, axis: int) -> jax.Array:
+    """Every `every`-th example along an axis of examples, or of examples times something."""
+    # a reshape leaves a sharded axis sharded, which a stride would not
+    before, after, size = array.shape[:axis], array.shape[axis + 1 :], array.shape[axis]
+    each = size // self.examples
+    split = (self.examples // self.every, self.every, each)
+    part = jax.lax.index_in_dim(array.reshape(*before, *split, *after), 0, axis + 1, keepdims=False)
+    return part.reshape(*before, size // self.every, *after)
 
 
 def product_with_moments(

@@ -26,6 +26,7 @@ class Table:
   y_out: moments.Axes
 
   kind = "table"
+  row_axes = ()
 
   def input_moment(self, x: jax.Array, bias: bool, diagonal: bool, dtype: Any) -> jax.Array:
     """How often each row is added: the diagonal of the one-hot rows' second moment."""
