@@ -678,10 +678,13 @@ class Experts(Block):
     return p | ({} if self.bias == "none" else {"b": _normal(rng, 2, self.outputs)}), self.outputs
 
   def roles(self):
-    # added after the experts' outputs were stacked, a bias meets `concatenate`
+    return {"w": "layer"} | ({} if self.bias == "none" else {"b": "layer"})
+
+  @property
+  def _table(self):
+    """Whether the bias is added after the outputs were stacked: a table with a row an expert."""
     stacked = self.form in ("loop", "concatenate", "map") and self.joint == "no"
-    role = "fallback" if self.bias == "outside" and stacked else "layer"
-    return {"w": "layer"} | ({} if self.bias == "none" else {"b": role})
+    return self.bias == "outside" and stacked
 
   def _inputs(self, h):
     return jnp.stack([h, jnp.tanh(2.0 * h)])
@@ -695,11 +698,14 @@ class Experts(Block):
       flat = None if b is None else b.reshape(-1)
       y = tap("w", h, jnp.concatenate([w[0], w[1]], 1), flat)
       return self._output(jnp.stack(jnp.split(y, 2, -1)))
-    joins = b is not None and self.roles()["b"] == "layer"
+    joins = b is not None and not self._table
     xs = self._inputs(h)
     y = [tap("w", xs[e], w[e], b[e] if joins else None, e) for e in range(2)]
     y = jnp.stack(y)
-    return self._output(y if joins or b is None else y + _between(b, y))
+    if self._table:
+      rows = _between(jnp.eye(2), y)
+      y += tap("b", jnp.broadcast_to(rows, (*y.shape[:-1], 2)), b)
+    return self._output(y)
 
   def spelled(self, p, h):
     w, b = p["w"], p.get("b")

@@ -96,7 +96,8 @@ def steps() -> dict[Any, Callable[[Any], Steps | None]]:
 
 def viewed(view: values.ParamView, taken: views.View, shape: tuple[int, ...]) -> values.ParamView:
   """`view` after the steps `taken`, which lead to `shape`."""
-  return dataclasses.replace(view, steps=view.steps + taken, shape=shape)
+  vector = view.vector or sum(size > 1 for size in view.shape) < 2
+  return dataclasses.replace(view, steps=view.steps + taken, shape=shape, vector=vector)
 
 
 def parts_after(parts: tuple[values.Part, ...], taken: Steps) -> tuple[values.Part, ...] | None:

@@ -42,7 +42,7 @@ def match(equation: Any, weight: int, view: ParamView) -> Matching | None:
   """What the addition of `view` is as a layer; None if it is a vector or a scalar."""
   shape = equation.outvars[0].aval.shape
   own = [axis for axis, size in enumerate(view.shape) if size > 1]
-  if len(own) < 2 or len(view.shape) != len(shape):
+  if view.vector or len(own) < 2 or len(view.shape) != len(shape):
     return None
   outputs = shape[own[-1]]
   positions, rows = math.prod(view.shape) // outputs, math.prod(shape) // outputs

@@ -20,13 +20,15 @@ class ParamView:
   """A variable that holds entries of one parameter and nothing else.
 
   `shape` is the variable's, with 1 on the axes along which the entries are repeated by a
-  broadcast. `levels` are the depths of the enclosing scans that go over the parameter.
+  broadcast. `levels` are the depths of the enclosing scans that go over the parameter. `vector`
+  says that the entries came along one axis once, however they are laid out now.
   """
 
   leaf: int
   steps: View
   shape: tuple[int, ...]
   levels: tuple[int, ...] = ()
+  vector: bool = False
 
 
 class Part(NamedTuple):
