@@ -19,9 +19,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def run(*args, **env):
   """The command line in a process of its own: users have neither x64 nor eight devices."""
+  return module("experiments", *args, **env)
+
+
+def module(name, *args, **env):
+  """`python -m name args` in a process of its own."""
   keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
   return subprocess.run(
-    [sys.executable, "-m", "experiments", *args],
+    [sys.executable, "-m", name, *args],
     cwd=ROOT,
     env={**keep, "JAX_PLATFORMS": "cpu", **env},
     capture_output=True,
@@ -193,3 +198,27 @@ def test_compare_on_tfds_folders(name, tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert (tmp_path / name / "curves.png").exists()
+
+
+BENCHMARKS = {
+  "step_cost": (
+    ["--cases", "mlp-16", "cnn-pooled-4", "--rounds", "1", "--period", "2"],
+    "mlp-16 .* kfac .* refresh .* fop .* every 2 .* cnn-pooled-4",
+  ),
+  "compile_time": (["--blocks", "1", "--rounds", "1"], "1 scanned .* fop, every 10 .* 1 unrolled"),
+  "curvature_fraction": (["--batch", "256", "--fractions", "1", "0.5"], "1/1 .* 1.0000 .* 1/2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks_print_a_table(name):
+  args, table = BENCHMARKS[name]
+  out = module(f"experiments.benchmarks.{name}", *args)
+  assert out.returncode == 0, out.stderr
+  assert re.search(table.replace(" .* ", r"(?s:.*)"), out.stdout), out.stdout
+
+
+def test_unknown_case_of_a_benchmark():
+  out = module("experiments.benchmarks.step_cost", "--cases", "rnn-16")
+  assert out.returncode and "unknown case 'rnn-16': one of mlp-BATCH" in out.stderr
