@@ -69,7 +69,7 @@ def main(options: Options) -> None:
   every = [(c, [m for m in c.models if wanted(c.title, m.name)]) for c in collections()]
   with progress(sum(len(models) for _, models in every), "public models") as bar:
     for collection, models in every:
-      version = collection.find(options.sources) if models else ""
+      version = collection.find(options.sources)  # others may import it
       if models and not version:
         missing.append(collection)
         continue

@@ -42,7 +42,8 @@ def capture(
   The loss is traced on shapes alone, never run. A parameter is in a layer if every gradient of the
   loss reaches it through products `y = x W` whose other operand depends on the batch, on the way to
   which it is only cast, reshaped, transposed or sliced, or through its addition to such a `y` as
-  a bias. Every other parameter is in `Captured.fallbacks`, with the reason.
+  a bias, or, if it has two axes or more, to anything that depends on the batch (a table of
+  positions). Every other parameter is in `Captured.fallbacks`, with the reason.
 
   For N examples with T rows `x` each (tokens, and the uses of the weight added up), R terms of the
   loss each, and `dy` the gradient of the mean loss with respect to a row of `y`, the statistics are
