@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import pathlib
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -210,7 +211,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def main(config: Config) -> None:
-  console = Console(width=110)
+  console = Console() if sys.stdout.isatty() else Console(width=130)
   rows = []
   for name in config.cases:
     rows += measure(name, config)
