@@ -1,15 +1,17 @@
-"""Test set-up: eight CPU devices, quick compilation, fixed seeds, double precision where a module asks for it."""
+"""Set-up of tests: eight CPU devices, quick compilation, fixed seeds, double precision on request."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-FLAGS = (
-  "--xla_force_host_platform_device_count=8",
-  # Most programs here run once: compiling them takes the time, and this saves a quarter of it.
-  "--xla_backend_optimization_level=0",
-  "--xla_llvm_disable_expensive_passes=true",
+# Most programs here run once: compiling them takes the time, and LLVM's passes a quarter of that.
+os.environ["XLA_FLAGS"] = " ".join(
+  (
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+  )
 )
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
 
 import hypothesis
 import jax

@@ -230,3 +230,29 @@ def test_equinox_module_with_its_functions_says_how_to_split_it():
   loss = lambda m, x, y: fop_optax.softmax_cross_entropy(jax.vmap(m)(x), y)
   with pytest.raises(ValueError, match="equinox.partition"):
     fop_optax.capture(loss, model, X, Y)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_groups_in_a_loop_are_groups_written_out(micro_batches):
+  """A long program goes in a loop under `jit`, and is written out when it runs eagerly."""
+  rng = np.random.default_rng(0)
+  params = [jnp.asarray(rng.normal(size=(3, 3)), "float32") for _ in range(20)]
+  x, y = jnp.asarray(rng.normal(size=(12, 3)), "float32"), jnp.arange(12) % 3
+
+  def loss(params, x, y, key):
+    h = x + jax.random.normal(key)
+    for w in params:
+      h = jnp.tanh(h @ w)
+    return fop_optax.softmax_cross_entropy(h, y), {"h": h, "mean": h.mean(), "key": key}
+
+  key = jax.random.key(0)
+  captured = fop_optax.capture(
+    loss, params, x, y, key, has_aux=True, groups=3, micro_batches=micro_batches
+  )
+  (loss_, aux), *rest = captured.value_and_grad(params, x, y, key)
+  (looped, looped_aux), *looped_rest = jax.jit(captured.value_and_grad)(params, x, y, key)
+  text = jax.jit(captured.value_and_grad).lower(params, x, y, key).as_text()
+  assert "stablehlo.while" in text
+  assert aux.pop("key").dtype == looped_aux.pop("key").dtype
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+  jax.tree.map(near, (loss_, aux, rest), (looped, looped_aux, looped_rest))

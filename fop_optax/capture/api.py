@@ -22,6 +22,10 @@ from fop_optax.layers import Factors, Layers, Stats
 
 PyTree = Any
 
+# Above so many products the groups go in a loop: a program written out takes long to compile twice,
+# and is not quicker (of 12 blocks of a transformer 1.5 times the seconds, and the same steps).
+_LONG = 16
+
 
 def capture(
   loss_fn: Callable[..., Any],
@@ -127,7 +131,7 @@ def capture(
     raise ValueError(report.refusal(layers, fallbacks))
   convolutions = flow.contains(traced.jaxpr, primitives.conv_general_dilated_p)
   looping = not (convolutions and jax.default_backend() == "cpu")
-  scanned = flow.contains(traced.jaxpr, primitives.scan_p)  # in a loop already: one more is cheap
+  long = len(uses) > _LONG or flow.contains(traced.jaxpr, primitives.scan_p)
   return Captured(
     layers=layers,
     fallbacks=fallbacks,
@@ -135,7 +139,7 @@ def capture(
     _aux_roles=roles,
     _found=tuple(traced.found.uses),
     _accepted=tuple(uses),
-    _loops=batches.Loops(groups=looping and scanned, micro_batches=looping),
+    _loops=batches.Loops(groups=looping and long, micro_batches=looping),
   )
 
 
