@@ -1,4 +1,4 @@
-"""Set-up of tests: eight CPU devices, quick compilation, fixed seeds, double precision on request."""
+"""Set-up of tests: eight CPU devices, quick compilation, fixed seeds, double precision."""
 
 import os
 

@@ -1,6 +1,6 @@
 """Seconds to capture, trace and compile a step of K-FAC and FOP, over those of `optax.sgd`.
 
-    python -m experiments.benchmarks.compile_time [--blocks 12 48] [--scan | --no-scan]
+    python -m experiments.benchmarks.compile_time [--blocks 12 48] [--forms scanned]
 
 The network is a decoder-only transformer, its blocks written out or one scan over their stacked
 weights. Compilations alternate, each of an empty cache.
@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -75,12 +75,12 @@ class Config:
 
   Attributes:
     blocks: numbers of blocks.
-    scan: whether they are scanned; None for both.
+    forms: scanned, unrolled.
     rounds: compilations of each step.
   """
 
   blocks: tuple[int, ...] = (12,)
-  scan: bool | None = None
+  forms: tuple[Literal["scanned", "unrolled"], ...] = ("scanned", "unrolled")
   rounds: int = 3
 
 
@@ -109,13 +109,14 @@ def main(config: Config) -> None:
   for heading in ("blocks", "step", "seconds", "ratio", "capture, s"):
     table.add_column(heading, no_wrap=True)
   for blocks in config.blocks:
-    for scan in (True, False) if config.scan is None else (config.scan,):
-      capture, seconds = measure(transformer(blocks, scan), config.rounds)
+    for form in config.forms:
+      capture, seconds = measure(transformer(blocks, form == "scanned"), config.rounds)
       for name, own in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(own, seconds["sgd"], strict=True))
-        where = f"{blocks} {'scanned' if scan else 'unrolled'}"
         found = "" if name == "sgd" else f"{capture:.2f}"
-        table.add_row(where, name, f"{statistics.median(own):.1f}", f"{ratio:.2f}", found)
+        table.add_row(
+          f"{blocks} {form}", name, f"{statistics.median(own):.1f}", f"{ratio:.2f}", found
+        )
       table.add_section()
   Console(width=110).print(table)
 
