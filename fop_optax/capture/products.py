@@ -51,7 +51,7 @@ class Moments:
     pairs = [p for p in self.product.row_axes if x.shape[p[0]] % self.examples == 0]
     if self.every == 1 or not pairs:
       return x, dy, 1
-    x_axis, y_axis = pairs[0]
+    x_axis, y_axis = min(pairs, key=lambda p: x.shape[p[0]])  # the examples alone, if there are
     return self._some(x, x_axis), self._some(dy, y_axis), self.every
 
   def _some(self, array: jax.Array, axis: int) -> jax.Array:
