@@ -24,7 +24,8 @@ class Layer:
 
   Attributes:
     path: printable path of the weight, with the part of it where it has several.
-    kind: `"dense"`, `"conv"`, `"lookup"` or `"table"`; joined by ` + ` where a weight is several.
+    kind: `"dense"`, `"conv"`, `"lookup"` or `"table"`, joined by ` + ` where a weight is several;
+      of per-example gradients `"matrix"` or `"vector"`.
     weight: index of the weight among the leaves of `params`.
     view: takes that leaf to `[stack, inputs, outputs]`.
     stack: number of independent matrices: slices of a scan, experts of a batched product.

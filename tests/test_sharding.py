@@ -52,7 +52,9 @@ def put(mesh, params, *batch):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize(
-  "options", [{}, {"micro_batches": 2}, {"groups": 4}, {"fisher": "exact"}], ids=str
+  "options",
+  [{}, {"micro_batches": 2}, {"groups": 4}, {"fisher": "exact"}, {"curvature_fraction": 0.5}],
+  ids=str,
 )
 def test_eight_devices_are_one(kind, options):
   params, x, y = inputs()
@@ -71,15 +73,17 @@ def test_eight_devices_are_one(kind, options):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_one_all_reduce_and_no_gather(kind):
+@pytest.mark.parametrize("fraction", [1, 0.5])
+def test_one_all_reduce_and_no_gather(kind, fraction):
   params, x, y = inputs()
-  captured = fop_optax.capture(loss, params, x, y)
+  captured = fop_optax.capture(loss, params, x, y, curvature_fraction=fraction)
   with jax.set_mesh(mesh_of(kind)):
     args = put(mesh_of(kind), params, x, y)
     text = jax.jit(captured.value_and_grad).lower(*args).compile().as_text()
   assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
   assert "all-gather" not in text
   assert "all-to-all" not in text
+  assert "collective-permute" not in text
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -91,3 +95,9 @@ def test_a_batch_that_would_change_devices_is_refused(kind):
     pytest.raises(ValueError, match=r"sharded over 8 devices.*groups=2.*multiple of 16"),
   ):
     captured.value_and_grad(*put(mesh_of(kind), params, x[:8], y[:8]))
+  captured = fop_optax.capture(loss, params, x, y, curvature_fraction=0.25)
+  with (
+    jax.set_mesh(mesh_of(kind)),
+    pytest.raises(ValueError, match=r"8 devices.*`curvature_fraction=1/4`.*multiple of 64"),
+  ):
+    captured.value_and_grad(*put(mesh_of(kind), params, x[:32], y[:32]))

@@ -16,7 +16,13 @@ class KfacJax:
   """
 
   def __init__(self, case: Case, period: int, curvature_period: int):
-    import kfac_jax
+    try:
+      import kfac_jax
+    except ImportError as error:
+      raise SystemExit(
+        "--kfac-jax: kfac_jax cannot be imported. Its release 0.0.8 does not run on this JAX: "
+        "pip install git+https://github.com/google-deepmind/kfac-jax"
+      ) from error
 
     def loss(params, batch):
       logits = case.apply(params, batch[0])

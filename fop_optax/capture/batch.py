@@ -149,8 +149,8 @@ def _fold_in(key: jax.Array, data: Any) -> jax.Array:
 class Loops(NamedTuple):
   """Which chunks are worked off in a loop; the others are written out one after the other.
 
-  A loop compiles its body once, and holds the activations of one chunk. Written out, groups are
-  a little quicker; convolutions very much so on CPU, where their gradients are slow in a loop.
+  A loop compiles its body once, and holds the activations of one chunk. Written out, convolutions
+  are far quicker on CPU, where their gradients are slow in a loop.
   """
 
   groups: bool
@@ -193,22 +193,24 @@ class Chunks:
         f"{self.micro_batches}. Drop or pad the last examples to a multiple of {self.count}, or"
         " capture with other numbers (`groups=1` suffices for K-FAC)."
       )
+    unit = self.count * self.every
+    if batch % unit:
+      raise ValueError(
+        f"The batch of {batch} in groups={self.groups} times micro_batches={self.micro_batches} has"
+        f" {batch // self.count} examples in each piece, of which `curvature_fraction="
+        f"1/{self.every}` is no whole number. Use a multiple of {unit}."
+      )
     for leaf, role, path in zip(
       self.leaves, self.arguments.roles, self.arguments.paths, strict=True
     ):
       devices = _devices(leaf) if role == "batch" else 1
-      if (batch // self.count) % devices:
+      if batch // unit % devices:
+        fraction = "" if self.every == 1 else f", of which `curvature_fraction=1/{self.every}`,"
         raise ValueError(
           f"The batch of {batch} in {path} is sharded over {devices} devices, and cannot be divided"
-          f" into groups={self.groups} times micro_batches={self.micro_batches} on each. Use a"
-          f" multiple of {self.count * devices}, so that no example has to change its device."
+          f" into groups={self.groups} times micro_batches={self.micro_batches}{fraction} on each."
+          f" Use a multiple of {unit * devices}, so that no example has to change its device."
         )
-    if (batch // self.count) % self.every:
-      raise ValueError(
-        f"The batch of {batch} in groups={self.groups} times micro_batches={self.micro_batches} has"
-        f" {batch // self.count} examples in each piece, of which `curvature_fraction="
-        f"1/{self.every}` is no whole number. Use a multiple of {self.count * self.every}."
-      )
     return batch // self.count
 
   def chunk(self, group: int, micro: Any) -> list[Any]:
@@ -240,7 +242,7 @@ class Chunks:
       return backward(self.chunk(group, micro), own)
 
     def every(micro):
-      if not (traced and loops.groups):
+      if self.groups == 1 or not (traced and loops.groups):
         return [one(group, micro) for group in range(self.groups)]
       stacked = jax.lax.map(lambda group: one(group, micro), jnp.arange(self.groups))
       leaves, treedef = jax.tree.flatten(stacked)

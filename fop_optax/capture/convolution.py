@@ -71,7 +71,7 @@ class Convolution:
     add = lambda total, i: (total + moment(lax.dynamic_index_in_dim(x, i, 1, keepdims=False)), None)
     return lax.scan(add, jnp.zeros(like.shape, like.dtype), jnp.arange(chunks))[0]
 
-  def output_moment(self, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
+  def output_moment(self, x: jax.Array, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r dy_r dy_r'`, a block for each feature group."""
     batch, feature, *spatial = self.y_axes
     dy = dy.transpose(batch, *spatial, feature)

@@ -47,7 +47,7 @@ class Dense:
     n = math.prod(x.shape[axis] for axis in self.x_rows)
     return moments.with_ones(a, moments.row_sum(x, roles, dtype), n)
 
-  def output_moment(self, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
+  def output_moment(self, x: jax.Array, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r dy_r dy_r'`."""
     roles = moments.Roles(self.y_rows, self.y_stack, self.y_out)
     return moments.second_moment(_cut(dy, self.y_cut), roles, diagonal, dtype)

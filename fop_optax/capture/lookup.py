@@ -41,15 +41,13 @@ class Lookup:
       return counts
     return jnp.concatenate([counts, jnp.full((1, 1), index.size, dtype)], axis=1)
 
-  def output_moment(self, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
-    """`sum_r dy_r dy_r'` over lookups; gradients of dropped ones have to be zero by now."""
+  def output_moment(self, x: jax.Array, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
+    """`sum_r dy_r dy_r'` over the lookups that read a row: no gradient comes back of others."""
+    index = self._index(x)
+    found = (index >= 0) & (index < self.rows)
+    dy = jnp.where(jnp.expand_dims(found, self.y_out), dy, 0)
     roles = moments.Roles(self.y_rows, (), self.y_out)
     return moments.second_moment(dy, roles, diagonal, dtype)
-
-  def found(self, x: jax.Array) -> jax.Array:
-    """Which lookups read a row, in the shape of the rows of `y`."""
-    index = self._index(x)
-    return (index >= 0) & (index < self.rows)
 
   def _index(self, x: jax.Array) -> jax.Array:
     index = x[..., 0]

@@ -16,7 +16,6 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from fop_optax.capture.lookup import Lookup
 from fop_optax.capture.values import Product
 from fop_optax.layers import Factors
 
@@ -38,12 +37,9 @@ class Moments:
 
   def __call__(self, x: jax.Array, dy: jax.Array, like: Factors) -> Factors:
     """The sums over rows, in the shapes and dtypes of `like`."""
-    if isinstance(self.product, Lookup):  # of an index out of range no gradient comes back
-      found = self.product.found(x)
-      dy = jnp.where(jnp.expand_dims(found, self.product.y_out), dy, 0)
     x, dy, weight = self._thin(x, dy)
     a = self.product.input_moment(x, self.bias, self.diagonal[0], like.A.dtype)
-    g = self.product.output_moment(dy, self.diagonal[1], like.G.dtype)
+    g = self.product.output_moment(x, dy, self.diagonal[1], like.G.dtype)
     return Factors(weight * a.reshape(like.A.shape), weight * g.reshape(like.G.shape))
 
   def _thin(self, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, int]:

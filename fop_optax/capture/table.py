@@ -33,7 +33,7 @@ class Table:
     assert diagonal and not bias
     return jnp.full((1, self.positions), self.repeats, dtype)
 
-  def output_moment(self, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
+  def output_moment(self, x: jax.Array, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r dy_r dy_r'` over the rows of all examples."""
     return moments.second_moment(dy, moments.Roles(self.y_rows, (), self.y_out), diagonal, dtype)
 
