@@ -42,8 +42,8 @@ class WithStatistics:
     resolved: their layers.
     params: leaves of the parameters.
     zeros: of the layers' factors.
-    scale: N R, examples of the chunk times terms an example.
-    examples: N.
+    examples: N, of the chunk.
+    terms: R, terms of the loss an example.
     every: statistics are of every that many-th example.
     refresh: a traced bool, or None for always.
     fisher: which labels the statistics are of.
@@ -55,8 +55,8 @@ class WithStatistics:
   resolved: Resolved
   params: Sequence[Any]
   zeros: tuple[Factors, ...]
-  scale: float
   examples: int
+  terms: int
   every: int
   refresh: jax.Array | None
   fisher: str
@@ -70,22 +70,17 @@ class WithStatistics:
     }
     if self.fisher == "empirical":
       loss = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)
-      (value, (aux, _)), (grads, sums) = loss(list(self.params), probes, {}, chunk)
+      (value, (aux, _)), (grads, factors) = loss(list(self.params), probes, {}, chunk)
     else:
-      value, aux, grads, sums = self._two_passes(probes, chunk, key)
-    # A = sum x x' / (N T) over the N T rows of the layer; G = N R sum dy dy'
-    factors = tuple(
-      Factors(sums[place].A / rows, sums[place].G * self.scale)
-      for place, rows in self.resolved.rows.items()
-    )
-    return Result(value, aux, grads, factors)
+      value, aux, grads, factors = self._two_passes(probes, chunk, key)
+    return Result(value, aux, grads, tuple(factors[place] for place in probes))
 
   def _loss(self, params, probes, weights, chunk):
     """`(loss, (aux, operands of the marks))`; `weights` are zeros added to the marks' values."""
     traced, resolved = self.traced, self.resolved
     accepted = {key: self.uses[key] for key in resolved.places}
     marks = frozenset(weights)
-    moments = moments_of(resolved, accepted, self.examples, self.every)
+    moments = moments_of(resolved, accepted, self.examples, self.terms, self.every)
     evaluation = Evaluation(accepted, moments, self.refresh, marks)
     by_key = {key: probes[place] for key, place in resolved.places.items()}
     by_key |= {Key(path, MARK): weight for path, weight in weights.items()}

@@ -151,12 +151,21 @@ def _unstack(probe: jax.Array, length: int) -> jax.Array:
 
 
 def moments_of(
-  resolved: Resolved, uses: Mapping[Key, Use], examples: int, every: int
+  resolved: Resolved, uses: Mapping[Key, Use], examples: int, terms: int, every: int
 ) -> dict[Key, Moments]:
-  """What each accepted use is to form, of every `every`-th of a chunk's examples."""
+  """What each accepted use is to form, of every `every`-th of a chunk's examples.
+
+  Normalised by its share: A = sum x x' / (N T) over the N T rows of the layer, G = N R sum dy dy'.
+  """
   out = {}
-  for key, (index, flipped) in resolved.places.items():
-    layer = resolved.layers[index]
-    diagonal = layer.diagonal[::-1] if flipped else layer.diagonal
-    out[key] = Moments(uses[key].product, layer.bias is not None, diagonal, examples, every)
+  for key, place in resolved.places.items():
+    layer = resolved.layers[place.layer]
+    out[key] = Moments(
+      product=uses[key].product,
+      bias=layer.bias is not None,
+      diagonal=layer.diagonal[::-1] if place.flipped else layer.diagonal,
+      scale=(1 / resolved.rows[place], float(examples * terms)),
+      examples=examples,
+      every=every,
+    )
   return out

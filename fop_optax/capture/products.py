@@ -3,10 +3,11 @@
 For `y = x W` with rows `x_r` and cotangents `dy_r` (gradients of the mean loss), the backward rule
 returns, as the cotangent of a probe of zeros beside dx and dW,
 
-    A = sum_r [x_r; 1] [x_r; 1]'     G = sum_r dy_r dy_r'
+    A = a sum_r [x_r; 1] [x_r; 1]'     G = g sum_r dy_r dy_r'
 
-formed from `x` and `dy` where they are at hand. AD adds cotangents: a weight that is used twice, or
-constant over a scan, gets the sum, and one that a scan goes over gets a stack.
+with the numbers `a` and `g` that normalise them, formed from `x` and `dy` where they are at hand.
+AD adds cotangents: a weight that is used twice, or constant over a scan, gets the sum, and one that
+a scan goes over gets a stack.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ Bilinear = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-  """Which statistics a product is to form: with a bias or not, as diagonals or not.
+  """Which statistics a product is to form: with a bias or not, as diagonals or not, times what.
 
   Of the examples of a chunk every `every`-th counts, `every` times, where an axis of rows has them.
   """
@@ -32,15 +33,17 @@ class Moments:
   product: Product
   bias: bool
   diagonal: tuple[bool, bool]
+  scale: tuple[float, float]
   examples: int
   every: int
 
   def __call__(self, x: jax.Array, dy: jax.Array, like: Factors) -> Factors:
-    """The sums over rows, in the shapes and dtypes of `like`."""
-    x, dy, weight = self._thin(x, dy)
+    """The sums over rows, scaled, in the shapes and dtypes of `like`."""
+    x, dy, count = self._thin(x, dy)
     a = self.product.input_moment(x, self.bias, self.diagonal[0], like.A.dtype)
     g = self.product.output_moment(x, dy, self.diagonal[1], like.G.dtype)
-    return Factors(weight * a.reshape(like.A.shape), weight * g.reshape(like.G.shape))
+    scale_a, scale_g = (count * scale for scale in self.scale)
+    return Factors(scale_a * a.reshape(like.A.shape), scale_g * g.reshape(like.G.shape))
 
   def _thin(self, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, int]:
     """`x` and `dy` of some of the examples, and how often each is to count."""
