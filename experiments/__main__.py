@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 import tyro
 
-from experiments import configs, data, optimizers, report, train
+from experiments import comparison, configs, data, optimizers, train
 
 USAGE = f"""\
 usage: python -m experiments compare [CONFIG] [options]
@@ -66,8 +66,8 @@ def compare(name: str, config: configs.Compare) -> None:
         note = f"{optimizers.TABLE[optimizer].title}, seed {seed}: {100 * row.test_accuracy:.1f} %"
         bar.update(bar.task_ids[0], advance=1, note=note)
   rows.sort(key=lambda row: (config.optimizers.index(row.optimizer), row.seed, row.epoch))
-  summaries = report.summarize(rows, config.target)
-  paths = report.save(
+  summaries = comparison.summarize(rows, config.target)
+  paths = comparison.save(
     pathlib.Path(config.out) / name,
     rows,
     summaries,
@@ -76,7 +76,7 @@ def compare(name: str, config: configs.Compare) -> None:
     compile_seconds={optimizer: run.compile_seconds for optimizer, run in runs.items()},
   )
   console = output()
-  console.print(report.table(summaries, config))
+  console.print(comparison.table(summaries, config))
   console.print("saved", ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
 
 
@@ -95,7 +95,7 @@ def tune(name: str, config: configs.Compare, grid: dict[str, dict[str, tuple[flo
       run = train.compile_run(dataclasses.replace(config, **{optimizer: hyper}), optimizer, images)
       seeds = range(config.first_seed, config.first_seed + config.seeds)
       rows = [row for seed in seeds for row in run.train(seed)]
-      (summary,) = report.summarize(rows, config.target)
+      (summary,) = comparison.summarize(rows, config.target)
       # A run that does not get there counts as one epoch beyond the budget.
       epochs = [e or config.epochs + 1 for e in summary.epochs_to_target]
       loss = statistics.fmean(row.test_loss for row in rows if row.epoch == config.epochs)
@@ -109,9 +109,9 @@ def tune(name: str, config: configs.Compare, grid: dict[str, dict[str, tuple[flo
       out.add_row(
         optimizer,
         " ".join(f"{key}={value:g}" for key, value in values.items()),
-        report.reached(summary.epochs_to_target, 1),
+        comparison.reached(summary.epochs_to_target, 1),
         f"{loss:.4f}",
-        report.spread([100 * a for a in summary.final_accuracy], 2),
+        comparison.spread([100 * a for a in summary.final_accuracy], 2),
       )
     out.add_section()
   output().print(out)

@@ -1,4 +1,4 @@
-"""The comparison: from its command line to its files, and the rules of its report."""
+"""The comparison: from its command line to its files, and the rules of its comparison."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import configs, data, optimizers, report
+from experiments import comparison, configs, data, optimizers
 from experiments.train import Row
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -137,7 +137,7 @@ def test_holdout_has_no_test_image():
 
 
 def test_report_shows_runs_that_never_arrive():
-  found = report.summarize(
+  found = comparison.summarize(
     rows("sgd", 0, [0.1, 0.8, 0.9])
     + rows("sgd", 1, [0.1, 0.9, 0.7])
     + rows("adamw", 0, [0.9, 0.9, 0.9])
@@ -149,10 +149,10 @@ def test_report_shows_runs_that_never_arrive():
   assert sgd.seconds_to_target == [1.5, 1.0]
   assert sgd.final_accuracy == [0.9, 0.7]
   assert sgd.seconds_per_epoch == 0.5
-  assert report.reached(sgd.epochs_to_target, 1) == "2.5 ± 0.7"
+  assert comparison.reached(sgd.epochs_to_target, 1) == "2.5 ± 0.7"
   assert adamw.epochs_to_target == [1, None]
-  assert report.reached(adamw.epochs_to_target, 1) == "– (1/2 reached)"
-  assert report.spread([1.0], 2) == "1.00"
+  assert comparison.reached(adamw.epochs_to_target, 1) == "– (1/2 reached)"
+  assert comparison.spread([1.0], 2) == "1.00"
 
 
 def test_missing_data_says_how_to_get_it(tmp_path):

@@ -13,10 +13,10 @@ import tyro
 
 from experiments import public_models
 from experiments.__main__ import progress
-from experiments.public_models import measure, report
+from experiments.public_models import measure, model_table
 from experiments.public_models.problem import Collection, Model
 
-TOOLS = ("__main__", "measure", "problem", "report")
+TOOLS = ("__main__", "measure", "problem", "model_table")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,12 @@ def collections() -> list[Collection]:
   return list(found.values())
 
 
-def run(model: Model, version: str) -> report.Row:
+def run(model: Model, version: str) -> model_table.Row:
   """Builds and measures one model."""
   try:
-    return report.Row(model, version, measure.measure(model.build()))
+    return model_table.Row(model, version, measure.measure(model.build()))
   except Exception as error:  # a collection may not run with the installed versions
-    return report.Row(model, version, None, f"{type(error).__name__}: {str(error)[:200]}")
+    return model_table.Row(model, version, None, f"{type(error).__name__}: {str(error)[:200]}")
   finally:
     jax.clear_caches()
 
@@ -76,9 +76,9 @@ def main(options: Options) -> None:
       for model in models:
         bar.update(bar.task_ids[0], note=f"{collection.title}: {model.name}")
         rows.append(run(model, version))
-        saved = report.save(options.out, rows)
+        saved = model_table.save(options.out, rows)
         bar.update(bar.task_ids[0], advance=1)
-  console.print(report.table(rows))
+  console.print(model_table.table(rows))
   for collection in missing:
     where = collection.package or options.sources / collection.folder
     console.print(f"skipped {collection.title}: {where} is not there", highlight=False)

@@ -10,9 +10,8 @@ from jax.extend.core import primitives
 import jax.numpy as jnp
 import numpy as np
 
-from fop_optax.capture import aux as auxiliary
+from fop_optax.capture import auxiliary, flow, layer_table
 from fop_optax.capture import batch as batches
-from fop_optax.capture import flow, report
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
 from fop_optax.capture.fisher import FISHERS, check_marked
 from fop_optax.capture.resolve import resolve
@@ -111,7 +110,7 @@ def capture(
     loss_fn, has_aux, batch_argnums, micro_batches, terms_per_example, max_dim, fisher, every
   )
   flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-  paths = tuple(report.printable(path) for path, _ in flat)
+  paths = tuple(layer_table.printable(path) for path, _ in flat)
   leaves = [leaf for _, leaf in flat]
   _check_params(leaves, paths)
   signature = Signature(loss_fn, has_aux, treedef, batches.classify(args, batch_argnums))
@@ -128,7 +127,7 @@ def capture(
   fallbacks = {paths[leaf]: why for leaf, why in resolved.fallbacks.items()}
   layers = Layers(resolved.layers, shapes, paths, groups)
   if not resolved.layers or (strict and fallbacks):
-    raise ValueError(report.refusal(layers, fallbacks))
+    raise ValueError(layer_table.refusal(layers, fallbacks))
   convolutions = flow.contains(traced.jaxpr, primitives.conv_general_dilated_p)
   looping = not (convolutions and jax.default_backend() == "cpu")
   long = len(uses) > _LONG or flow.contains(traced.jaxpr, primitives.scan_p)
@@ -177,7 +176,7 @@ class Captured:
   _loops: batches.Loops
 
   def __str__(self) -> str:
-    return report.table(self.layers, self.fallbacks)
+    return layer_table.table(self.layers, self.fallbacks)
 
   def value_and_grad(
     self,

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from fop_optax import _compat
 from fop_optax.capture import flow
-from fop_optax.capture.products import Moments, product_with_moments
+from fop_optax.capture.kinds.table import Table
 from fop_optax.capture.resolve import Resolved
-from fop_optax.capture.table import Table
+from fop_optax.capture.statistics import Moments, product_with_moments
 from fop_optax.capture.values import Key, Path, Use
 
 # For each use zeros, [stack, ...] of what is left of its stack; for each mark a zero, [scans ...].

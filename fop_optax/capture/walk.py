@@ -18,7 +18,8 @@ from jax.extend.core import primitives
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture import convolution, dense, flow, lookup, rules, table
+from fop_optax.capture import flow, rules
+from fop_optax.capture.kinds import convolution, dense, lookup, table
 from fop_optax.capture.values import (
   BiasUse,
   Key,

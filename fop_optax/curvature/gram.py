@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fop_optax.capture import moments
+from fop_optax import moments
 from fop_optax.curvature.precondition import matmul
 
 

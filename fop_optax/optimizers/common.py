@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fop_optax.curvature import factors, products
+from fop_optax.curvature import factors, per_example_factors
 from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.curvature.stacks import (
   Stack,
@@ -37,7 +37,7 @@ class Options:
   stagger: bool
   norm_constraint: ScalarOrSchedule | None
   learning_rate: ScalarOrSchedule
-  from_products: bool = False  # whether statistics are those of `fop_optax.curvature.products`
+  per_example: bool = False  # whether statistics are those of `curvature.per_example_factors`
 
   def __post_init__(self):
     one_of("scaling", self.scaling, tuple(SCALINGS))
@@ -51,9 +51,9 @@ class Options:
   @property
   def curvature(self) -> CurvatureOptions:
     """The part of it that the curvature needs."""
-    scalings, fold = (
-      (products.SCALINGS, products.fold) if self.from_products else (SCALINGS, factors.fold)
-    )
+    scalings, fold = SCALINGS, factors.fold
+    if self.per_example:
+      scalings, fold = per_example_factors.SCALINGS, per_example_factors.fold
     return CurvatureOptions(
       self.decay,
       scalings[self.scaling],

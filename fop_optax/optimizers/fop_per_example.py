@@ -51,7 +51,7 @@ def scale_by_fop_per_example(
     stagger,
     norm_constraint,
     learning_rate,
-    from_products=True,
+    per_example=True,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector, groups)
@@ -218,7 +218,7 @@ def fop_per_example(
     stagger,
     norm_constraint,
     learning_rate,
-    from_products=True,
+    per_example=True,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector, groups)

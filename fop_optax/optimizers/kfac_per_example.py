@@ -44,7 +44,7 @@ def scale_by_kfac_per_example(
     stagger,
     norm_constraint,
     learning_rate,
-    from_products=True,
+    per_example=True,
   )
   return _precondition(options, Settings(curvature, dimension_numbers, max_dim, max_vector))
 
@@ -189,7 +189,7 @@ def kfac_per_example(
     stagger,
     norm_constraint,
     learning_rate,
-    from_products=True,
+    per_example=True,
   )
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector)
   inner = _precondition(options, settings)

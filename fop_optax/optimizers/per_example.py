@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fop_optax.capture import batch
-from fop_optax.curvature import gram, products
+from fop_optax.curvature import gram, per_example_factors
 from fop_optax.curvature.gram import Gram
 from fop_optax.curvature.stacks import dtype_of
 from fop_optax.curvature.state import CurvatureState
@@ -148,7 +148,7 @@ def _factors(layers: Layers, leaves: Sequence[Any], refresh: jax.Array) -> tuple
   def make():
     V = [jax.vmap(lambda leaf, own=own: own.matrix({own.weight: leaf})) for own in layers]
     return tuple(
-      products.statistics(matrix(leaves[own.weight]), own.diagonal)
+      per_example_factors.statistics(matrix(leaves[own.weight]), own.diagonal)
       for matrix, own in zip(V, layers, strict=True)
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fop_optax.capture import moments
+from fop_optax import moments
 from fop_optax.capture.values import Matching, ParamView
 
 

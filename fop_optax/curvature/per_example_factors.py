@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fop_optax.capture import moments
+from fop_optax import moments
 from fop_optax.curvature import factors, inverse
 from fop_optax.curvature.damping import split_damping
 from fop_optax.curvature.factors import Running

@@ -14,7 +14,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from fop_optax.capture import moments
+from fop_optax import moments
 from fop_optax.capture.values import Atom, Matching
 
 # Patches are formed for about so many bytes of them at a time, which bounds their memory.

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from fop_optax.capture import moments
+from fop_optax import moments
 from fop_optax.capture.values import Atom, Matching, Part
 
 Cut = tuple[int, int, int]  # axis, start, size

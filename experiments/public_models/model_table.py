@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from experiments import report as experiments
+from experiments import comparison
 from experiments.public_models.measure import Measurement
 from experiments.public_models.problem import Model
 
@@ -92,7 +92,7 @@ def save(folder: pathlib.Path, rows: Sequence[Row]) -> list[pathlib.Path]:
   for row in rows:
     for array, reason in reasons(row.found.refused if row.found else {}):
       lines.append(f"- {row.model.collection.title}, {row.model.name}: `{array}`: {reason}")
-  versions = ", ".join(" ".join(item) for item in experiments.versions().items())
+  versions = ", ".join(" ".join(item) for item in comparison.versions().items())
   lines += ["", f"Measured with {versions}.", ""]
   paths = [folder / "table.md", folder / "models.csv"]
   paths[0].write_text("\n".join(lines), encoding="utf-8")

@@ -12,7 +12,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from fop_optax.capture import moments
+from fop_optax import moments
 from fop_optax.capture.values import Atom, Matching
 
 

@@ -1,0 +1,300 @@
+"""Blocks with weights of their own. Each has: init(rng, width, tokens) -> (parameters, width of the
+output), roles(), canonical(p, h, tap), spelled(p, h); and maybe penalty(p), a term of the loss."""
+
+import dataclasses
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from networks.spelling import ACTIVATIONS, STORED, SUMS, Spelling, bent, normal, read
+
+
+class Block:
+  def penalty(self, p):
+    return 0.0
+
+
+# A bias that is none, and what it does instead: y, b -> y.
+BIAS_TRAPS = {
+  "minus": lambda y, b: y - b,
+  "scaled": lambda y, b: y + 2.0 * b,
+  "after activation": lambda y, b: jnp.tanh(y) + b,
+  "read twice": lambda y, b: y + b + jnp.sin(b),
+  "sum read twice": lambda y, b: (y + b) * y,
+  "scalar": lambda y, b: y + b,
+  "one": lambda y, b: y + b,
+  "maximum": lambda y, b: jnp.maximum(y, b),
+  "half": lambda y, b: y + jnp.concatenate([b, b]),
+}
+
+PENALTIES = {
+  "l2": lambda w: 0.05 * jnp.sum(w**2),
+  "frobenius": lambda w: 0.05 * jnp.sqrt(jnp.sum(w * w) + 1.0),
+  "spectral": lambda w: 0.1 * jnp.sum((w @ jnp.ones(w.shape[-1])) ** 2),
+  "scan": lambda w: 0.1 * lax.scan(lambda c, r: (c + jnp.sum(r**2), None), 0.0, w)[0],
+  "gram": lambda w: 0.1 * jnp.sum(jnp.tensordot(w, w, ((0,), (0,))) ** 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Block):
+  """`act(x @ w + b)`; `bias` is "none", "bias", "positions" (a table), or one of `BIAS_TRAPS`."""
+
+  outputs: int
+  bias: str = "bias"
+  stored: str = "plain"
+  reading: int = 0
+  spelling: Spelling = Spelling()
+  residual: str = "none"  # "before", "after": adds the input before or after the bias
+  penalty_on_w: str = "none"
+  penalty_on_b: str = "none"
+  single: bool = False  # parameters in float32
+  activation: str = "tanh"
+
+  def init(self, rng, width, tokens):
+    p = {"w": STORED[self.stored][0](normal(rng, width, self.outputs))}
+    shape = {"positions": (tokens, self.outputs), "scalar": (), "one": (1,)}
+    shape["half"] = (self.outputs // 2,)
+    if self.bias != "none":
+      p["b"] = normal(rng, *shape.get(self.bias, (self.outputs,)))
+    if self.single:
+      p = {name: np.float32(value) for name, value in p.items()}
+    return p, self.outputs
+
+  def roles(self):
+    weight = "layer" if self.penalty_on_w == "none" else "fallback"
+    joins = self.bias == "bias" and self.penalty_on_b == "none" and weight == "layer"
+    bias = {} if self.bias == "none" else {"b": self.spelling.bias if joins else "fallback"}
+    return {"w": weight} | ({"b": "layer"} if self.bias == "positions" else bias)
+
+  def _finish(self, y, h, b, join):
+    """What comes after the product: the residual, and a bias that is not added by `join`."""
+    if self.residual == "before" and y.shape == h.shape:
+      y = y + h
+    if self.bias in BIAS_TRAPS:
+      y = BIAS_TRAPS[self.bias](y, b)
+    elif join:
+      y = join(y, b)
+    if self.residual == "after" and y.shape == h.shape:
+      y = h + y
+    return ACTIVATIONS[self.activation](y)
+
+  def canonical(self, p, h, tap):
+    w, b = read(self.stored, p["w"], h.shape[-1]), p.get("b")
+    if self.bias == "positions":
+      rows = lambda y: jnp.broadcast_to(jnp.eye(len(b)), (*y.shape[:-1], len(b)))
+      return self._finish(tap("w", h, w), h, b, lambda y, b: y + tap("b", rows(y), b))
+    joins = self.roles().get("b") in ("layer", "either")
+    y = tap("w", h, w, b if joins else None)
+    return self._finish(y, h, b, None if joins or b is None else jnp.add)
+
+  def spelled(self, p, h):
+    w, b = read(self.stored, p["w"], h.shape[-1], self.reading), p.get("b")
+    if self.bias != "bias" or self.residual == "before":
+      join = None if b is None else SUMS[self.spelling.sum]
+      return self._finish(self.spelling(h, w), h, b, jnp.add if self.bias == "positions" else join)
+    return self._finish(self.spelling(h, w, b), h, b, None)
+
+  def penalty(self, p):
+    on = ((self.penalty_on_w, p["w"]), (self.penalty_on_b, p.get("b")))
+    return sum(PENALTIES[kind](a) for kind, a in on if kind != "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(Block):
+  """`h @ w + (h @ a) @ b + c`; "merged": `h @ (w + a @ b)`, "product": `h @ w + h @ (a @ b)`."""
+
+  outputs: int
+  form: str = "apart"  # "product", "merged", "scaled"
+  bias: bool = True
+
+  def init(self, rng, width, tokens):
+    p = {"w": normal(rng, width, self.outputs), "a": normal(rng, width, 2)}
+    p |= {"b": normal(rng, 2, self.outputs)}
+    return p | ({"c": normal(rng, self.outputs)} if self.bias else {}), self.outputs
+
+  def roles(self):
+    adapter = "layer" if self.form in ("apart", "scaled") else "fallback"
+    w = "fallback" if self.form == "merged" else "layer"
+    c = {"apart": "sum", "scaled": "layer", "product": "layer", "merged": "fallback"}[self.form]
+    return {"w": w, "a": adapter, "b": adapter} | ({"c": c} if self.bias else {})
+
+  def _forward(self, p, h, tap):
+    c, scale = p.get("c"), 3.0 if self.form == "scaled" else 1.0
+    joins = c is not None and self.form in ("scaled", "product")
+    y = tap("w", h, p["w"], c if joins else None)
+    y = y + scale * tap("b", tap("a", h, p["a"]), p["b"])
+    return jnp.tanh(y if joins or c is None else y + c)
+
+  def canonical(self, p, h, tap):
+    return self._forward(p, h, tap)
+
+  def spelled(self, p, h):
+    c = p.get("c", 0.0)
+    if self.form == "merged":
+      return jnp.tanh(h @ (p["w"] + p["a"] @ p["b"]) + c)
+    if self.form == "product":
+      return jnp.tanh(c + h @ p["w"] + h @ (p["a"] @ p["b"]))
+    scaled = lambda y: 3.0 * y if self.form == "scaled" else y
+    return jnp.tanh(h @ p["w"] + scaled(h @ p["a"] @ p["b"]) + c)
+
+
+@jax.custom_vjp
+def _tripled(x, w):
+  return x @ w
+
+
+def _tripled_backward(saved, dy):
+  return jnp.einsum("...o,io->...i", dy, saved[1]), 3.0 * jnp.einsum("...i,...o->io", saved[0], dy)
+
+
+_tripled.defvjp(lambda x, w: (x @ w, (x, w)), _tripled_backward)
+
+
+def _mask(w):
+  return jnp.arange(w.size).reshape(w.shape) % 3 > 0
+
+
+# Uses of a weight that make no layer, or none yet: h[..., d], w[d, d] -> [..., d].
+ODD = {
+  "standardised": lambda h, w: h @ ((w - w.mean(0)) / jnp.sqrt(w.var(0) + 0.1)),
+  "scaled": lambda h, w: h @ (0.5 * w),
+  "negated": lambda h, w: h @ -w,
+  "normalised": lambda h, w: h @ (w / jnp.linalg.norm(w)),
+  "masked": lambda h, w: h @ (w * _mask(w)),
+  "where": lambda h, w: h @ jnp.where(_mask(w), w, 0.0),
+  "triangle": lambda h, w: h @ jnp.tril(w),
+  "tanh": lambda h, w: h @ jnp.tanh(w),
+  "symmetric": lambda h, w: h @ (w + w.T),
+  "squared": lambda h, w: h @ (w @ w),
+  "residual weight": lambda h, w: h @ (jnp.eye(w.shape[0]) + w),
+  "joined and moved": lambda h, w: h @ jnp.roll(jnp.concatenate([w[1:], w[:1]]), 1, 0),
+  "repeated": lambda h, w: jnp.einsum(
+    "e...i,eio->...o", jnp.stack([h, h * h]), jnp.tile(w, (2, 1, 1))
+  ),
+  "repeated in scan": lambda h, w: lax.scan(
+    lambda h, w: (jnp.tanh(h @ w), None), h, jnp.broadcast_to(w, (2, *w.shape))
+  )[0],
+  "overlapping": lambda h, w: jnp.concatenate([h @ w[:, :-1], h @ w[:, 1:2]], -1),
+  "whole and part": lambda h, w: h @ w + h[..., :1] @ w[:1],
+  "gathered": lambda h, w: h @ w[jnp.arange(w.shape[0])[::-1]],
+  "traced slice": lambda h, w: h @ lax.dynamic_slice(w, (jnp.argmin(w[0]) * 0, 0), w.shape),
+  "cond": lambda h, w: lax.cond(w.sum() > 0, lambda w: h @ w, lambda w: h @ w.T, w),
+  "custom_vjp": _tripled,
+  "custom_jvp of w": lambda h, w: h @ bent(w),
+  "view in custom_vjp": lambda h, w: _tripled(h, w.T),
+  "carried": lambda h, w: lax.scan(
+    lambda c, _: ((jnp.tanh(c[0] @ c[1]), 0.5 * c[1]), None), (h, w), None, 2
+  )[0][0],
+  "out of scan": lambda h, w: h @ lax.scan(lambda c, r: (c, jnp.sin(r)), 0.0, w)[1],
+  "entries": lambda h, w: h * w[:, 0],
+  "frozen": lambda h, w: h @ lax.stop_gradient(w),
+  "checkpointed penalty": lambda h, w: h @ w * jax.checkpoint(lambda w: jnp.mean(w * w))(w),
+  "quadratic": lambda h, w: h * jnp.sum(jnp.ones(w.shape[0]) @ w),
+  "read by product": lambda h, w: h @ w + jnp.ones(w.shape[0]) @ w,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd(Block):
+  """A weight used as no layer can be, maybe `besides` a product; nor is the bias after it one."""
+
+  use: str
+  bias: bool = False
+  besides: bool = False
+
+  def init(self, rng, width, tokens):
+    p = {"w": normal(rng, width, width)}
+    return p | ({"b": normal(rng, width)} if self.bias else {}), width
+
+  def roles(self):
+    return {"w": "fallback"} | ({"b": "fallback"} if self.bias else {})
+
+  def spelled(self, p, h):
+    y = ODD[self.use](h, p["w"])
+    if self.besides and self.use != "frozen":  # no gradient comes through that: a layer
+      y = y + h @ p["w"]
+    return jnp.tanh(y + p.get("b", 0.0))
+
+  def canonical(self, p, h, tap):
+    return self.spelled(p, h)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm(Block):
+  """LayerNorm with scale and shift, which are no layers; `after` a product of a layer."""
+
+  after: bool = False
+
+  def init(self, rng, width, tokens):
+    p = {"scale": 1 + normal(rng, width), "shift": normal(rng, width)}
+    return p | ({"w": normal(rng, width, width)} if self.after else {}), width
+
+  def roles(self):
+    return {"scale": "fallback", "shift": "fallback"} | ({"w": "layer"} if self.after else {})
+
+  def canonical(self, p, h, tap):
+    h = tap("w", h, p["w"]) if self.after else h
+    h = (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 0.1)
+    return h * p["scale"] + p["shift"]
+
+  def spelled(self, p, h):
+    return self.canonical(p, h, lambda name, x, w: x @ w)
+
+
+@dataclasses.dataclass(frozen=True)
+class Embed(Block):
+  """Adds rows of a table: "gather", "take", or products with "onehot" vectors."""
+
+  look_up: str = "gather"
+
+  def init(self, rng, width, tokens):
+    return {"w": normal(rng, 2, width)}, width
+
+  def roles(self):
+    return {"w": "layer"}
+
+  def _ids(self, h):
+    return (h[..., 0] > 0).astype(int)
+
+  def canonical(self, p, h, tap):
+    return h + tap("w", jax.nn.one_hot(self._ids(h), 2, dtype=h.dtype), p["w"])
+
+  def spelled(self, p, h):
+    ids = self._ids(h)
+    if self.look_up == "onehot":
+      return h + jnp.einsum("...i,io->...o", jax.nn.one_hot(ids, 2, dtype=h.dtype), p["w"])
+    return h + (p["w"][ids] if self.look_up == "gather" else jnp.take(p["w"], ids, axis=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined(Block):
+  """A product with several parameters joined along its inputs or its outputs."""
+
+  axis: int = 0
+  late: bool = False  # transposed after they were joined
+
+  def init(self, rng, width, tokens):
+    w = normal(rng, width, width)
+    first, second = np.split(w, [width // 2], self.axis)
+    return {"first": first, "second": second}, width
+
+  def roles(self):
+    return {"first": "layer", "second": "layer"}
+
+  def canonical(self, p, h, tap):
+    if self.axis == 1:
+      return jnp.tanh(
+        jnp.concatenate([tap("first", h, p["first"]), tap("second", h, p["second"])], -1)
+      )
+    left, right = jnp.split(h, [p["first"].shape[0]], -1)
+    return jnp.tanh(tap("first", left, p["first"]) + tap("second", right, p["second"]))
+
+  def spelled(self, p, h):
+    if self.late:
+      w = jnp.concatenate([p["first"].T, p["second"].T], 1 - self.axis).T
+    else:
+      w = jnp.concatenate([p["first"], p["second"]], self.axis)
+    return jnp.tanh(h @ w)

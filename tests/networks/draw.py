@@ -1,0 +1,172 @@
+"""What a network is drawn from: how often each kind of block comes, and values of its fields."""
+
+from hypothesis import strategies as st
+
+from networks.blocks import BIAS_TRAPS, ODD, PENALTIES, Dense, Embed, Joined, LowRank, Norm, Odd
+from networks.network import AROUND, LOSSES, Blocks, Network
+from networks.repeated import EXPERTS, REPEATS, STACKED, STACKS, Experts, Shared, Stack
+from networks.spelling import ACTIVATIONS, CLASSES, PRODUCTS, STORED, SUMS, WIDTHS, WRAPS, Spelling
+from networks.tokens import QKV, Attention, Convolve, Recurrent
+
+_WRAP = ["none"] * 5 + list(WRAPS)
+SPELLING = {"product": PRODUCTS, "sum": SUMS} | dict.fromkeys(
+  ["around_product", "around_sum", "around_both"], _WRAP
+)
+
+
+def _spelling(rng):
+  return _draw(rng, Spelling, SPELLING)
+
+
+def _second_spelling(rng):
+  return rng.choice([None, _spelling(rng)])
+
+
+DENSE = {
+  "outputs": WIDTHS,
+  "bias": ["none", "bias", "bias"],
+  "stored": STORED,
+  "reading": range(3),
+  "spelling": _spelling,
+  "residual": ["none", "before", "after"],
+  "activation": ACTIVATIONS,
+  "single": [False, False, False, True],
+}
+BLOCKS = [
+  (6, Dense, DENSE),
+  (1.5, Dense, DENSE | {"bias": BIAS_TRAPS}),
+  (1, Dense, DENSE | {"penalty_on_w": PENALTIES}),
+  (0.3, Dense, DENSE | {"bias": ["bias"], "penalty_on_b": ["l2"]}),
+  (
+    3,
+    Shared,
+    {
+      "times": [2, 3],
+      "bias": ["none", "same", "same", "some"],
+      "repeat": REPEATS,
+      "stored": STORED,
+      "spelling": _spelling,
+      "last": _second_spelling,
+    },
+  ),
+  (
+    4,
+    Stack,
+    {
+      "layers": [2, 4],
+      "bias": ["none", "stacked", "stacked", "shared"],
+      "form": STACKS,
+      "stored": STACKED,
+      "spelling": _spelling,
+    },
+  ),
+  (
+    2,
+    Experts,
+    {
+      "outputs": WIDTHS,
+      "bias": ["none", "outside", "vmap", "map"],
+      "joint": ["no", "no", "no", "einsum", "vmap"],
+      "form": EXPERTS,
+    },
+  ),
+  (
+    1,
+    LowRank,
+    {
+      "outputs": WIDTHS,
+      "form": ["apart", "scaled", "product", "merged"],
+      "bias": [True, False],
+    },
+  ),
+  (4, Odd, {"use": ODD, "bias": [True, False], "besides": [True, False]}),
+  (1, Norm, {"after": [True, False]}),
+  (1, Embed, {"look_up": ["gather", "take", "onehot"]}),
+  (1, Joined, {"axis": [0, 1], "late": [True, False]}),
+]
+TOKEN_BLOCKS = [
+  (
+    3,
+    Convolve,
+    {
+      "kernel": [1, 2, 3],
+      "stride": [1, 2],
+      "dilation": [1, 1, 2],
+      "groups": [1, 1, 2],
+      "padding": [(2, 2), (1, 2), (2, 1)],
+      "first": [True, False],
+      "bias": [True, False],
+    },
+  ),
+  (0.5, Dense, DENSE | {"bias": ["positions"]}),
+  (
+    3,
+    Recurrent,
+    {
+      "outputs": WIDTHS,
+      "bias": ["none", "sum", "input", "state"],
+      "form": ["scan", "loop", "precomputed", "joint"],
+      "checkpoint": [True, False],
+      "reverse": [True, False],
+      "spelling": _spelling,
+    },
+  ),
+  (3, Attention, {"qkv": [*QKV, "apart", "fused"], "bias": [True, False], "around": _WRAP}),
+]
+HEAD = {
+  "outputs": [CLASSES],
+  "bias": ["bias", "none"],
+  "stored": ["plain", "transposed", "flat", "leading"],
+  "activation": ["softplus"],
+}
+NETWORK = {
+  "loss": LOSSES,
+  "groups": [1, 2, 2, 2, 3],
+  "micro_batches": [1, 1, 2],
+  "refresh": ["true", "both", "traced"],
+  "seed": range(100),
+}
+
+
+def _draw(rng, kind, options, **fields):
+  """`kind` with each field drawn from a list, or by a function of `rng`."""
+  for name, values in options.items():
+    fields[name] = values(rng) if callable(values) else rng.choice(list(values))
+  return kind(**fields)
+
+
+def _block(rng, tokens):
+  table = BLOCKS + (TOKEN_BLOCKS if tokens else [])
+  ((_, kind, options),) = rng.choices(table, [weight for weight, *_ in table])
+  return _draw(rng, kind, options)
+
+
+def _tree(rng, tokens):
+  """A block, or two of them joined."""
+  if rng.random() < 2 / 3:
+    return _block(rng, tokens)
+  blocks = (_block(rng, tokens), _block(rng, tokens))
+  return Blocks(blocks, rng.choice(["row", "residual", "sum", "gate"]), _around(rng))
+
+
+def _around(rng):
+  return rng.choice(["none", rng.choice(list(AROUND))])
+
+
+def draw_network(rng) -> Network:
+  """A random network, from a `random.Random`."""
+  tokens, aux = rng.choice([0, 4]), rng.choice([True, False])
+  body = [_tree(rng, tokens) for _ in range(rng.choice([1, 2]))]
+  return _draw(
+    rng,
+    Network,
+    NETWORK,
+    body=Blocks((*body, _draw(rng, Dense, HEAD)), around=_around(rng)),
+    tokens=tokens,
+    aux=aux,
+    unused=aux and rng.choice([True, False]),
+  )
+
+
+# Drawn evenly: left to itself, hypothesis repeats and varies a few of the many options.
+networks = st.randoms(use_true_random=True).map(draw_network)
