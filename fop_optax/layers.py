@@ -6,6 +6,7 @@ plain, hashable data, no arrays. Statistics of a captured loss travel in `Stats`
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import itertools
 from typing import Any, NamedTuple, overload
 
@@ -18,9 +19,23 @@ from fop_optax import views
 PyTree = Any
 
 
+class Bias(NamedTuple):
+  """A parameter in the homogeneous coordinate of a layer: of all of its outputs, or of a slice.
+
+  Attributes:
+    leaf: index of the bias among the leaves of `params`.
+    view: takes that leaf to `[stack, outputs]`, or to the slice of it that the bias is added to.
+    place: takes `[stack, outputs]` to that slice.
+  """
+
+  leaf: int
+  view: views.View
+  place: views.View = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """One block of curvature: a weight, with its bias if it has one.
+  """One block of curvature: a weight, with its biases if it has some.
 
   Attributes:
     path: printable path of the weight, with the part of it where it has several.
@@ -31,8 +46,7 @@ class Layer:
     stack: number of independent matrices: slices of a scan, experts of a batched product.
     inputs: rows of each matrix, without the bias.
     outputs: columns of each matrix.
-    bias: index of the bias among the leaves, or None.
-    bias_view: takes that leaf to `[stack, outputs]`.
+    biases: none, the bias, or several of slices of the outputs (of q, k and v).
     uses: in how many products of the loss the weight stands (a scan's body counts once).
     diagonal: whether the input and the output factor are kept as their diagonals.
   """
@@ -44,20 +58,19 @@ class Layer:
   stack: int
   inputs: int
   outputs: int
-  bias: int | None = None
-  bias_view: views.View | None = None
+  biases: tuple[Bias, ...] = ()
   uses: int = 1
   diagonal: tuple[bool, bool] = (False, False)
 
   @property
   def leaves(self) -> tuple[int, ...]:
     """Indices of the layer's parameters among the leaves of `params`."""
-    return (self.weight,) if self.bias is None else (self.weight, self.bias)
+    return tuple(dict.fromkeys((self.weight, *(bias.leaf for bias in self.biases))))
 
   @property
   def rows(self) -> int:
-    """Rows of the layer's matrix: its inputs and, where it has a bias, the homogeneous one."""
-    return self.inputs + (self.bias is not None)
+    """Rows of the layer's matrix: its inputs and, where it has biases, the homogeneous one."""
+    return self.inputs + bool(self.biases)
 
   @property
   def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -71,9 +84,14 @@ class Layer:
   def matrix(self, leaves: Sequence[Any] | Mapping[int, Any]) -> jax.Array:
     """The layer's parameters (or gradients) as matrices `[stack, rows, outputs]`, bias last."""
     matrix = views.replay(self.view, leaves[self.weight])
-    if self.bias is None or self.bias_view is None:
+    if not self.biases:
       return matrix
-    bias = views.replay(self.bias_view, leaves[self.bias])
+    row = (self.stack, self.outputs)
+    parts = [
+      views.transpose(bias.place, views.replay(bias.view, leaves[bias.leaf]), row)
+      for bias in self.biases
+    ]
+    bias = functools.reduce(jnp.add, parts)
     return jnp.concatenate([matrix, bias[:, None].astype(matrix.dtype)], axis=1)
 
   def spread(self, matrix: jax.Array, shapes: Sequence[tuple[int, ...]]) -> dict[int, jax.Array]:
@@ -83,8 +101,9 @@ class Layer:
     """
     weight = matrix[:, : self.inputs]
     out = {self.weight: views.transpose(self.view, weight, shapes[self.weight])}
-    if self.bias is not None and self.bias_view is not None:
-      out[self.bias] = views.transpose(self.bias_view, matrix[:, self.inputs], shapes[self.bias])
+    for leaf, view, place in self.biases:
+      share = views.transpose(view, views.replay(place, matrix[:, self.inputs]), shapes[leaf])
+      out[leaf] = out[leaf] + share if leaf in out else share
     return out
 
 

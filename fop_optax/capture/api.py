@@ -14,6 +14,7 @@ from fop_optax.capture import auxiliary, flow, layer_table
 from fop_optax.capture import batch as batches
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
 from fop_optax.capture.fisher import FISHERS, check_marked
+from fop_optax.capture.growth import Growth
 from fop_optax.capture.resolve import resolve
 from fop_optax.capture.trace import Signature, growing, terms_of, trace_twice
 from fop_optax.capture.values import Key
@@ -136,6 +137,7 @@ def capture(
     fallbacks=fallbacks,
     _spec=spec,
     _aux_roles=roles,
+    _growth=traced.growth,
     _found=tuple(traced.found.uses),
     _accepted=tuple(uses),
     _loops=batches.Loops(groups=looping and long, micro_batches=looping),
@@ -171,6 +173,7 @@ class Captured:
   fallbacks: Mapping[str, str]
   _spec: Spec
   _aux_roles: tuple[auxiliary.Role, ...]
+  _growth: Growth | None
   _found: tuple[Key, ...]  # uses at the time of capture, and those of them that are layers
   _accepted: tuple[Key, ...]
   _loops: batches.Loops
@@ -241,11 +244,12 @@ class Captured:
   def _with_statistics(self, signature, leaves, chunks, zeros, refresh):
     """The backward pass with statistics for the inputs at hand, if their layers are ours."""
     size = chunks.size
-    traced = signature.trace(leaves, chunks.leaves, chunks.chunk(0, 0))
-    if tuple(traced.found.uses) == self._found:
+    chunk = chunks.chunk(0, 0)
+    traced = signature.trace(leaves, chunks.leaves, chunk, self._growth)
+    if traced.growth is self._growth and tuple(traced.found.uses) == self._found:
       uses = {key: traced.found.uses[key] for key in self._accepted}
     else:  # the program depends on the batch size
-      _, twice = trace_twice(signature, leaves, chunks.leaves, size)
+      traced, twice = trace_twice(signature, leaves, chunks.leaves, size, chunk)
       uses = growing(traced, twice, size)
     layers = self.layers
     resolved = resolve(traced.found, uses, layers.shapes, layers.paths, self._spec.max_dim)
@@ -268,6 +272,7 @@ class Captured:
       params=leaves,
       zeros=zeros,
       examples=size,
+      chunks=chunks.count,
       terms=terms,
       every=self._spec.every,
       refresh=refresh,

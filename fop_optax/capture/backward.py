@@ -43,6 +43,7 @@ class WithStatistics:
     params: leaves of the parameters.
     zeros: of the layers' factors.
     examples: N, of the chunk.
+    chunks: number of chunks of the batch.
     terms: R, terms of the loss an example.
     every: statistics are of every that many-th example.
     refresh: a traced bool, or None for always.
@@ -56,6 +57,7 @@ class WithStatistics:
   params: Sequence[Any]
   zeros: tuple[Factors, ...]
   examples: int
+  chunks: int
   terms: int
   every: int
   refresh: jax.Array | None
@@ -80,8 +82,8 @@ class WithStatistics:
     traced, resolved = self.traced, self.resolved
     accepted = {key: self.uses[key] for key in resolved.places}
     marks = frozenset(weights)
-    moments = moments_of(resolved, accepted, self.examples, self.terms, self.every)
-    evaluation = Evaluation(accepted, moments, self.refresh, marks)
+    moments = moments_of(resolved, accepted, self.examples, self.terms, self.chunks, self.every)
+    evaluation = Evaluation(accepted, moments, self.refresh, traced.found.meetings, marks)
     by_key = {key: probes[place] for key, place in resolved.places.items()}
     by_key |= {Key(path, MARK): weight for path, weight in weights.items()}
     outputs, marked = evaluation.run(traced.jaxpr, traced.consts, [*params, *chunk], by_key)

@@ -12,13 +12,12 @@ import jax
 from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
-import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture import flow
-from fop_optax.capture.kinds.table import Table
+from fop_optax.capture import flow, repeated
+from fop_optax.capture.growth import NESTED
 from fop_optax.capture.resolve import Resolved
-from fop_optax.capture.statistics import Moments, product_with_moments
+from fop_optax.capture.statistics import Moments, form_moments
 from fop_optax.capture.values import Key, Path, Use
 
 # For each use zeros, [stack, ...] of what is left of its stack; for each mark a zero, [scans ...].
@@ -34,12 +33,14 @@ class Evaluation:
     uses: the accepted uses.
     moments: for each of them, what to form.
     refresh: a traced bool, or None for always.
+    meetings: where the output of a product with a constant meets the batch, see `Found`.
     marks: paths of marked losses whose operands are wanted.
   """
 
   uses: Mapping[Key, Use]
   moments: Mapping[Key, Moments]
   refresh: jax.Array | None
+  meetings: Mapping[Path, Mapping[int, int | None]]
   marks: frozenset[Path] = frozenset()
 
   @functools.cached_property
@@ -76,9 +77,17 @@ class Evaluation:
     for index, equation in enumerate(jaxpr.eqns):
       here = (*path, index)
       operands = [read(atom) for atom in equation.invars]
-      if here in self.products:
+      spread = False
+      if here in self.meetings:
+        met = repeated.meet(equation, operands, self.meetings[here])
+        spread = repeated.any_of(operands) and not repeated.any_of(met)
+        operands = met
+      again = repeated.any_of(operands)
+      if spread and equation.primitive is primitives.broadcast_in_dim_p:
+        outputs = operands  # which was all that was to do
+      elif here in self.products:
         outputs = [self._product(jaxpr, equation, operands, self.products[here], probes)]
-      elif here in self.entered:
+      elif here in self.entered or (again and equation.primitive in NESTED):
         enter = self._scan if equation.primitive is primitives.scan_p else self._inline
         inside = {key: z for key, z in probes.items() if key.path[: len(here)] == here}
         outputs, found = enter(equation, operands, inside, here, depth)
@@ -86,25 +95,31 @@ class Evaluation:
       elif here in self.marks:
         (value,) = _compat.evaluate_equation(jaxpr, equation, operands)
         outputs, marked[here] = [value + probes[Key(here, MARK)]], operands[0]
+      elif again:
+        evaluate = functools.partial(_compat.evaluate_equation, jaxpr, equation)
+        outputs = repeated.mapped(lambda *values, f=evaluate: f(values), operands)
       else:
         outputs = _compat.evaluate_equation(jaxpr, equation, operands)
       env.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars], marked
 
   def _product(self, jaxpr, equation, operands, keys, probes):
-    product = self.uses[keys[0]].product
-    side = product.weight
-
-    def evaluate(x, w):
-      pair = (x, w) if side == 1 else (w, x)
-      return _compat.evaluate_equation(jaxpr, equation, pair)[0]
-
-    x, w = operands[1 - side], operands[side]
+    """A product, or a sum with a table, that forms statistics in its backward pass."""
+    use = self.uses[keys[0]]
+    x = operands[1 - use.product.weight]
+    evaluate = lambda *values: _compat.evaluate_equation(jaxpr, equation, values)
+    if repeated.any_of(operands):
+      (y,) = repeated.mapped(evaluate, operands)
+    else:
+      (y,) = evaluate(*operands)
     moments, zeros = [self.moments[key] for key in keys], [probes[key] for key in keys]
-    if isinstance(product, Table):  # the sum's gradients are those of the looked-up rows
-      same, index = lambda _, y: y, jnp.zeros((), jnp.int32)
-      return product_with_moments(same, moments, index, evaluate(x, w), zeros, self.refresh)
-    return product_with_moments(evaluate, moments, x, w, zeros, self.refresh)
+    if not use.repeats:
+      return form_moments(moments, x, y, zeros, self.refresh)
+    x_too = isinstance(x, repeated.Repeated)
+    moments = [each.repeated(use.repeats, x_too) for each in moments]
+    rows = repeated.repeat(y, use.repeats).rows
+    x = x.rows if x_too else x
+    return repeated.Repeated(form_moments(moments, x, rows, zeros, self.refresh))
 
   def _inline(self, equation, operands, probes, here, depth):
     inner, consts = _compat.open_jaxpr(flow.inner_jaxpr(equation))
@@ -121,7 +136,9 @@ class Evaluation:
     params = equation.params
     body, consts = _compat.open_jaxpr(params["jaxpr"])
     n_consts, n_carry = _compat.scan_split(params, len(operands))
-    constant, carry = operands[:n_consts], operands[n_consts : n_consts + n_carry]
+    constant = operands[:n_consts]
+    operands = list(map(repeated.once, operands))
+    carry = operands[n_consts : n_consts + n_carry]
     length = params["length"]
     # a weight that the scan goes over brings a slice of its probe; a constant one all of it
     over = {key for key in probes if key in self.uses and depth in self.uses[key].levels}
@@ -133,6 +150,7 @@ class Evaluation:
       sliced, scanned = slices
       arguments = [*constant, *carry, *scanned]
       outputs, marked = self.run(body, consts, arguments, whole | sliced, here, depth + 1)
+      outputs = list(map(repeated.once, outputs))
       return outputs[:n_carry], (outputs[n_carry:], marked)
 
     carry, (stacked, marked) = lax.scan(
@@ -151,21 +169,31 @@ def _unstack(probe: jax.Array, length: int) -> jax.Array:
 
 
 def moments_of(
-  resolved: Resolved, uses: Mapping[Key, Use], examples: int, terms: int, every: int
+  resolved: Resolved,
+  uses: Mapping[Key, Use],
+  examples: int,
+  terms: int,
+  chunks: int,
+  every: int,
 ) -> dict[Key, Moments]:
   """What each accepted use is to form, of every `every`-th of a chunk's examples.
 
   Normalised by its share: A = sum x x' / (N T) over the N T rows of the layer, G = N R sum dy dy'.
+  Fixed rows are in every chunk: they count once in A, and their G is that of a mean over them.
   """
   out = {}
   for key, place in resolved.places.items():
-    layer = resolved.layers[place.layer]
+    layer, use, (rows, fixed) = resolved.layers[place.layer], uses[key], resolved.rows[place]
+    share = 1 / chunks if use.fixed else 1.0
     out[key] = Moments(
-      product=uses[key].product,
-      bias=layer.bias is not None,
+      product=use.product,
+      coefficient=use.scale,
+      coordinate=resolved.coordinates.get(key, 0.0),
+      homogeneous=bool(layer.biases),
+      flipped=place.flipped,
       diagonal=layer.diagonal[::-1] if place.flipped else layer.diagonal,
-      scale=(1 / resolved.rows[place], float(examples * terms)),
+      scale=(share / (rows + fixed / chunks), float(use.rows if use.fixed else examples * terms)),
       examples=examples,
-      every=every,
+      every=1 if use.fixed else every,
     )
   return out

@@ -75,13 +75,19 @@ def scan_relevant(equation: Any, needed: Sequence[bool]) -> tuple[list[bool], li
 
 def depends(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
   """Which outputs of a jaxpr depend on the inputs that are flagged."""
+  flagged = dependents(jaxpr, flags)
+  return [_is_variable(v) and v in flagged for v in jaxpr.outvars]
+
+
+def dependents(jaxpr: Any, flags: Sequence[bool]) -> set[Any]:
+  """The variables of a jaxpr that depend on the inputs that are flagged."""
   flagged = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
   for equation in jaxpr.eqns:
     operands = [_is_variable(v) and v in flagged for v in equation.invars]
     for v, flag in zip(equation.outvars, _equation_depends(equation, operands), strict=True):
       if flag:
         flagged.add(v)
-  return [_is_variable(v) and v in flagged for v in jaxpr.outvars]
+  return flagged
 
 
 def _equation_depends(equation: Any, flags: Sequence[bool]) -> list[bool]:
@@ -105,6 +111,96 @@ def scan_depends(equation: Any, flags: Sequence[bool]) -> tuple[list[bool], list
     if carried == inputs[consts : consts + carry]:
       return inputs, outputs
     inputs[consts : consts + carry] = carried
+
+
+# Primitives that are linear in all of their operands together, and in one if the others are fixed.
+_LINEAR = frozenset((
+  primitives.add_p, primitives.sub_p, primitives.neg_p, primitives.convert_element_type_p,
+  primitives.reduce_sum_p, primitives.reshape_p, primitives.broadcast_in_dim_p,
+  primitives.squeeze_p, primitives.transpose_p, primitives.concatenate_p, primitives.slice_p,
+  primitives.rev_p, primitives.copy_p, primitives.reduce_precision_p, primitives.cumsum_p,
+  primitives.add_jaxvals_p, primitives.pad_p,
+))  # fmt: skip
+_MULTILINEAR = (primitives.mul_p, primitives.dot_general_p)
+
+
+def terms(
+  jaxpr: Any, affine: Sequence[bool | None], tainted: Sequence[bool]
+) -> tuple[set[Any], set[Any]]:
+  """The variables that the loss is the sum of, up to factors in which there is no parameter.
+
+  Args:
+    jaxpr: of the loss, or of a part of it.
+    affine: which of its outputs are such variables; None for those that take no part in the loss.
+    tainted: which of its inputs depend on parameters.
+
+  Returns:
+    These variables, and the others that take part in the loss.
+  """
+  dependent = dependents(jaxpr, tainted)
+  good: set[Any] = set()
+  bad: set[Any] = set()
+
+  def note(variables, flags):
+    for v, flag in zip(variables, flags, strict=True):
+      if flag is not None and _is_variable(v):
+        (good if flag else bad).add(v)
+
+  note(jaxpr.outvars, affine)
+  for equation in reversed(jaxpr.eqns):
+    outputs = [False if v in bad else True if v in good else None for v in equation.outvars]
+    if any(flag is not None for flag in outputs):
+      flags = [_is_variable(v) and v in dependent for v in equation.invars]
+      note(equation.invars, _affine_operands(equation, outputs, flags))
+  return good - bad, bad
+
+
+def _affine_operands(
+  equation: Any, outputs: Sequence[bool | None], tainted: Sequence[bool]
+) -> Sequence[bool | None]:
+  """For each operand, whether the outputs that are flagged are affine in it."""
+  primitive = equation.primitive
+  if primitive is primitives.stop_gradient_p:
+    return [None]
+  if primitive in INLINED:
+    inner, _ = _compat.open_jaxpr(inner_jaxpr(equation))
+    return _affine_inputs(inner, outputs, tainted)
+  if primitive is primitives.scan_p:
+    return scan_terms(equation, outputs, tainted)[1]
+  if False not in outputs:
+    if primitive in _LINEAR:
+      return [True] * len(tainted)
+    if primitive in _MULTILINEAR:
+      return [not other for other in reversed(tainted)]
+    if primitive is primitives.div_p:
+      return [not tainted[1], False]
+    if primitive is primitives.select_n_p:
+      return [False, *[not tainted[0]] * (len(tainted) - 1)]
+  return [False] * len(tainted)
+
+
+def _affine_inputs(jaxpr, affine, tainted):
+  good, bad = terms(jaxpr, affine, tainted)
+  return [False if v in bad else True if v in good else None for v in jaxpr.invars]
+
+
+def scan_terms(
+  equation: Any, affine: Sequence[bool | None], tainted: Sequence[bool]
+) -> tuple[list[bool | None], Sequence[bool | None]]:
+  """`terms` for a scan: which outputs of its body are such variables, and which of its operands."""
+  body, _ = _compat.open_jaxpr(equation.params["jaxpr"])
+  consts, carry = _compat.scan_split(equation.params, len(equation.invars))
+  inside, _ = scan_depends(equation, tainted)
+  outputs = list(affine)
+  while True:  # a carry is a term if the next step leaves it one
+    inputs = _affine_inputs(body, outputs, inside)
+    carried = [
+      out if into is None else into and out is not False
+      for out, into in zip(outputs[:carry], inputs[consts : consts + carry], strict=True)
+    ]
+    if carried == outputs[:carry]:
+      return outputs, inputs
+    outputs[:carry] = carried
 
 
 def contains(jaxpr: Any, primitive: Any) -> bool:

@@ -25,10 +25,10 @@ def table(layers: Layers, fallbacks: Mapping[str, str]) -> str:
     covered.add(layer.weight)
     shape = _shape(layers.shapes[layer.weight])
     rows.append((layer.path, shape, layer.kind, _factors(layer), str(layer.uses)))
-    if layer.bias is not None:
-      covered.add(layer.bias)
-      shape = _shape(layers.shapes[layer.bias])
-      rows.append((layers.paths[layer.bias], shape, f"bias of {layer.path}", "", ""))
+    for bias in dict.fromkeys(bias.leaf for bias in layer.biases):
+      covered.add(bias)
+      shape = _shape(layers.shapes[bias])
+      rows.append((layers.paths[bias], shape, f"bias of {layer.path}", "", ""))
   for path, shape in zip(layers.paths, layers.shapes, strict=True):
     if path in fallbacks:
       rows.append((path, _shape(shape), f"fallback: {fallbacks[path]}", "", ""))

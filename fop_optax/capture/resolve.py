@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fop_optax import views
-from fop_optax.capture.values import BiasUse, Key, Use
+from fop_optax.capture.homogeneous import Block, join_biases
+from fop_optax.capture.values import Key, Use
 from fop_optax.capture.walk import Found
-from fop_optax.layers import Layer
+from fop_optax.layers import Bias, Layer
 
 ONE_HOT = frozenset(("lookup", "table"))  # kinds whose rows have one entry: diagonal factors
 
@@ -22,11 +23,11 @@ class Place(NamedTuple):
   flipped: bool
 
 
-class Block(NamedTuple):
-  """The uses of one layer, the transposed ones apart."""
+class Rows(NamedTuple):
+  """How many rows a weight is applied to, in one orientation."""
 
-  straight: list[Use]
-  flipped: list[Use]
+  batch: int
+  fixed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +38,17 @@ class Resolved:
     layers: the layers, in the order of the parameters.
     places: which layer each accepted use belongs to, in which orientation.
     rows: how many rows a layer's weight is applied to, in each orientation it is used in.
+    coordinates: the homogeneous coordinate in the rows of each use to which a bias is added.
     fallbacks: index of a parameter in no layer -> reason.
+    notes: what else is worth knowing of the layers, in sentences.
   """
 
   layers: tuple[Layer, ...]
   places: Mapping[Key, Place]
-  rows: Mapping[Place, int]
+  rows: Mapping[Place, Rows]
+  coordinates: Mapping[Key, float]
   fallbacks: Mapping[int, str]
+  notes: tuple[str, ...]
 
 
 def resolve(
@@ -60,18 +65,11 @@ def resolve(
     uses: those of `found.uses` that hold up at another batch size too.
     shapes: of the parameters.
     paths: of the parameters.
-    max_dim: factors with a longer side are kept as their diagonals.
+    max_dim: factors with a longer side are kept as their diagonals, the bias not counted.
   """
   refused = dict(found.refused)
-  for use in found.uses.values():
-    if use.key not in uses:
-      why = "the rows it is applied to do not grow with the batch"
-      if not use.batch:
-        looked_up = use.product.kind == "lookup"
-        verb = "looked up by indices" if looked_up else "multiplied with something"
-        why = f"it is {verb} that {'do' if looked_up else 'does'} not depend on the batch"
-      refused.setdefault(use.leaf, f"{why} at {use.source}" if use.source else why)
-  biases = {bias.leaf for bias in found.biases}
+  _refuse_without_batch(found, uses, refused)
+  biases = {found_bias.bias.leaf for found_bias in found.biases}
   for use in found.uses.values():
     if use.leaf in biases:
       refused.setdefault(use.leaf, "it is a weight in one place and a bias in another")
@@ -83,24 +81,66 @@ def resolve(
       refused[leaf] = parts
     else:
       blocks += parts
-  joined = _join_biases(blocks, found.biases, shapes, refused)
+  homogeneous = join_biases(blocks, found.biases, shapes, refused)
 
   layers: list[Layer] = []
   places: dict[Key, Place] = {}
-  rows: dict[Place, int] = {}
-  for index, (block, bias) in enumerate(zip(blocks, joined, strict=True)):
-    layers.append(_layer(block, bias, shapes, _path(blocks, index, paths), max_dim))
-    for flipped, uses_of_it in enumerate(block):
-      place = Place(index, bool(flipped))
+  rows: dict[Place, Rows] = {}
+  coordinates: dict[Key, float] = {}
+  for index, (straight, flipped, joined, own) in enumerate(homogeneous):
+    path = _path(blocks, index, paths)
+    layers.append(_layer(Block(straight, flipped), joined, shapes, path, max_dim))
+    coordinates |= own
+    for turned, uses_of_it in enumerate((straight, flipped)):
+      place = Place(index, bool(turned))
       places |= {use.key: place for use in uses_of_it}
       if uses_of_it:
-        rows[place] = sum(use.rows for use in uses_of_it)
+        rows[place] = Rows(
+          *(sum(use.rows for use in uses_of_it if use.fixed == fixed) for fixed in (False, True))
+        )
   covered = {leaf for layer in layers for leaf in layer.leaves}
   unused = "no gradient of the loss reaches it"
   fallbacks = {
-    leaf: refused.get(leaf, unused) for leaf in range(len(shapes)) if leaf not in covered
+    leaf: refused.get(leaf) or found.apart.get(leaf, unused)
+    for leaf in range(len(shapes))
+    if leaf not in covered
   }
-  return Resolved(tuple(layers), places, rows, fallbacks)
+  notes = _notes(found, layers, places, paths)
+  return Resolved(tuple(layers), places, rows, coordinates, fallbacks, notes)
+
+
+def _refuse_without_batch(found: Found, uses: Mapping[Key, Use], refused: dict[int, str]) -> None:
+  """Refuses weights with a use that did not hold up, and those that only see fixed rows."""
+  reached = {use.leaf for use in uses.values() if not use.fixed}
+  for use in found.uses.values():
+    if use.key not in uses:
+      why = "the rows it is applied to do not grow with the batch"
+    elif use.leaf not in reached:
+      looked_up = use.product.kind == "lookup"
+      verb = "looked up by indices" if looked_up else "multiplied with something"
+      why = f"it is {verb} that {'do' if looked_up else 'does'} not depend on the batch"
+    else:
+      continue
+    refused.setdefault(use.leaf, f"{why} at {use.source}" if use.source else why)
+
+
+def _notes(
+  found: Found, layers: Sequence[Layer], places: Mapping[Key, Place], paths: Sequence[str]
+) -> tuple[str, ...]:
+  """Sentences on terms of the loss that have no batch."""
+  notes: dict[str, list[str]] = {}
+  covered = {leaf for layer in layers for leaf in layer.leaves}
+  for leaf, why in found.apart.items():
+    if leaf in covered:
+      note = f"penalty left out of the curvature ({why})"
+      notes.setdefault(note, []).append(paths[leaf])
+  for index, layer in enumerate(layers):
+    ours = [found.uses[key] for key, place in places.items() if place.layer == index]
+    fixed = sum(use.rows for use in ours if use.fixed)
+    if fixed:
+      note = f"{fixed} fixed rows beside those of the batch"
+      notes.setdefault(note, []).append(layer.path)
+  return tuple(f"{', '.join(names)}: {note}." for note, names in notes.items())
 
 
 def _path(blocks: list[Block], index: int, paths: Sequence[str]) -> str:
@@ -143,58 +183,12 @@ def _blocks(uses: list[Use], shape: tuple[int, ...]) -> list[Block] | str:
   return [block for _, block in merged]
 
 
-def _join_biases(
-  blocks: list[Block],
-  biases: list[BiasUse],
-  shapes: Sequence[tuple[int, ...]],
-  refused: dict[int, str],
-) -> list[BiasUse | None]:
-  """For each block the bias that is added in all of its uses; refuses the biases that fit nowhere.
-
-  A bias belongs to one block, or, in disjoint parts, to several; nothing else may read it.
-  """
-  at: dict[Key, list[BiasUse]] = {}
-  for bias in biases:
-    at.setdefault(bias.use, []).append(bias)
-  placed = {use.key for block in blocks for uses in block for use in uses}
-  for bias in biases:
-    if bias.use not in placed:
-      refused.setdefault(bias.leaf, "it is the bias of a weight that is in no layer")
-
-  joined: list[BiasUse | None] = []
-  for block in blocks:
-    ours = [at.get(use.key, []) for use in (*block.straight, *block.flipped)]
-    entries = {  # two spellings of one view read the same entries
-      (bias.leaf, views.index_map(bias.view, shapes[bias.leaf]).tobytes())
-      for found in ours
-      for bias in found
-    }
-    if block.flipped:  # a bias of one orientation has no place in the other
-      for leaf, _ in entries:
-        refused.setdefault(
-          leaf, "it is the bias of a tied weight, which is used transposed as well"
-        )
-      joined.append(None)
-    elif len(entries) > 1 or (entries and not all(ours)):
-      for leaf, _ in entries:
-        refused.setdefault(leaf, "its weight is used several times, not always with this bias")
-      joined.append(None)
-    else:
-      joined.append(ours[0][0] if entries else None)
-
-  taken: dict[int, np.ndarray] = {}
-  for bias in joined:
-    if bias:
-      count = taken.setdefault(bias.leaf, np.zeros(math.prod(shapes[bias.leaf]), int))
-      np.add.at(count, views.index_map(bias.view, shapes[bias.leaf]), 1)
-  for leaf, count in taken.items():
-    if count.max(initial=0) > 1:
-      refused.setdefault(leaf, "it is the bias of two layers")
-  return [None if bias is None or bias.leaf in refused else bias for bias in joined]
-
-
 def _layer(
-  block: Block, bias: BiasUse | None, shapes: Sequence[tuple[int, ...]], path: str, max_dim: int
+  block: Block,
+  biases: Sequence[Bias],
+  shapes: Sequence[tuple[int, ...]],
+  path: str,
+  max_dim: int,
 ) -> Layer:
   use = block.straight[0]
   inputs = [use.product.kind for use in block.straight]
@@ -207,11 +201,12 @@ def _layer(
     stack=use.stack,
     inputs=use.inputs,
     outputs=use.outputs,
-    bias=bias.leaf if bias else None,
-    bias_view=views.simplify(bias.view, shapes[bias.leaf]) if bias else None,
+    biases=tuple(
+      Bias(leaf, views.simplify(view, shapes[leaf]), place) for leaf, view, place in biases
+    ),
     uses=len(inputs + outputs),
     diagonal=(
-      not ONE_HOT.isdisjoint(inputs) or use.inputs + (bias is not None) > max_dim,
+      not ONE_HOT.isdisjoint(inputs) or use.inputs > max_dim,
       not ONE_HOT.isdisjoint(outputs) or use.outputs > max_dim,
     ),
   )

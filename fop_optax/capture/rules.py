@@ -7,7 +7,7 @@ is left to the fallback, with the equation as the reason.
 from collections.abc import Callable
 import dataclasses
 import functools
-import math
+import itertools
 from typing import Any
 
 from jax.extend.core import primitives
@@ -117,16 +117,6 @@ def parts_after(parts: tuple[values.Part, ...], taken: Steps) -> tuple[values.Pa
   )
 
 
-def linear_after(linear: values.Linear, taken: views.View) -> values.Linear | None:
-  """The output of a product after the steps `taken`; None where a bias could not follow it."""
-  after: values.Linear | None = linear
-  for name, *args in taken:
-    if after is None or name not in ("transpose", "reshape"):
-      return None
-    after = after.transposed(*args) if name == "transpose" else after.reshaped(*args)
-  return after
-
-
 def broadcast_core(equation: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Shape after `broadcast_in_dim`, with 1 on the axes along which entries are repeated."""
   core = [1] * len(equation.outvars[0].aval.shape)
@@ -135,30 +125,15 @@ def broadcast_core(equation: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
   return tuple(core)
 
 
-def bias_steps(
-  linear: values.Linear, bias: values.ParamView, shape: tuple[int, ...]
-) -> views.View | str:
-  """Steps from a view that is added to `linear`, of `shape`, to `[stack, outputs]`, or why not.
-
-  A bias is constant along every row axis and has one entry for each stacked output feature: a
-  table of positions is none, nor is a scalar.
-  """
-  atoms = []
-  for axis, size, ours in zip(linear.axes, bias.shape, shape, strict=True):
-    kinds = {atom.kind for atom in axis}
-    if "row" in kinds:
-      if kinds != {"row"} or size != 1:
-        return "it is added to a product, but differs between rows (positions), so it is no bias"
-    elif size != ours:
-      return "it is added to a product, but has not one entry for each output feature"
-    else:
-      atoms += axis
-  order = sorted(range(len(atoms)), key=lambda i: (atoms[i].kind != "stack", atoms[i].order))
-  stack, outputs = (
-    math.prod(atom.size for atom in atoms if atom.kind == kind) for kind in ("stack", "out")
-  )
-  return (
-    ("reshape", tuple(atom.size for atom in atoms)),
-    ("transpose", tuple(order)),
-    ("reshape", (stack, outputs)),
+def disjoint(readers: list[Any]) -> bool:
+  """Whether equations (None: an output) that read a variable each take a slice of their own."""
+  if any(reader is None or reader.primitive is not primitives.slice_p for reader in readers):
+    return False
+  windows = [
+    [range(*edges) for edges in zip(p["start_indices"], p["limit_indices"], strict=True)]
+    for p in (reader.params for reader in readers)
+  ]
+  return all(
+    any(max(a.start, b.start) >= min(a.stop, b.stop) for a, b in zip(one, other, strict=True))
+    for one, other in itertools.combinations(windows, 2)
   )

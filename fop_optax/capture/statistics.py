@@ -1,37 +1,42 @@
-"""A product whose backward pass also forms the Kronecker statistics of its weight.
+"""Kronecker statistics formed in the backward pass of a product.
 
 For `y = x W` with rows `x_r` and cotangents `dy_r` (gradients of the mean loss), the backward rule
-returns, as the cotangent of a probe of zeros beside dx and dW,
+of an identity on `y` returns, as the cotangent of a probe of zeros,
 
-    A = a sum_r [x_r; 1] [x_r; 1]'     G = g sum_r dy_r dy_r'
+    A = a sum_r [c x_r; h] [c x_r; h]'     G = g sum_r dy_r dy_r'
 
-with the numbers `a` and `g` that normalise them, formed from `x` and `dy` where they are at hand.
-AD adds cotangents: a weight that is used twice, or constant over a scan, gets the sum, and one that
-a scan goes over gets a stack.
+with the numbers `a` and `g` that normalise them, formed from `x` and `dy` where they are at hand;
+`c` is the number that the loss multiplies `W` by, `h` the homogeneous coordinate of its bias. AD
+adds cotangents: a weight that is used twice, or constant over a scan, gets the sum, and one that a
+scan goes over gets a stack.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fop_optax.capture.kinds.dense import Dense
 from fop_optax.capture.values import Product
 from fop_optax.layers import Factors
-
-Bilinear = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-  """Which statistics a product is to form: with a bias or not, as diagonals or not, times what.
+  """Which statistics a product is to form: as diagonals or not, times what.
 
-  Of the examples of a chunk every `every`-th counts, `every` times, where an axis of rows has them.
+  With a `homogeneous` layer its bias stands in the inputs, and so in the outputs of uses that are
+  `flipped`. Of the examples of a chunk every `every`-th counts, `every` times, where an axis of
+  rows has them.
   """
 
   product: Product
-  bias: bool
+  coefficient: float
+  coordinate: float
+  homogeneous: bool
+  flipped: bool
   diagonal: tuple[bool, bool]
   scale: tuple[float, float]
   examples: int
@@ -40,10 +45,30 @@ class Moments:
   def __call__(self, x: jax.Array, dy: jax.Array, like: Factors) -> Factors:
     """The sums over rows, scaled, in the shapes and dtypes of `like`."""
     x, dy, count = self._thin(x, dy)
-    a = self.product.input_moment(x, self.bias, self.diagonal[0], like.A.dtype)
+    biased = self.coordinate != 0
+    a = self.product.input_moment(x, biased, self.diagonal[0], like.A.dtype)
     g = self.product.output_moment(x, dy, self.diagonal[1], like.G.dtype)
+    a = self._scaled(a)
+    if self.homogeneous and self.flipped:
+      g = _padded(g)
+    elif self.homogeneous and not biased:
+      a = _padded(a)
     scale_a, scale_g = (count * scale for scale in self.scale)
     return Factors(scale_a * a.reshape(like.A.shape), scale_g * g.reshape(like.G.shape))
+
+  def repeated(self, times: int, x_too: bool) -> "Moments":
+    """Those of a product whose rows are repeated along a leading axis."""
+    assert isinstance(self.product, Dense)
+    return dataclasses.replace(self, product=self.product.repeated(times, x_too))
+
+  def _scaled(self, a: jax.Array) -> jax.Array:
+    """The moment of `[c x; h]` from that of `[x; 1]`, or of `c x` from that of `x`."""
+    if self.coefficient == 1 and self.coordinate in (0, 1):
+      return a
+    last = [self.coordinate] if self.coordinate else []
+    inputs = a.shape[-1] - len(last)
+    numbers = jnp.asarray([self.coefficient] * inputs + last, a.dtype)
+    return a * (numbers**2 if a.ndim == 2 else jnp.outer(numbers, numbers))
 
   def _thin(self, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, int]:
     """`x` and `dy` of some of the examples, and how often each is to count."""
@@ -63,21 +88,19 @@ class Moments:
     return part.reshape(*before, size // self.every, *after)
 
 
-def product_with_moments(
-  multiply: Bilinear,
+def form_moments(
   moments: Sequence[Moments],
   x: jax.Array,
-  w: jax.Array,
+  y: jax.Array,
   probes: Sequence[Factors],
   refresh: jax.Array | None,
 ) -> jax.Array:
-  """`multiply(x, w)`, whose cotangent with respect to `probes` is the statistics.
+  """`y`, in the backward pass of which the statistics become the cotangent of `probes`.
 
   Args:
-    multiply: the product as the loss has it.
     moments: what to form, for each part of the weight.
-    x: the operand that depends on the batch.
-    w: the weight.
+    x: the other operand of the product.
+    y: its output.
     probes: zeros of the factors' shapes.
     refresh: a traced bool, or None for always.
   """
@@ -87,25 +110,26 @@ def product_with_moments(
     return [each(x, dy, shapes) for each, shapes in zip(moments, like, strict=True)]
 
   @jax.custom_vjp
-  def product(x, w, probes, refresh):
-    del probes, refresh
-    return multiply(x, w)
+  def identity(y, x, probes, refresh):
+    del x, probes, refresh
+    return y
 
-  def forward(x, w, probes, refresh):
+  def forward(y, x, probes, refresh):
     del probes
-    return multiply(x, w), (x, w, refresh)
+    return y, (x, refresh)
 
   def backward(residuals, dy):
-    x, w, refresh = residuals
-    dx = None  # of an index
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-      (dx,) = jax.linear_transpose(lambda x: multiply(x, w), x)(dy)
-    (dw,) = jax.linear_transpose(lambda w: multiply(x, w), w)(dy)
+    x, refresh = residuals
     if refresh is None:
-      return dx, dw, form(x, dy), None
+      return dy, None, form(x, dy), None
     skip = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), like)
     # products only inside the branch: gradients of convolutions would be slow there on CPU
-    return dx, dw, lax.cond(refresh, lambda: form(x, dy), lambda: skip), None
+    return dy, None, lax.cond(refresh, lambda: form(x, dy), lambda: skip), None
 
-  product.defvjp(forward, backward)
-  return product(x, w, list(probes), refresh)
+  identity.defvjp(forward, backward)
+  return identity(y, x, list(probes), refresh)
+
+
+def _padded(factor: jax.Array) -> jax.Array:
+  """A stack of factors with zeros for one more coordinate."""
+  return jnp.pad(factor, [(0, 0)] + [(0, 1)] * (factor.ndim - 1))

@@ -3,27 +3,36 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fop_optax import _compat
 from fop_optax.capture import batch as batches
+from fop_optax.capture.growth import Growth, compare
 from fop_optax.capture.values import Key, Use
 from fop_optax.capture.walk import Found, walk
 
 PyTree = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Traced:
+class Program(NamedTuple):
+  """The jaxpr of a loss on one chunk."""
+
+  jaxpr: Any
+  consts: tuple[Any, ...]
+  treedef: Any  # of aux
+
+
+class Traced(NamedTuple):
   """The jaxpr of a loss on one chunk, with what the walk found in it."""
 
   jaxpr: Any
   consts: tuple[Any, ...]
   treedef: Any  # of aux
   found: Found
+  growth: Growth | None  # what grows with the batch; None: that is not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +78,8 @@ class Signature:
       )
     return loss, aux
 
-  def trace(self, params: Sequence[Any], args: Sequence[Any], chunk: Sequence[Any]) -> Traced:
-    """Traces the loss on one chunk (arrays or shapes) and walks its jaxpr."""
+  def program(self, params: Sequence[Any], args: Sequence[Any], chunk: Sequence[Any]) -> "Program":
+    """Traces the loss on one chunk (arrays or shapes)."""
     treedef = None
 
     def flat(params, chunk):
@@ -80,40 +89,71 @@ class Signature:
       return [loss, *leaves]
 
     jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)(list(params), list(chunk)))
+    return Program(jaxpr, consts, treedef)
+
+  def trace(
+    self,
+    params: Sequence[Any],
+    args: Sequence[Any],
+    chunk: Sequence[Any],
+    known: Growth | None = None,
+  ) -> "Traced":
+    """Traces the loss on one chunk (arrays or shapes) and walks its jaxpr.
+
+    What grows with the batch is not known of one trace alone, but of a trace of the same program.
+    """
+    program = self.program(params, args, chunk)
+    fits = known is not None and known.fits(program.jaxpr)
+    return self.walked(program, params, known if fits else None)
+
+  def walked(self, program: "Program", params: Sequence[Any], growth: Growth | None) -> "Traced":
     shapes = [tuple(leaf.shape) for leaf in params]
-    return Traced(jaxpr, consts, treedef, walk(jaxpr, shapes, self.args.batch))
+    found = walk(program.jaxpr, program.consts, shapes, self.args.batch, growth)
+    return Traced(*program, found, growth)
 
 
 def trace_twice(
-  signature: Signature, params: Sequence[Any], args: Sequence[Any], size: int
+  signature: Signature,
+  params: Sequence[Any],
+  args: Sequence[Any],
+  size: int,
+  chunk: Sequence[Any] | None = None,
 ) -> tuple[Traced, Traced | None]:
-  """Traces on shapes of `size` and of twice as many examples; None where that cannot be traced."""
+  """Traces on shapes of `size` and of twice as many examples; None where that cannot be traced.
+
+  The first is traced on `chunk` and on the parameters themselves, if it is given.
+  """
   shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in params]
-  traced = signature.trace(shapes, args, signature.args.resized(args, size))
+  if chunk is None:
+    program = signature.program(shapes, args, signature.args.resized(args, size))
+  else:
+    program = signature.program(params, args, chunk)
   try:
-    twice = signature.trace(shapes, args, signature.args.resized(args, 2 * size))
-  except Exception:
-    twice = None
-  return traced, twice
+    twice = signature.program(shapes, args, signature.args.resized(args, 2 * size))
+  except Exception:  # of any kind: the user's loss takes one size only
+    return signature.walked(program, params, None), None
+  growth = compare(program.jaxpr, twice.jaxpr)
+  return signature.walked(program, params, growth), signature.walked(twice, params, growth)
 
 
 def growing(traced: Traced, twice: Traced | None, size: int) -> dict[Key, Use]:
-  """The uses whose rows come from the examples: twice as many of them give twice the rows.
+  """The uses that hold up with twice as many examples.
 
-  An operand that does not depend on the batch counts if its own rows grow (the zeros at which a
-  recurrence starts), not if a scan over examples repeats it. Where the loss can be traced for one
-  size only, a multiple of it and a dependence on the batch have to do.
+  Rows of examples are twice as many then (an operand counts as theirs if it has as many rows, such
+  as the zeros at which a recurrence starts), and so are those of a constant that is repeated for
+  each of them; fixed rows are as many as before. Where the loss can be traced for one size only, a
+  multiple of it has to do.
   """
   uses = traced.found.uses
   if twice is None:
-    return {key: use for key, use in uses.items() if use.batch and use.rows % size == 0}
+    return {key: use for key, use in uses.items() if use.fixed or use.rows % size == 0}
   bigger = twice.found.uses
 
-  def grows(key, use):
-    rows = "rows" if use.batch else "own_rows"
-    return key in bigger and getattr(bigger[key], rows) == 2 * getattr(use, rows)
+  def holds(key, use):
+    other = bigger.get(key)
+    return other is not None and other.rows == (1 if use.fixed else 2) * use.rows
 
-  return {key: use for key, use in uses.items() if grows(key, use)}
+  return {key: use for key, use in uses.items() if holds(key, use)}
 
 
 def terms_of(found: Found, size: int, given: int | None) -> int:

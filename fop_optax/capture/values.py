@@ -1,8 +1,13 @@
 """What the walk knows of a variable of the loss, and the records it leaves behind."""
 
+from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
+from fop_optax.layers import Bias
 from fop_optax.views import View
 
 Path = tuple[int, ...]  # indices of equations, from the loss's jaxpr inwards
@@ -21,7 +26,8 @@ class ParamView:
 
   `shape` is the variable's, with 1 on the axes along which the entries are repeated by a
   broadcast. `levels` are the depths of the enclosing scans that go over the parameter. `vector`
-  says that the entries came along one axis once, however they are laid out now.
+  says that the entries came along one axis once, however they are laid out now. The variable holds
+  `scale` times the entries.
   """
 
   leaf: int
@@ -29,6 +35,7 @@ class ParamView:
   shape: tuple[int, ...]
   levels: tuple[int, ...] = ()
   vector: bool = False
+  scale: float = 1.0
 
 
 class Part(NamedTuple):
@@ -41,45 +48,71 @@ class Part(NamedTuple):
 
 
 class Atom(NamedTuple):
-  """An axis of a product's output, or a part of one: `kind` is `"stack"`, `"row"` or `"out"`."""
+  """An axis of a product's output, or a part of one: `kind` is `"stack"`, `"row"` or `"out"`.
+
+  Of its `full` places the variable has `size`, from `start` on.
+  """
 
   kind: str
   order: tuple[int, ...]  # sorts the atoms of a kind into the order of the weight's axes
+  size: int
+  start: int
+  full: int
+
+
+def atom(kind: str, order: int, size: int) -> Atom:
+  """A whole axis of a product's output."""
+  return Atom(kind, (order,), size, 0, size)
+
+
+class Window(NamedTuple):
+  """A part of a variable: `size` places from `start` on along `axis`."""
+
+  axis: int
+  start: int
   size: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-  """A variable that is a product's output plus something else, so that its cotangent is the same.
+  """A variable that is `factor` times a product's output, plus something else.
 
-  `axes` says for each axis of the variable which atoms of the product's output it is made of.
+  The product's cotangent is then `factor` times the variable's. See `fop_optax.capture.biases`.
+
+  Attributes:
+    use: the product.
+    leaf: its weight.
+    axes: for each axis of the variable, which atoms of the product's output it is made of.
+    held: atoms of which the variable has one place only.
+    factor: see above.
+    window: the part of the variable that is the product's, if its weight was joined from several.
   """
 
   use: Key
   leaf: int
   axes: tuple[tuple[Atom, ...], ...]
+  held: tuple[Atom, ...] = ()
+  factor: float = 1.0
+  window: Window | None = None
 
-  def transposed(self, permutation: tuple[int, ...]) -> "Linear":
-    return dataclasses.replace(self, axes=tuple(self.axes[axis] for axis in permutation))
 
-  def reshaped(self, shape: tuple[int, ...]) -> "Linear | None":
-    """The atoms regrouped for `shape`, split where need be; None if they do not fit."""
-    atoms = [atom for axis in self.axes for atom in axis]
-    axes = []
-    for size in shape:
-      axis = []
-      while size > 1:
-        atom = atoms.pop(0)
-        if size % atom.size == 0:
-          size //= atom.size
-        elif atom.size % size == 0:  # split: the outer part belongs here, the inner one comes next
-          atoms.insert(0, Atom(atom.kind, (*atom.order, 1), atom.size // size))
-          atom, size = Atom(atom.kind, (*atom.order, 0), size), 1
-        else:
-          return None
-        axis.append(atom)
-      axes.append(tuple(axis))
-    return dataclasses.replace(self, axes=tuple(axes))
+class Constant:
+  """A value that is known before the loss is run, worked out when it is asked for."""
+
+  def __init__(self, evaluate: Callable[[], Any]):
+    self._evaluate = evaluate
+
+  @functools.cached_property
+  def value(self) -> np.ndarray:
+    return np.asarray(self._evaluate())
+
+  def number(self) -> float | None:
+    """The value if it is one finite number, once or repeated, else None."""
+    value = self.value
+    if not value.size or not np.issubdtype(value.dtype, np.number) or np.iscomplexobj(value):
+      return None
+    first = float(value.flat[0])
+    return first if np.isfinite(first) and np.all(value == value.flat[0]) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +123,25 @@ class Value:
     batch: whether it depends on the batch (or on a key that differs between groups).
     view: set if it is a view of a parameter.
     parts: set if it is joined from views of parameters.
-    linear: set if a bias added to it would be the bias of a layer.
+    linears: set if a bias added to it would be the bias of a layer: of one, or of several side by
+      side.
+    tainted: whether it depends on a parameter.
+    constant: set if it is known without running the loss.
+    products: where it does not depend on the batch, the products of a weight with a constant that
+      it is made of.
+    pending: where it does not depend on the batch, parameters that it is made of in another way,
+      and why that makes no layer. That is no matter for a term of the loss (a penalty), and is for
+      what meets the batch.
   """
 
   batch: bool = False
   view: ParamView | None = None
   parts: tuple[Part, ...] = ()
-  linear: Linear | None = None
+  linears: tuple[Linear, ...] = ()
+  tainted: bool = False
+  constant: Constant | None = None
+  products: frozenset[Key] = frozenset()
+  pending: frozenset[tuple[int, str]] = frozenset()
 
   @property
   def views(self) -> tuple[ParamView, ...]:
@@ -141,15 +186,19 @@ class Matching(NamedTuple):
   outputs: int
   rows: int  # rows of the other operand
   axes: tuple[tuple[Atom, ...], ...]  # what each axis of the output is made of
+  window: Window | None = None  # the part of the output that is its own; None: all of it
 
 
 @dataclasses.dataclass(frozen=True)
 class BiasUse:
-  """An addition of a view of parameter `leaf` to the output of the product at `use`."""
+  """An addition of `coordinate` times a view of a parameter to the output of the product at `use`.
 
-  leaf: int
-  view: View  # to [stack, outputs]
+  `place` takes `[stack, outputs]` to the slice that the view is added to.
+  """
+
+  bias: Bias
   use: Key
+  coordinate: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +230,11 @@ class Use:
     product: roles of the axes.
     stack, inputs, outputs: sizes of the view.
     rows: rows that the weight is applied to in one evaluation of the loss.
-    own_rows: those of one evaluation of the equation, without the repeats of scans.
     batch: whether the other operand depends on the batch.
+    loop: path of the innermost scan that it stands in.
     source: source line of the equation.
+    scale: of the weight where it is used; it counts as a scale of the inputs.
+    repeats: of a product with a constant that meets the batch: how often it is repeated there.
   """
 
   key: Key
@@ -195,6 +246,13 @@ class Use:
   inputs: int
   outputs: int
   rows: int
-  own_rows: int
   batch: bool
+  loop: Path
   source: str
+  scale: float = 1.0
+  repeats: int = 0
+
+  @property
+  def fixed(self) -> bool:
+    """Whether its rows are no examples' but a term of the loss of their own."""
+    return not self.batch and not self.repeats

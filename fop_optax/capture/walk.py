@@ -2,26 +2,32 @@
 
 One loop, an environment and a rule for each primitive. Every variable has a `Value`: whether it
 depends on the batch, whether it is a view of a parameter, whether it is the output of a product.
-The walk evaluates nothing. Nested jaxprs of `jit`, `checkpoint` and `scan` are walked like the
-outer one; every other equation is taken whole.
+The walk evaluates nothing but constants. Nested jaxprs of `jit`, `checkpoint` and `scan` are walked
+like the outer one; every other equation is taken whole.
+
+What parameters do where there is no batch (penalties, the network at fixed points) refuses nothing,
+as long as it is a term of the loss. Where it meets the batch, the output of a product with a
+constant counts as if the constant were repeated in every example (`_Frame._meet`).
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
 from typing import Any
 
+import jax
 from jax.extend import core
 from jax.extend.core import primitives
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture import flow, rules
+from fop_optax.capture import biases, flow, rules
+from fop_optax.capture.growth import Growth
 from fop_optax.capture.kinds import convolution, dense, lookup, table
 from fop_optax.capture.values import (
   BiasUse,
+  Constant,
   Key,
   Linear,
   Mark,
@@ -32,6 +38,7 @@ from fop_optax.capture.values import (
   Use,
   Value,
 )
+from fop_optax.layers import Bias
 from fop_optax.losses import NORMAL, SOFTMAX
 
 _WHOLE = {
@@ -41,10 +48,17 @@ _WHOLE = {
   primitives.custom_vjp_call_p: "it goes into a function with a rule of its own (`custom_vjp`)",
   primitives.dynamic_slice_p: "it is sliced at a traced index; scan over the slices instead",
   primitives.concatenate_p: "it is joined with other arrays before it is used (`concatenate`)",
-  primitives.mul_p: "it is multiplied entry by entry (`mul`)",
+  primitives.mul_p: "it is multiplied entry by entry, or by a number that is not fixed (`mul`)",
+  primitives.div_p: "it is divided entry by entry, or by a number that is not fixed (`div`)",
   primitives.add_p: "it is added to something that is not the output of one layer (`add`)",
   primitives.select_n_p: "it is masked or chosen entry by entry (`select_n`)",
 }
+# Equations of several operands of one shape, or of 1 where that is longer: entry by entry.
+_ENTRYWISE = frozenset((
+  primitives.add_p, primitives.add_jaxvals_p, primitives.sub_p, primitives.mul_p,
+  primitives.div_p, primitives.max_p, primitives.min_p, primitives.pow_p, primitives.rem_p,
+  primitives.atan2_p, primitives.nextafter_p, primitives.select_n_p, primitives.clamp_p,
+))  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -55,68 +69,195 @@ class Found:
     uses: products in which a parameter is the weight, by key.
     biases: additions of a parameter to the output of such a product.
     refused: for each parameter with a use that is not understood, the first reason.
+    apart: for each parameter that is used in other ways where there is no batch, the first of them.
     marks: the marked losses.
+    meetings: where a product with a constant meets the batch: the equation, the operand, and along
+      which axis of the output it is repeated. None: nowhere, one row of it is as good as another.
   """
 
   uses: dict[Key, Use] = dataclasses.field(default_factory=dict)
   biases: list[BiasUse] = dataclasses.field(default_factory=list)
   refused: dict[int, str] = dataclasses.field(default_factory=dict)
+  apart: dict[int, str] = dataclasses.field(default_factory=dict)
   marks: list[Mark] = dataclasses.field(default_factory=list)
+  meetings: dict[Path, dict[int, int | None]] = dataclasses.field(default_factory=dict)
 
 
-def walk(jaxpr: Any, shapes: Sequence[tuple[int, ...]], batch: Sequence[bool]) -> Found:
+def walk(
+  jaxpr: Any,
+  consts: Sequence[Any],
+  shapes: Sequence[tuple[int, ...]],
+  batch: Sequence[bool],
+  growth: Growth | None,
+) -> Found:
   """Walks the jaxpr of `loss(*parameters, *arguments)`, whose first output is the loss.
 
   Args:
     jaxpr: of the loss, open.
+    consts: its constants.
     shapes: of the parameters.
     batch: for each further argument, whether it differs between examples.
+    growth: which axes of its variables grow with the batch, if that is known.
   """
   found = Found()
-  inputs = [Value(view=ParamView(leaf, (), shape)) for leaf, shape in enumerate(shapes)]
+  inputs = [
+    Value(view=ParamView(leaf, (), shape), tainted=True) for leaf, shape in enumerate(shapes)
+  ]
   inputs += [Value(batch=flag) for flag in batch]
-  needed = [True] + [False] * (len(jaxpr.outvars) - 1)
-  _Frame(jaxpr, needed, (), (), found).run(inputs)
+  aux = len(jaxpr.outvars) - 1
+  frame = _Frame(jaxpr, [True] + [False] * aux, [True] + [None] * aux, (), (), (), found, growth)
+  frame.run(inputs, consts)
+  for leaf, why in frame.pending:
+    found.apart.setdefault(leaf, why)
   return found
 
 
 @dataclasses.dataclass
 class _Frame:
-  """The walk of one jaxpr: at `path`, within scans of lengths `scans`."""
+  """The walk of one jaxpr: at `path`, within scans of lengths `scans`, the innermost at `loop`.
+
+  `needed` says which outputs a gradient comes back to, `affine` which of them the loss is a sum of.
+  """
 
   jaxpr: Any
   needed: Sequence[bool]
+  affine: Sequence[bool | None]
   path: Path
   scans: tuple[int, ...]
+  loop: Path
   found: Found
+  growth: Growth | None
 
   def __post_init__(self):
     self.live, self.wanted = flow.relevant(self.jaxpr, self.needed)
-    read = [atom for index in self.live for atom in self.jaxpr.eqns[index].invars]
-    read += [atom for atom, need in zip(self.jaxpr.outvars, self.needed, strict=True) if need]
-    self.consumers = Counter(atom for atom in read if not isinstance(atom, core.Literal))
+    self.grows = self.growth.of(self.jaxpr, self.path) if self.growth else {}
+    self.pending: set[tuple[int, str]] = set()  # all that there were
+    readers: dict[Any, list[Any]] = {}
+    for index in self.live:
+      equation = self.jaxpr.eqns[index]
+      for atom in equation.invars:
+        if not isinstance(atom, core.Literal):
+          readers.setdefault(atom, []).append(equation)
+    for atom, need in zip(self.jaxpr.outvars, self.needed, strict=True):
+      if need and not isinstance(atom, core.Literal):
+        readers.setdefault(atom, []).append(None)
+    # the cotangent of a variable is that of the one place that reads it, or of disjoint slices
+    self.shared = {v for v, by in readers.items() if len(by) > 1 and not rules.disjoint(by)}
 
-  def run(self, inputs: Sequence[Value]) -> list[Value]:
+  def run(self, inputs: Sequence[Value], consts: Sequence[Any]) -> list[Value]:
     env = dict(zip(self.jaxpr.invars, inputs, strict=True))
+    for variable, const in zip(self.jaxpr.constvars, consts, strict=True):
+      known = None if isinstance(const, jax.core.Tracer) else Constant(lambda const=const: const)
+      env[variable] = Value(constant=known)
+    tainted = [value.tainted for value in inputs]
+    self.terms, _ = flow.terms(self.jaxpr, self.affine, tainted)
 
     def read(atom: Any) -> Value:
       if isinstance(atom, core.Literal):
-        return Value()
-      value = env.get(atom, Value())  # a constant
-      if value.linear and self.consumers[atom] != 1:  # its cotangent is not that of the sum alone
-        return dataclasses.replace(value, linear=None)
+        return Value(constant=Constant(lambda: atom.val))
+      value = env[atom]
+      if value.linears and atom in self.shared:
+        return dataclasses.replace(value, linears=())
       return value
 
     for index, equation in enumerate(self.jaxpr.eqns):
       operands = [read(atom) for atom in equation.invars]
-      outputs = None
-      if index in self.live:
-        outputs = _rules().get(equation.primitive, _Frame._whole)(self, index, equation, operands)
-      if outputs is None:
-        batch = any(operand.batch for operand in operands)
-        outputs = [Value(batch)] * len(equation.outvars)
-      env.update(zip(equation.outvars, outputs, strict=True))
+      env.update(zip(equation.outvars, self._outputs(index, equation, operands), strict=True))
     return [read(atom) for atom in self.jaxpr.outvars]
+
+  def _outputs(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value]:
+    """The values of an equation's outputs."""
+    nested = equation.primitive in (*flow.INLINED, primitives.scan_p)
+    grows = [
+      v in self.grows and (v not in self.terms or not _apart(operands)) for v in equation.outvars
+    ]
+    self.free = not any(operand.batch for operand in operands) and not any(grows)
+    self.new: set[tuple[int, str]] = set()
+    self.new_products: set[Key] = set()
+    if not self.free and not nested:
+      self._meet(index, equation, operands)
+    outputs = None
+    if index in self.live:
+      outputs = _rules().get(equation.primitive, _Frame._whole)(self, index, equation, operands)
+    if nested and outputs is not None:
+      self.pending |= self.new
+      return outputs
+    plain = self._plain(equation, operands)
+    self.pending |= plain.pending
+    outputs = outputs or [Value()] * len(equation.outvars)
+    return [
+      dataclasses.replace(
+        value,
+        batch=plain.batch or grown,
+        tainted=plain.tainted,
+        constant=plain.constant,
+        products=frozenset() if grown else plain.products,
+        pending=plain.pending if variable in self.wanted and not grown else frozenset(),
+      )
+      for value, variable, grown in zip(outputs, equation.outvars, grows, strict=True)
+    ]
+
+  def _plain(self, equation: Any, operands: Sequence[Value]) -> Value:
+    """What is known of an output by its operands alone."""
+    batch = any(operand.batch for operand in operands)
+    value = Value(batch, tainted=any(operand.tainted for operand in operands))
+    if batch:
+      return value
+    known = [operand.constant for operand in operands if operand.constant]
+    if len(equation.outvars) == 1 and len(known) == len(operands):
+      evaluate = functools.partial(_evaluate, self.jaxpr, equation, known)
+      return dataclasses.replace(value, constant=Constant(evaluate))
+    return dataclasses.replace(
+      value,
+      products=frozenset(self.new_products).union(*(operand.products for operand in operands)),
+      pending=frozenset(self.new).union(*(operand.pending for operand in operands)),
+    )
+
+  def _meet(self, index: int, equation: Any, operands: Sequence[Value]) -> None:
+    """What is made of parameters alone meets the batch.
+
+    A product with a constant is then repeated along the axis that grows, as if the constant were
+    the same in every example; the parameters of everything else are refused. Neither is so where
+    two terms of the loss are added.
+    """
+    for number, (variable, operand) in enumerate(zip(equation.invars, operands, strict=True)):
+      if not _apart([operand]):
+        continue
+      term = variable in self.terms or index not in self.live
+      if not term:
+        for leaf, why in operand.pending:
+          self.found.refused.setdefault(leaf, why)
+      if operand.products:
+        axis = None if term else self._repeated_axis(equation, variable)
+        self.found.meetings.setdefault((*self.path, index), {})[number] = axis
+        if not term:
+          self._repeat(equation, operand.products, axis)
+
+  def _repeated_axis(self, equation: Any, variable: Any) -> int | None:
+    """The axis of an equation's output along which an operand is repeated for the batch."""
+    out = equation.outvars[0]
+    if equation.primitive is primitives.broadcast_in_dim_p:
+      dims = equation.params["broadcast_dimensions"]
+    elif equation.primitive in _ENTRYWISE:
+      dims = range(len(variable.aval.shape))
+    else:
+      return None
+    own = dict(zip(dims, variable.aval.shape, strict=True))
+    axes = [axis for axis in self.grows.get(out, ()) if own.get(axis, 1) == 1]
+    return axes[0] if len(axes) == 1 else None
+
+  def _repeat(self, equation: Any, keys: frozenset[Key], axis: int | None) -> None:
+    """Notes how often the rows of products with a constant are repeated."""
+    for key in keys:
+      use = self.found.uses[key]
+      times = 0 if axis is None else equation.outvars[0].aval.shape[axis]
+      possible = times and use.product.kind == "dense" and use.loop == self.loop[: len(use.loop)]
+      if not possible or use.repeats not in (0, times):
+        where = f"`{equation.primitive}`" + self._source(equation)
+        why = f"its product with a constant meets the batch in {where}, where it cannot be repeated"
+        self.found.refused.setdefault(use.leaf, why)
+      elif not use.repeats:
+        self.found.uses[key] = dataclasses.replace(use, repeats=times, rows=use.rows * times)
 
   # Rules: (index, equation, operands) -> values of the outputs, or None for plain ones.
 
@@ -143,7 +284,7 @@ class _Frame:
     for view in views:
       parts.append(Part(view, axis, start, view.shape[axis]))
       start += view.shape[axis]
-    return [Value(False, parts=tuple(parts))]
+    return [Value(parts=tuple(parts))]
 
   def _move(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """Casts, reshapes, transposes, slices: views stay views."""
@@ -152,20 +293,20 @@ class _Frame:
     if taken is not None and value.parts:
       parts = rules.parts_after(value.parts, taken)
       if parts:
-        return [Value(value.batch, parts=parts)]
+        return [Value(parts=parts)]
       return self._refuse(equation, operands, _WHOLE[primitives.concatenate_p])
     if taken is None:
       return self._whole(index, equation, operands)
     shapes = [tuple(variable.aval.shape) for variable in equation.outvars]
+    before = tuple(equation.invars[0].aval.shape)
     if value.view and self._repeated(equation.invars[0], value.view):
       if any(taken):
         return self._refuse(equation, operands, "its entries are repeated before it is used")
       shapes = [value.view.shape]
     return [
       Value(
-        value.batch,
-        rules.viewed(value.view, step, shape) if value.view else None,
-        linear=rules.linear_after(value.linear, step) if value.linear else None,
+        view=rules.viewed(value.view, step, shape) if value.view else None,
+        linears=_each(value.linears, lambda linear, step=step: biases.after(linear, step, before)),
       )
       for step, shape in zip(taken, shapes, strict=True)
     ]
@@ -175,15 +316,34 @@ class _Frame:
     value = operands[0]
     if len(operands) > 1 or value.parts:
       return self._whole(index, equation, operands)
-    view, linear = value.view, value.linear
+    view, linears = value.view, value.linears
     if view:
       core_shape = rules.broadcast_core(equation, view.shape)
       view = rules.viewed(view, (("reshape", core_shape),), core_shape)
-    if linear:
-      shape = tuple(equation.outvars[0].aval.shape)
-      same = math.prod(shape) == math.prod(equation.invars[0].aval.shape)
-      linear = linear.reshaped(shape) if same else None
-    return [Value(value.batch, view, linear=linear)]
+    if linears:
+      before, shape = (tuple(v.aval.shape) for v in (equation.invars[0], equation.outvars[0]))
+      step = (("reshape", shape),) if math.prod(shape) == math.prod(before) else (("repeat",),)
+      linears = _each(linears, lambda linear: biases.after(linear, step, before))
+    return [Value(view=view, linears=linears)]
+
+  def _scale(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
+    """A view, or a product's output, times a number or divided by one."""
+    if equation.primitive is primitives.neg_p:
+      return [_times(operands[0], -1.0)]
+    shape = tuple(equation.outvars[0].aval.shape)
+    whole = [tuple(variable.aval.shape) == shape for variable in equation.invars]
+    for side in (0, 1) if equation.primitive is primitives.mul_p else (0,):
+      value, constant = operands[side], operands[1 - side].constant
+      if not (value.views or value.linears) or constant is None or not whole[side]:
+        continue
+      if math.prod(equation.invars[1 - side].aval.shape) > _SMALL and not value.views:
+        continue
+      number = constant.number()
+      if number and equation.primitive is primitives.div_p:
+        number = 1 / number
+      if number:
+        return [_times(value, number)]
+    return self._whole(index, equation, operands)
 
   def _dot(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """The product of a weight with anything else is a use of a layer."""
@@ -210,30 +370,26 @@ class _Frame:
     if len(weights) == 2:
       return self._refuse(equation, operands, "it is multiplied with another parameter")
     (side,) = weights
-    view, batch = operands[side].view, operands[1 - side].batch
+    view = operands[side].view
     if operands[side].parts:
       if match is not dense.match:
         return self._whole(index, equation, operands)
+      uses = []
       for number, part in enumerate(operands[side].parts):
-        self._use(index, equation, match(equation, side, part), part.view, batch, number)
-      return [Value(batch)]
+        uses.append(self._use(index, equation, match(equation, side, part), part.view, number))
+      beside = tuple(linear for linear in uses if linear.window)
+      return [Value(linears=beside or (min(uses, key=_order),))]
     if view is None or self._repeated(equation.invars[side], view):
       return self._refuse(equation, operands, "its entries are repeated before it is used")
     matching = match(equation, side)
     if isinstance(matching, str):
       return self._refuse(equation, operands, matching)
-    key = self._use(index, equation, matching, view, batch)
-    return [Value(batch, linear=Linear(key, view.leaf, matching.axes))]
+    return [Value(linears=(self._use(index, equation, matching, view),))]
 
   def _use(
-    self,
-    index: int,
-    equation: Any,
-    matching: Matching,
-    view: ParamView,
-    batch: bool,
-    part: int = 0,
-  ) -> Key:
+    self, index: int, equation: Any, matching: Matching, view: ParamView, part: int = 0
+  ) -> Linear:
+    """Notes a use of a weight; what its output is to a bias that may follow."""
     key = Key((*self.path, index), part)
     within = math.prod(self.scans[depth] for depth in view.levels)
     self.found.uses[key] = Use(
@@ -246,48 +402,57 @@ class _Frame:
       inputs=matching.inputs,
       outputs=matching.outputs,
       rows=matching.rows * math.prod(self.scans) // within,
-      own_rows=matching.rows,
-      batch=batch,
+      batch=not self.free,
+      loop=self.loop,
       source=_compat.source_of(self.jaxpr, equation),
+      scale=view.scale,
     )
-    return key
+    if self.free:
+      self.new_products.add(key)
+    return Linear(key, view.leaf, matching.axes, window=matching.window)
 
   def _add(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """A sum: of a product's output and its bias, of a table and anything, or of anything else."""
+    if equation.primitive is primitives.sub_p:
+      operands = [operands[0], _times(operands[1], -1.0)]
     shape = tuple(equation.outvars[0].aval.shape)
     sums = [
-      operand.linear
+      operand.linears
       for operand, variable in zip(operands, equation.invars, strict=True)
-      if operand.linear and tuple(variable.aval.shape) == shape
+      if operand.linears and tuple(variable.aval.shape) == shape
     ]
-    views = [view for operand in operands for view in operand.views]
-    batch = any(operand.batch for operand in operands)
-    if not views:  # of two products' outputs, the choice must not depend on the spelling
-      linear = min(sums, key=lambda s: (s.leaf, s.use)) if sums else None
-      return [Value(batch, linear=linear)]
-    if len(views) >= 2:
+    holders = [operand for operand in operands if operand.views]
+    if not holders:  # of two products' outputs, the choice must not depend on the spelling
+      return [Value(linears=min(sums, key=lambda linears: _order(linears[0])) if sums else ())]
+    if len(holders) == 2:
       return self._whole(index, equation, operands)
-    (view,) = views
-    why = self._bias(view, sums[0], shape) if sums else _WHOLE[primitives.add_p]
+    (holder,) = holders
+    why = self._bias(holder, sums[0], shape) if sums else _WHOLE[primitives.add_p]
     if why:
-      side = int(bool(operands[1].views))
-      matching = table.match(equation, side, view) if batch else None
-      if matching is None:
+      view, side = holder.view, int(bool(operands[1].views))
+      matching = table.match(equation, side, view) if view and not self.free else None
+      if view is None or matching is None:
         return self._refuse(equation, operands, why)
-      self._use(index, equation, matching, view, batch)
-    return [Value(batch)]
+      self._use(index, equation, matching, view)
+    return [Value()]
 
-  def _bias(self, view: ParamView, linear: Linear, shape: tuple[int, ...]) -> str:
-    """Joins a view that is added to a product's output of `shape` to its layer, or says why not."""
-    if len(view.shape) != len(shape):  # a scalar
+  def _bias(self, holder: Value, linears: Sequence[Linear], shape: tuple[int, ...]) -> str:
+    """Joins what is added to a product's output of `shape` to its layer, or says why not."""
+    pieces = holder.parts or holder.views
+    if any(len(view.shape) != len(shape) for view in holder.views):  # a scalar
       return _WHOLE[primitives.add_p]
-    steps = rules.bias_steps(linear, view, shape)
-    if isinstance(steps, str):
-      return steps
-    if view.levels != self.found.uses[linear.use].levels:
+    found = biases.joints(linears, pieces, shape)
+    if isinstance(found, str):
+      return found
+    uses = self.found.uses
+    if any(joint.view.levels != uses[joint.linear.use].levels for joint in found):
       return "it is added to a product within a `scan`, of which only one is scanned over"
-    steps = view.steps + steps + ((("stack",),) if view.levels else ())
-    self.found.biases.append(BiasUse(view.leaf, steps, linear.use))
+    for linear, view, steps, place in found:
+      steps = view.steps + steps + ((("stack",),) if view.levels else ())
+      if view.levels and place:
+        place = biases.stacked(place, math.prod(self.scans[depth] for depth in view.levels))
+      bias = Bias(view.leaf, steps, place)
+      self.found.biases.append(BiasUse(bias, linear.use, view.scale / linear.factor))
     return ""
 
   def _same(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
@@ -298,57 +463,154 @@ class _Frame:
 
   def _inline(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """`jit`, `checkpoint`: walked as if they were written out."""
-    inner, _ = _compat.open_jaxpr(flow.inner_jaxpr(equation))
+    inner, consts = _compat.open_jaxpr(flow.inner_jaxpr(equation))
+    why = ""
     if equation.params.get("differentiated"):
-      return self._refuse(equation, operands, "it is used in a gradient inside the loss")
-    if not _unsharded(equation):
-      return self._refuse(equation, operands, "it goes into a `jit` with shardings of its own")
+      why = "it is used in a gradient inside the loss"
+    elif not _unsharded(equation):
+      why = "it goes into a `jit` with shardings of its own"
+    if why:
+      if not self.free:
+        self._meet(index, equation, operands)
+      return self._refuse(equation, operands, why)
     if equation.params.get("name") in (SOFTMAX, NORMAL):
       terms = math.prod(equation.invars[0].aval.shape[:-1])
       mark = Mark((*self.path, index), equation.params["name"], terms, self.scans)
       self.found.marks.append(mark)
-    frame = _Frame(inner, self._needed(equation), (*self.path, index), self.scans, self.found)
-    return frame.run(operands)
+    frame = _Frame(
+      inner,
+      self._needed(equation),
+      self._affine(equation),
+      (*self.path, index),
+      self.scans,
+      self.loop,
+      self.found,
+      self.growth,
+    )
+    return self._descend(frame, operands, consts)
+
+  def _descend(self, frame: "_Frame", inputs: Sequence[Value], consts: Sequence[Any]):
+    outputs = frame.run(inputs, consts)
+    self.pending |= frame.pending
+    return outputs
 
   def _scan(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """A scan: weights it goes over are stacked, constant ones are used several times."""
-    body, _ = _compat.open_jaxpr(equation.params["jaxpr"])
+    body, constants = _compat.open_jaxpr(equation.params["jaxpr"])
     consts, carry = _compat.scan_split(equation.params, len(operands))
     length, depth = int(equation.params["length"]), len(self.scans)
     flags, batch = flow.scan_depends(equation, [operand.batch for operand in operands])
+    tainted, _ = flow.scan_depends(equation, [operand.tainted for operand in operands])
     needed, _ = flow.scan_relevant(equation, self._needed(equation))
-    carried = operands[consts : consts + carry]
-    self._refuse(equation, carried, "it is carried through a `scan` that may change it")
-    inputs = [Value(flag) for flag in flags]
+    self._refuse(
+      equation,
+      operands[consts : consts + carry],
+      "it is carried through a `scan` that may change it",
+    )
+    inputs = []
     for i, operand in enumerate(operands):
-      if operand.views and i < consts:
-        inputs[i] = Value(flags[i], operand.view, operand.parts)
+      value = Value(flags[i], tainted=tainted[i])
+      if not flags[i]:
+        value = dataclasses.replace(value, products=operand.products, pending=operand.pending)
+      if i < consts:
+        value = dataclasses.replace(
+          value, view=operand.view, parts=operand.parts, constant=operand.constant
+        )
       elif operand.parts:
         self._whole(index, equation, [operand])
       elif operand.view and i >= consts + carry:
         if self._repeated(equation.invars[i], operand.view):
           self._refuse(equation, [operand], "its entries are repeated before it is used")
-          continue
-        view = rules.viewed(operand.view, (("scan", length),), operand.view.shape[1:])
-        inputs[i] = Value(flags[i], dataclasses.replace(view, levels=(*view.levels, depth)))
-    frame = _Frame(body, needed, (*self.path, index), (*self.scans, length), self.found)
-    outputs = frame.run(inputs)
+        else:
+          view = rules.viewed(operand.view, (("scan", length),), operand.view.shape[1:])
+          view = dataclasses.replace(view, levels=(*view.levels, depth))
+          value = dataclasses.replace(value, view=view)
+      inputs.append(value)
+    self._leave(equation, equation.invars[consts:], operands[consts:], flags)
+    affine, _ = flow.scan_terms(equation, self._affine(equation), [o.tainted for o in operands])
+    path, scans = (*self.path, index), (*self.scans, length)
+    frame = _Frame(body, needed, affine, path, scans, path, self.found, self.growth)
+    outputs = self._descend(frame, inputs, constants)
     leaving = [out for out, need in zip(outputs, needed, strict=True) if need]
     self._refuse(equation, leaving, "it leaves a `scan` as an output")
-    return [Value(flag) for flag in batch]
+    self._leave(equation, equation.outvars, outputs, flags)
+    plain = self._plain(equation, [*operands, *outputs])
+    return [
+      Value(flag, tainted=plain.tainted)
+      if flag
+      else Value(tainted=plain.tainted, products=out.products, pending=out.pending | self.new)
+      for flag, out in zip(batch, outputs, strict=True)
+    ]
+
+  def _leave(self, equation: Any, variables: Sequence[Any], values: Any, flags: Any) -> None:
+    """What goes in or out of a scan over the batch in another way than as a constant meets it."""
+    if not any(flags):
+      return
+    for variable, value in zip(variables, values, strict=True):
+      if _apart([value]) and variable not in self.terms and variable in self.wanted:
+        for leaf, why in value.pending:
+          self.found.refused.setdefault(leaf, why)
+        self._repeat(equation, value.products, None)
 
   def _needed(self, equation: Any) -> list[bool]:
     """Which outputs of an equation a gradient comes back to."""
     return [variable in self.wanted for variable in equation.outvars]
 
+  def _affine(self, equation: Any) -> list[bool | None]:
+    """Which outputs of an equation the loss is a sum of; None for those no gradient comes to."""
+    return [v in self.terms if v in self.wanted else None for v in equation.outvars]
+
   def _repeated(self, variable: Any, view: ParamView) -> bool:
     return view.shape != tuple(variable.aval.shape)
 
   def _refuse(self, equation: Any, operands: Sequence[Value], why: str) -> None:
+    """Notes for the parameters among the operands that they are in no layer, unless apart."""
     for view in (view for operand in operands for view in operand.views):
       if view.leaf not in self.found.refused:
-        source = _compat.source_of(self.jaxpr, equation)
-        self.found.refused[view.leaf] = f"{why} at {source}" if source else why
+        reason = why + self._source(equation)
+        if self.free:
+          self.new.add((view.leaf, reason))
+        else:
+          self.found.refused[view.leaf] = reason
+
+  def _source(self, equation: Any) -> str:
+    source = _compat.source_of(self.jaxpr, equation)
+    return f" at {source}" if source else ""
+
+
+_SMALL = 64  # constants up to this size are worked out to see whether they are one number
+
+
+def _evaluate(jaxpr: Any, equation: Any, operands: Sequence[Constant]) -> Any:
+  with jax.ensure_compile_time_eval():
+    values = [jnp.asarray(operand.value) for operand in operands]
+    return _compat.evaluate_equation(jaxpr, equation, values)[0]
+
+
+def _apart(operands: Sequence[Value]) -> bool:
+  """Whether some are made of parameters, without the batch, in other ways than as a view."""
+  return any(operand.products or operand.pending for operand in operands)
+
+
+def _order(linear: Linear) -> tuple[bool, int, Key]:
+  """Of several products' outputs that are added, the first is the one that a bias joins."""
+  return linear.factor != 1, linear.leaf, linear.use
+
+
+def _each(linears: Sequence[Linear], function: Callable[[Linear], Linear | None]):
+  """`function` of each, as far as it is not None."""
+  return tuple(after for linear in linears if (after := function(linear)) is not None)
+
+
+def _times(value: Value, number: float) -> Value:
+  """What is known of a value times a number."""
+  scale = lambda view: dataclasses.replace(view, scale=number * view.scale)
+  return dataclasses.replace(
+    value,
+    view=scale(value.view) if value.view else None,
+    parts=tuple(part._replace(view=scale(part.view)) for part in value.parts),
+    linears=_each(value.linears, lambda linear: biases.scaled(linear, number)),
+  )
 
 
 def _unsharded(equation: Any) -> bool:
@@ -367,7 +629,8 @@ def _rules() -> dict[Any, Callable[..., list[Value] | None]]:
     primitives.dot_general_p: _Frame._dot,
     primitives.conv_general_dilated_p: _Frame._convolution,
     primitives.gather_p: _Frame._gather,
-    primitives.add_p: _Frame._add,
+    **dict.fromkeys((primitives.add_p, primitives.sub_p), _Frame._add),
+    **dict.fromkeys((primitives.mul_p, primitives.div_p, primitives.neg_p), _Frame._scale),
     **dict.fromkeys(flow.INLINED, _Frame._inline),
     primitives.scan_p: _Frame._scan,
   }

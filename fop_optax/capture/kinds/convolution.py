@@ -15,7 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from fop_optax import moments
-from fop_optax.capture.values import Atom, Matching
+from fop_optax.capture.values import Atom, Matching, atom
 
 # Patches are formed for about so many bytes of them at a time, which bounds their memory.
 CHUNK_BYTES = {"cpu": 4 * 2**20}
@@ -151,7 +151,7 @@ def match(equation: Any, weight: int) -> Matching | str:
 
 
 def _atoms(*atoms: tuple[str, int, int]) -> tuple[Atom, ...]:
-  return tuple(Atom(kind, (order,), size) for kind, order, size in atoms if size > 1)
+  return tuple(atom(*each) for each in atoms if each[2] > 1)
 
 
 def _chunks(examples: int, at_once: int) -> int:

@@ -5,6 +5,7 @@ the weight, and the rows of the other operand. Stack, inputs and outputs are in 
 weight's own axes, however the product spells them.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
@@ -12,9 +13,7 @@ from typing import Any
 import jax
 
 from fop_optax import moments
-from fop_optax.capture.values import Atom, Matching, Part
-
-Cut = tuple[int, int, int]  # axis, start, size
+from fop_optax.capture.values import Atom, Matching, Part, Window, atom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,24 +27,46 @@ class Dense:
   y_rows: moments.Axes
   y_stack: moments.Axes
   y_out: moments.Axes
-  x_cut: Cut | None = None  # where the weight is one of several joined ones, what it meets of x
-  y_cut: Cut | None = None  # and what of y it makes
+  x_cut: Window | None = None  # where the weight is one of several joined ones, what it meets of x
+  y_cut: Window | None = None  # and what of y it makes
+  repeats: int = 1  # rows that are repeated so often, in y along a new leading axis
 
   kind = "dense"
 
   @property
   def row_axes(self) -> tuple[tuple[int, int], ...]:
-    return tuple(zip(self.x_rows, self.y_rows, strict=True))
+    return () if self.repeats > 1 else tuple(zip(self.x_rows, self.y_rows, strict=True))
+
+  def repeated(self, times: int, x_too: bool) -> "Dense":
+    """The product with a new leading axis of `times` rows in y, and in x if that has it too."""
+    later = lambda axes: tuple(axis + 1 for axis in axes)
+    cut = lambda window: window and window._replace(axis=window.axis + 1)
+    moved = dataclasses.replace(
+      self,
+      y_rows=(0, *later(self.y_rows)),
+      y_stack=later(self.y_stack),
+      y_out=later(self.y_out),
+      y_cut=cut(self.y_cut),
+    )
+    if not x_too:
+      return dataclasses.replace(moved, repeats=times)
+    return dataclasses.replace(
+      moved,
+      x_rows=(0, *later(self.x_rows)),
+      x_stack=later(self.x_stack),
+      x_in=later(self.x_in),
+      x_cut=cut(self.x_cut),
+    )
 
   def input_moment(self, x: jax.Array, bias: bool, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r x_r x_r'`, of `[x_r; 1]` with `bias`."""
     roles = moments.Roles(self.x_rows, self.x_stack, self.x_in)
     x = _cut(x, self.x_cut)
     a = moments.second_moment(x, roles, diagonal, dtype)
-    if not bias:
-      return a
-    n = math.prod(x.shape[axis] for axis in self.x_rows)
-    return moments.with_ones(a, moments.row_sum(x, roles, dtype), n)
+    if bias:
+      n = math.prod(x.shape[axis] for axis in self.x_rows)
+      a = moments.with_ones(a, moments.row_sum(x, roles, dtype), n)
+    return self.repeats * a if self.repeats > 1 else a
 
   def output_moment(self, x: jax.Array, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r dy_r dy_r'`."""
@@ -84,13 +105,15 @@ def match(equation: Any, weight: int, part: Part | None = None) -> Matching:
   order = tuple(axis for group in groups for axis in group)
   steps = (("transpose", order), ("reshape", (stack, inputs, outputs)))
   n = math.prod(x.shape[axis] for axis in x_rows)
-  axes = _atoms(equation.outvars[0].aval.shape, product)
-  return Matching(product, steps, stack, inputs, outputs, n, axes)
+  shape = list(equation.outvars[0].aval.shape)
+  if product.y_cut:
+    shape[product.y_cut.axis] = product.y_cut.size
+  axes = _atoms(shape, product)
+  return Matching(product, steps, stack, inputs, outputs, n, axes, product.y_cut)
 
 
 def _part(product: Dense, part: Part, w_stack, w_in, w_out) -> Dense:
   """The product of one part alone, which meets a part of x and makes a part of y."""
-  span = part.start, part.size
   roles = (
     ("x_cut", w_in, product.x_in),
     ("x_cut", w_stack, product.x_stack),
@@ -98,28 +121,28 @@ def _part(product: Dense, part: Part, w_stack, w_in, w_out) -> Dense:
     ("y_cut", w_out, product.y_out),
   )
   cuts: dict[str, Any] = {
-    name: (axes[sorted(own).index(part.axis)], *span)
+    name: Window(axes[sorted(own).index(part.axis)], part.start, part.size)
     for name, own, axes in roles
     if part.axis in own
   }
   return dataclasses.replace(product, **cuts)
 
 
-def _cut(array: jax.Array, cut: Cut | None) -> jax.Array:
+def _cut(array: jax.Array, cut: Window | None) -> jax.Array:
   if cut is None:
     return array
   axis, start, size = cut
   return jax.lax.slice_in_dim(array, start, start + size, axis=axis)
 
 
-def _atoms(shape: tuple[int, ...], product: Dense) -> tuple[tuple[Atom, ...], ...]:
+def _atoms(shape: Sequence[int], product: Dense) -> tuple[tuple[Atom, ...], ...]:
   """What each axis of the output is made of."""
   axes: list[tuple[Atom, ...]] = [()] * len(shape)
   roles = (("stack", product.y_stack), ("row", product.y_rows), ("out", product.y_out))
   for kind, role in roles:
     for order, axis in enumerate(role):
       if shape[axis] > 1:
-        axes[axis] = (Atom(kind, (order,), shape[axis]),)
+        axes[axis] = (atom(kind, order, shape[axis]),)
   return tuple(axes)
 
 

@@ -13,7 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from fop_optax import moments
-from fop_optax.capture.values import Atom, Matching
+from fop_optax.capture.values import Atom, Matching, atom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,6 @@ def match(equation: Any, weight: int) -> Matching | str:
   for kind, role in (("row", y_rows), ("out", y_out)):
     for order, i in enumerate(role):
       if y.shape[i] > 1:
-        axes[i] = (Atom(kind, (order,), y.shape[i]),)
+        axes[i] = (atom(kind, order, y.shape[i]),)
   rows = math.prod(y.shape[i] for i in y_rows)
   return Matching(product, steps, 1, w.shape[axis], outputs, rows, tuple(axes))
