@@ -77,17 +77,9 @@ class Evaluation:
     for index, equation in enumerate(jaxpr.eqns):
       here = (*path, index)
       operands = [read(atom) for atom in equation.invars]
-      spread = False
-      if here in self.meetings:
-        met = repeated.meet(equation, operands, self.meetings[here])
-        spread = repeated.any_of(operands) and not repeated.any_of(met)
-        operands = met
-      again = repeated.any_of(operands)
-      if spread and equation.primitive is primitives.broadcast_in_dim_p:
-        outputs = operands  # which was all that was to do
-      elif here in self.products:
+      if here in self.products:
         outputs = [self._product(jaxpr, equation, operands, self.products[here], probes)]
-      elif here in self.entered or (again and equation.primitive in NESTED):
+      elif here in self.entered or (equation.primitive in NESTED and repeated.any_of(operands)):
         enter = self._scan if equation.primitive is primitives.scan_p else self._inline
         inside = {key: z for key, z in probes.items() if key.path[: len(here)] == here}
         outputs, found = enter(equation, operands, inside, here, depth)
@@ -95,11 +87,8 @@ class Evaluation:
       elif here in self.marks:
         (value,) = _compat.evaluate_equation(jaxpr, equation, operands)
         outputs, marked[here] = [value + probes[Key(here, MARK)]], operands[0]
-      elif again:
-        evaluate = functools.partial(_compat.evaluate_equation, jaxpr, equation)
-        outputs = repeated.mapped(lambda *values, f=evaluate: f(values), operands)
       else:
-        outputs = _compat.evaluate_equation(jaxpr, equation, operands)
+        outputs = repeated.evaluate(jaxpr, equation, operands, self.meetings.get(here))
       env.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars], marked
 
@@ -107,11 +96,7 @@ class Evaluation:
     """A product, or a sum with a table, that forms statistics in its backward pass."""
     use = self.uses[keys[0]]
     x = operands[1 - use.product.weight]
-    evaluate = lambda *values: _compat.evaluate_equation(jaxpr, equation, values)
-    if repeated.any_of(operands):
-      (y,) = repeated.mapped(evaluate, operands)
-    else:
-      (y,) = evaluate(*operands)
+    (y,) = repeated.evaluate(jaxpr, equation, operands, None)
     moments, zeros = [self.moments[key] for key in keys], [probes[key] for key in keys]
     if not use.repeats:
       return form_moments(moments, x, y, zeros, self.refresh)

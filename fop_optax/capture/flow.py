@@ -143,7 +143,7 @@ def terms(
 
   def note(variables, flags):
     for v, flag in zip(variables, flags, strict=True):
-      if flag is not None and _is_variable(v):
+      if flag is not None and _is_variable(v) and differentiable(v):
         (good if flag else bad).add(v)
 
   note(jaxpr.outvars, affine)

@@ -20,15 +20,18 @@ def printable(path: tuple[Any, ...]) -> str:
 def table(layers: Layers, fallbacks: Mapping[str, str]) -> str:
   """One row a parameter: its layer, factor sizes and uses, or why it is in none."""
   rows = [("parameter", "shape", "layer", "factors", "uses")]
-  covered = set()
+  covered = layers.covered
+  owners: dict[int, list[str]] = {}  # of a bias: several layers where it has a part of each
   for layer in layers:
-    covered.add(layer.weight)
+    for leaf in layer.leaves[1:]:
+      owners.setdefault(leaf, []).append(layer.path)
+  for layer in layers:
     shape = _shape(layers.shapes[layer.weight])
     rows.append((layer.path, shape, layer.kind, _factors(layer), str(layer.uses)))
-    for bias in dict.fromkeys(bias.leaf for bias in layer.biases):
-      covered.add(bias)
-      shape = _shape(layers.shapes[bias])
-      rows.append((layers.paths[bias], shape, f"bias of {layer.path}", "", ""))
+    for leaf in layer.leaves[1:]:
+      if owners[leaf][0] == layer.path:
+        shape = _shape(layers.shapes[leaf])
+        rows.append((layers.paths[leaf], shape, f"bias of {', '.join(owners[leaf])}", "", ""))
   for path, shape in zip(layers.paths, layers.shapes, strict=True):
     if path in fallbacks:
       rows.append((path, _shape(shape), f"fallback: {fallbacks[path]}", "", ""))

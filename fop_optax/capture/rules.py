@@ -100,21 +100,48 @@ def viewed(view: values.ParamView, taken: views.View, shape: tuple[int, ...]) ->
   return dataclasses.replace(view, steps=view.steps + taken, shape=shape, vector=vector)
 
 
-def parts_after(parts: tuple[values.Part, ...], taken: Steps) -> tuple[values.Part, ...] | None:
-  """Parts of a variable after the steps of one equation; None where they do not stay parts."""
-  (steps,) = taken if len(taken) == 1 else (None,)
-  if steps == ():
-    return parts
-  if steps is None or [step[0] for step in steps] != ["transpose"]:
+def parts_after(
+  parts: tuple[values.Part, ...], taken: views.View, shape: tuple[int, ...]
+) -> tuple[values.Part, ...] | None:
+  """Parts of a variable after steps that lead to `shape`; None where they do not stay parts."""
+  for name, *args in taken:
+    if name == "transpose":
+      (permutation,) = args
+      parts = tuple(
+        part._replace(
+          view=viewed(
+            part.view,
+            (("transpose", permutation),),
+            tuple(part.view.shape[axis] for axis in permutation),
+          ),
+          axis=permutation.index(part.axis),
+        )
+        for part in parts
+      )
+    elif name == "reshape":
+      moved = [_with_ones(part, parts, *args) for part in parts]
+      if None in moved:
+        return None
+      parts = tuple(moved)
+    else:
+      return None
+  return parts
+
+
+def _with_ones(
+  part: values.Part, parts: tuple[values.Part, ...], shape: tuple[int, ...]
+) -> values.Part | None:
+  """A part after a reshape that adds or removes axes of size one only."""
+  before = list(part.view.shape)
+  before[part.axis] = sum(each.size for each in parts)
+  if [size for size in before if size > 1] != [size for size in shape if size > 1]:
     return None
-  ((_, permutation),) = steps
-  return tuple(
-    part._replace(
-      view=viewed(part.view, steps, tuple(part.view.shape[axis] for axis in permutation)),
-      axis=permutation.index(part.axis),
-    )
-    for part in parts
-  )
+  nth = sum(size > 1 for size in before[: part.axis])
+  long = [axis for axis, size in enumerate(shape) if size > 1]
+  if before[part.axis] == 1 or nth >= len(long):
+    return None
+  own = tuple(part.size if axis == long[nth] else size for axis, size in enumerate(shape))
+  return part._replace(view=viewed(part.view, (("reshape", own),), own), axis=long[nth])
 
 
 def broadcast_core(equation: Any, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from jax.extend.core import primitives
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture import biases, flow, rules
+from fop_optax.capture import biases, flow, repeated, rules
 from fop_optax.capture.growth import Growth
 from fop_optax.capture.kinds import convolution, dense, lookup, table
 from fop_optax.capture.values import (
@@ -53,6 +53,7 @@ _WHOLE = {
   primitives.add_p: "it is added to something that is not the output of one layer (`add`)",
   primitives.select_n_p: "it is masked or chosen entry by entry (`select_n`)",
 }
+_REPEATED = "its entries are repeated before it is used"
 # Equations of several operands of one shape, or of 1 where that is longer: entry by entry.
 _ENTRYWISE = frozenset((
   primitives.add_p, primitives.add_jaxvals_p, primitives.sub_p, primitives.mul_p,
@@ -240,6 +241,10 @@ class _Frame:
       dims = equation.params["broadcast_dimensions"]
     elif equation.primitive in _ENTRYWISE:
       dims = range(len(variable.aval.shape))
+    elif equation.primitive is primitives.dot_general_p:
+      free = repeated.free_axes(equation, 1 - equation.invars.index(variable))
+      axes = [axis for axis in self.grows.get(out, ()) if axis in free]
+      return axes[0] if len(axes) == 1 else None
     else:
       return None
     own = dict(zip(dims, variable.aval.shape, strict=True))
@@ -290,18 +295,18 @@ class _Frame:
     """Casts, reshapes, transposes, slices: views stay views."""
     value = operands[0]
     taken = rules.steps()[equation.primitive](equation)
-    if taken is not None and value.parts:
-      parts = rules.parts_after(value.parts, taken)
-      if parts:
-        return [Value(parts=parts)]
-      return self._refuse(equation, operands, _WHOLE[primitives.concatenate_p])
     if taken is None:
       return self._whole(index, equation, operands)
     shapes = [tuple(variable.aval.shape) for variable in equation.outvars]
+    if value.parts:
+      parts = rules.parts_after(value.parts, taken[0], shapes[0]) if len(taken) == 1 else None
+      if parts:
+        return [Value(parts=parts)]
+      return self._refuse(equation, operands, _WHOLE[primitives.concatenate_p])
     before = tuple(equation.invars[0].aval.shape)
     if value.view and self._repeated(equation.invars[0], value.view):
       if any(taken):
-        return self._refuse(equation, operands, "its entries are repeated before it is used")
+        return self._refuse(equation, operands, _REPEATED)
       shapes = [value.view.shape]
     return [
       Value(
@@ -314,8 +319,12 @@ class _Frame:
   def _broadcast(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """New axes of size one, or repetition, which only a bias may undergo."""
     value = operands[0]
-    if len(operands) > 1 or value.parts:
+    if len(operands) > 1:
       return self._whole(index, equation, operands)
+    if value.parts:
+      ones = rules.broadcast_core(equation, tuple(equation.invars[0].aval.shape))
+      parts = rules.parts_after(value.parts, (("reshape", ones),), ones)
+      return [Value(parts=parts)] if parts else self._whole(index, equation, operands)
     view, linears = value.view, value.linears
     if view:
       core_shape = rules.broadcast_core(equation, view.shape)
@@ -343,6 +352,12 @@ class _Frame:
         number = 1 / number
       if number:
         return [_times(value, number)]
+    masks = any(
+      not operand.tainted and variable.aval.size > 1
+      for operand, variable in zip(operands, equation.invars, strict=True)
+    )
+    if masks and equation.primitive is primitives.mul_p:
+      return self._refuse(equation, operands, "it is masked or scaled entry by entry (`mul`)")
     return self._whole(index, equation, operands)
 
   def _dot(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
@@ -374,13 +389,15 @@ class _Frame:
     if operands[side].parts:
       if match is not dense.match:
         return self._whole(index, equation, operands)
+      if any(self._repeated(equation.invars[side], *part[:2]) for part in operands[side].parts):
+        return self._refuse(equation, operands, _REPEATED)
       uses = []
       for number, part in enumerate(operands[side].parts):
         uses.append(self._use(index, equation, match(equation, side, part), part.view, number))
       beside = tuple(linear for linear in uses if linear.window)
       return [Value(linears=beside or (min(uses, key=_order),))]
     if view is None or self._repeated(equation.invars[side], view):
-      return self._refuse(equation, operands, "its entries are repeated before it is used")
+      return self._refuse(equation, operands, _REPEATED)
     matching = match(equation, side)
     if isinstance(matching, str):
       return self._refuse(equation, operands, matching)
@@ -520,7 +537,7 @@ class _Frame:
         self._whole(index, equation, [operand])
       elif operand.view and i >= consts + carry:
         if self._repeated(equation.invars[i], operand.view):
-          self._refuse(equation, [operand], "its entries are repeated before it is used")
+          self._refuse(equation, [operand], _REPEATED)
         else:
           view = rules.viewed(operand.view, (("scan", length),), operand.view.shape[1:])
           view = dataclasses.replace(view, levels=(*view.levels, depth))
@@ -560,8 +577,10 @@ class _Frame:
     """Which outputs of an equation the loss is a sum of; None for those no gradient comes to."""
     return [v in self.terms if v in self.wanted else None for v in equation.outvars]
 
-  def _repeated(self, variable: Any, view: ParamView) -> bool:
-    return view.shape != tuple(variable.aval.shape)
+  def _repeated(self, variable: Any, view: ParamView, joined: int | None = None) -> bool:
+    """Whether a variable repeats the entries of a view; along the `joined` axis it is a part."""
+    pairs = enumerate(zip(view.shape, variable.aval.shape, strict=True))
+    return any(ours != size for axis, (ours, size) in pairs if axis != joined)
 
   def _refuse(self, equation: Any, operands: Sequence[Value], why: str) -> None:
     """Notes for the parameters among the operands that they are in no layer, unless apart."""
