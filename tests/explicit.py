@@ -99,12 +99,18 @@ def _group(loss, params, x, y, terms) -> Explicit:
 
 def _matrix(uses, scale) -> Matrix:
   """Statistics of one matrix: `A` a mean over the rows of all its uses, `G` a scaled sum."""
-  _, w, b, _ = uses[0]
-  inputs = np.concatenate([_rows(x) for x, *_ in uses])
-  inputs = np.concatenate([inputs, np.ones_like(inputs[:, :1])], axis=1)
+  w, biases = uses[0][1], [b for _, _, b, _ in uses if b is not None]
+  b = biases[0] if biases else None
+  inputs = np.concatenate([_homogeneous(_rows(x), own, not biases) for x, _, own, _ in uses])
   dys = np.concatenate([_rows(dy) for *_, dy in uses])
   A, G = inputs.T @ inputs / len(inputs), scale * (dys.T @ dys)
   return Matrix(np.asarray(w, float), None if b is None else np.asarray(b, float), A, G)
+
+
+def _homogeneous(rows, b, always) -> np.ndarray:
+  """Rows with a last coordinate of 1, or 0 where no bias is added that is added elsewhere."""
+  ones = np.ones_like(rows[:, :1])
+  return np.concatenate([rows, ones if always or b is not None else 0 * ones], axis=1)
 
 
 def _rows(array) -> np.ndarray:
