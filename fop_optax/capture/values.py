@@ -232,6 +232,7 @@ class Use:
     rows: rows that the weight is applied to in one evaluation of the loss.
     batch: whether the other operand depends on the batch.
     loop: path of the innermost scan that it stands in.
+    each: whether it stands in a scan over examples.
     source: source line of the equation.
     scale: of the weight where it is used; it counts as a scale of the inputs.
     repeats: of a product with a constant that meets the batch: how often it is repeated there.
@@ -248,6 +249,7 @@ class Use:
   rows: int
   batch: bool
   loop: Path
+  each: bool
   source: str
   scale: float = 1.0
   repeats: int = 0

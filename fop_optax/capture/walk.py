@@ -51,6 +51,7 @@ _WHOLE = {
   primitives.mul_p: "it is multiplied entry by entry, or by a number that is not fixed (`mul`)",
   primitives.div_p: "it is divided entry by entry, or by a number that is not fixed (`div`)",
   primitives.add_p: "it is added to something that is not the output of one layer (`add`)",
+  primitives.sub_p: "it is added to something that is not the output of one layer (`sub`)",
   primitives.select_n_p: "it is masked or chosen entry by entry (`select_n`)",
 }
 _REPEATED = "its entries are repeated before it is used"
@@ -106,7 +107,8 @@ def walk(
   ]
   inputs += [Value(batch=flag) for flag in batch]
   aux = len(jaxpr.outvars) - 1
-  frame = _Frame(jaxpr, [True] + [False] * aux, [True] + [None] * aux, (), (), (), found, growth)
+  needed, affine = [True] + [False] * aux, [True] + [None] * aux
+  frame = _Frame(jaxpr, needed, affine, (), (), (), False, found, growth)
   frame.run(inputs, consts)
   for leaf, why in frame.pending:
     found.apart.setdefault(leaf, why)
@@ -117,7 +119,8 @@ def walk(
 class _Frame:
   """The walk of one jaxpr: at `path`, within scans of lengths `scans`, the innermost at `loop`.
 
-  `needed` says which outputs a gradient comes back to, `affine` which of them the loss is a sum of.
+  `each` says whether one of these scans goes over examples, `needed` which outputs a gradient comes
+  back to, `affine` which of them the loss is a sum of.
   """
 
   jaxpr: Any
@@ -126,6 +129,7 @@ class _Frame:
   path: Path
   scans: tuple[int, ...]
   loop: Path
+  each: bool
   found: Found
   growth: Growth | None
 
@@ -255,6 +259,9 @@ class _Frame:
     """Notes how often the rows of products with a constant are repeated."""
     for key in keys:
       use = self.found.uses[key]
+      if use.each:  # a scan over the examples repeats it
+        self.found.uses[key] = dataclasses.replace(use, batch=True)
+        continue
       times = 0 if axis is None else equation.outvars[0].aval.shape[axis]
       possible = times and use.product.kind == "dense" and use.loop == self.loop[: len(use.loop)]
       if not possible or use.repeats not in (0, times):
@@ -421,6 +428,7 @@ class _Frame:
       rows=matching.rows * math.prod(self.scans) // within,
       batch=not self.free,
       loop=self.loop,
+      each=self.each,
       source=_compat.source_of(self.jaxpr, equation),
       scale=view.scale,
     )
@@ -444,7 +452,7 @@ class _Frame:
     if len(holders) == 2:
       return self._whole(index, equation, operands)
     (holder,) = holders
-    why = self._bias(holder, sums[0], shape) if sums else _WHOLE[primitives.add_p]
+    why = self._bias(holder, sums[0], shape) if sums else _WHOLE[equation.primitive]
     if why:
       view, side = holder.view, int(bool(operands[1].views))
       matching = table.match(equation, side, view) if view and not self.free else None
@@ -501,6 +509,7 @@ class _Frame:
       (*self.path, index),
       self.scans,
       self.loop,
+      self.each,
       self.found,
       self.growth,
     )
@@ -517,6 +526,7 @@ class _Frame:
     consts, carry = _compat.scan_split(equation.params, len(operands))
     length, depth = int(equation.params["length"]), len(self.scans)
     flags, batch = flow.scan_depends(equation, [operand.batch for operand in operands])
+    batch = [flag or v in self.grows for flag, v in zip(batch, equation.outvars, strict=True)]
     tainted, _ = flow.scan_depends(equation, [operand.tainted for operand in operands])
     needed, _ = flow.scan_relevant(equation, self._needed(equation))
     self._refuse(
@@ -546,7 +556,9 @@ class _Frame:
     self._leave(equation, equation.invars[consts:], operands[consts:], flags)
     affine, _ = flow.scan_terms(equation, self._affine(equation), [o.tainted for o in operands])
     path, scans = (*self.path, index), (*self.scans, length)
-    frame = _Frame(body, needed, affine, path, scans, path, self.found, self.growth)
+    over = (*equation.invars[consts + carry :], *equation.outvars[carry:])
+    each = self.each or any(0 in self.grows.get(v, ()) for v in over)
+    frame = _Frame(body, needed, affine, path, scans, path, each, self.found, self.growth)
     outputs = self._descend(frame, inputs, constants)
     leaving = [out for out, need in zip(outputs, needed, strict=True) if need]
     self._refuse(equation, leaving, "it leaves a `scan` as an output")
