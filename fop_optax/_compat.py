@@ -79,4 +79,10 @@ def unexported() -> Mapping[str, Any]:
   pieces = primitives_of(list, (2, 2))
   if len(pieces) == 1:  # from 0.11 one `unstack`; before, slices
     found["unstack"] = pieces[0]
+  tiled = primitives_of(lambda x: jax.numpy.tile(x, 2), (4,))
+  if len(tiled) == 1:  # from 0.10.2 one `tile`; before, a broadcast and a reshape
+    found["tile"] = tiled[0]
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  found["reshard"] = primitives_of(lambda x: jax.reshard(x, whole), (4,))[0]
   return found

@@ -1,11 +1,13 @@
 """Second moments over the rows of an array: the arithmetic of Kronecker statistics."""
 
+from collections.abc import Sequence
 import math
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 Axes = tuple[int, ...]
 
@@ -57,6 +59,14 @@ def row_sum(v: jax.Array, roles: Roles, dtype: Any) -> jax.Array:
   n_stack = math.prod(v.shape[i] for i in stack)
   moved = v.transpose(*rows, *stack, *features)
   return jnp.sum(moved, axis=range(len(rows)), dtype=dtype).reshape(n_stack, -1)
+
+
+def added_up(a: jax.Array, axis: int, indices: Sequence[int]) -> jax.Array:
+  """Sums of the entries of `a` along an axis that have the same index; -1 leaves an entry out."""
+  count = max(indices) + 1
+  to = np.where(np.array(indices) < 0, count, indices)
+  zeros = jnp.zeros((*a.shape[:axis], count, *a.shape[axis + 1 :]), a.dtype)
+  return zeros.at[(*(slice(None),) * axis, to)].add(a, mode="drop")
 
 
 def with_ones(a: jax.Array, m: jax.Array, n: int) -> jax.Array:

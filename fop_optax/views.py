@@ -1,8 +1,9 @@
 """Views: how a parameter reaches the product it is used in, kept as plain data.
 
 A view is a tuple of steps that take a parameter leaf to the weight as its layer sees it. Every step
-moves or selects entries and computes nothing, so that a view is linear: replayed on a gradient it
-gives the gradient of the weight as used, and its transpose brings a direction back to the leaf.
+moves, selects or repeats entries and computes nothing, so that a view is linear. That of a layer
+reads no entry twice: replayed on a gradient it gives the gradient of the weight as used, and its
+transpose brings a direction back to the leaf.
 Being tuples of strings and integers, views hash, compare and pickle by value. Casts are no steps:
 transposed through bfloat16 they would round a float32 direction.
 
@@ -13,6 +14,8 @@ step                                    meaning
 ``("transpose", permutation)``          axes permuted
 ``("rev", axes)``                       axes reversed
 ``("slice", start, limit, strides)``    strided rectangle
+``("take", axis, indices)``             entries chosen along an axis, some of them twice perhaps;
+                                        an index of -1 makes zeros
 ``("scan", length)``                    the leading axis is one that `jax.lax.scan` goes over;
                                         the steps that follow act on its slices
 ``("stack",)``                          ends all scans: their axes and the slices' leading one
@@ -20,7 +23,7 @@ step                                    meaning
 ======================================  ==========================================================
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
@@ -57,7 +60,15 @@ def transpose(view: View, cotangent: jax.Array, shape: tuple[int, ...]) -> jax.A
 
 def shape_of(view: View, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Shape of `replay(view, leaf)` for a leaf of `shape`, scanned axes first."""
-  return replay(view, np.broadcast_to(np.int8(0), shape)).shape  # strides of 0: takes no memory
+  lead: tuple[int, ...] = ()
+  for name, *args in view:
+    if name == "scan":
+      lead, shape = (*lead, shape[0]), shape[1:]
+    elif name == "stack":
+      lead, shape = (), (math.prod((*lead, shape[0])), *shape[1:])
+    else:
+      shape = _SHAPE[name](shape, *args)
+  return (*lead, *shape)
 
 
 def simplify(view: View, shape: tuple[int, ...]) -> View:
@@ -78,8 +89,21 @@ def simplify(view: View, shape: tuple[int, ...]) -> View:
       continue
     if step[0] == "slice" and step == full_slice(before):
       continue
+    if step[0] == "take" and step[2] == tuple(range(before[step[1]])):
+      continue
     kept.append(step)
   return tuple(kept) if len(kept) == len(view) else simplify(tuple(kept), shape)
+
+
+def take(shape: tuple[int, ...], axis: int, indices: Sequence[int]) -> Step:
+  """The step that takes `indices` along an axis: a slice where they go up evenly."""
+  stride = indices[1] - indices[0] if len(indices) > 1 else 1
+  first, stop = (indices[0], indices[-1] + 1) if len(indices) else (0, 0)
+  if first < 0 or stride < 1 or list(indices) != list(range(first, stop, stride)):
+    return ("take", axis, tuple(map(int, indices)))
+  _, *edges = full_slice(shape)
+  own = (int(first), int(stop), int(stride))
+  return ("slice", *((*e[:axis], n, *e[axis + 1 :]) for e, n in zip(edges, own, strict=True)))
 
 
 def full_slice(shape: tuple[int, ...]) -> Step:
@@ -87,8 +111,27 @@ def full_slice(shape: tuple[int, ...]) -> Step:
   return ("slice", (0,) * len(shape), tuple(shape), (1,) * len(shape))
 
 
+def runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[slice, slice]]:
+  """The finest runs of axes that a reshape from `old` to `new` sizes maps to one another."""
+  out, a, c = [], 0, 0
+  while a < len(old) or c < len(new):
+    b, d = a + (a < len(old)), c + (c < len(new))
+    while math.prod(old[a:b]) != math.prod(new[c:d]):
+      if math.prod(old[a:b]) < math.prod(new[c:d]):
+        b += 1
+      else:
+        d += 1
+    while b < len(old) and old[b] == 1:  # an axis of one entry is no run of its own
+      b += 1
+    while d < len(new) and new[d] == 1:
+      d += 1
+    out.append((slice(a, b), slice(c, d)))
+    a, c = b, d
+  return out
+
+
 def index_map(view: View, shape: tuple[int, ...]) -> np.ndarray:
-  """Which entry of the leaf (row-major) stands at each place of the view."""
+  """Which entry of the leaf (row-major) stands at each place of the view, -1 for a zero."""
   return replay(view, np.arange(math.prod(shape)).reshape(shape))
 
 
@@ -102,6 +145,18 @@ def _numpy_slice(leaf, levels, start, limit, strides):
   return leaf[(slice(None),) * levels + window]
 
 
+def _lax_take(leaf, levels, axis, indices):
+  at = (slice(None),) * (levels + axis)
+  index = np.array(indices, np.int32)
+  return leaf.at[(*at, index)].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def _numpy_take(leaf, levels, axis, indices):
+  taken = np.take(leaf, indices, levels + axis)
+  zeros = (np.array(indices, int) < 0).reshape(-1, *[1] * (taken.ndim - levels - axis - 1))
+  return np.where(zeros, -1, taken)
+
+
 def _permutation(levels, permutation):
   return (*range(levels), *(levels + axis for axis in permutation))
 
@@ -111,10 +166,19 @@ _LAX: dict[str, Callable[..., jax.Array]] = {
   "transpose": lambda leaf, levels, perm: lax.transpose(leaf, _permutation(levels, perm)),
   "rev": lambda leaf, levels, axes: lax.rev(leaf, tuple(levels + axis for axis in axes)),
   "slice": _lax_slice,
+  "take": _lax_take,
 }
 _NUMPY: dict[str, Callable[..., np.ndarray]] = {
   "reshape": lambda leaf, levels, shape: leaf.reshape(leaf.shape[:levels] + shape),
   "transpose": lambda leaf, levels, perm: leaf.transpose(_permutation(levels, perm)),
   "rev": lambda leaf, levels, axes: np.flip(leaf, tuple(levels + axis for axis in axes)),
   "slice": _numpy_slice,
+  "take": _numpy_take,
+}
+_SHAPE: dict[str, Callable[..., tuple[int, ...]]] = {
+  "reshape": lambda before, shape: shape,
+  "transpose": lambda before, permutation: tuple(before[axis] for axis in permutation),
+  "rev": lambda before, axes: before,
+  "slice": lambda before, *edges: tuple(len(range(*e)) for e in zip(*edges, strict=True)),
+  "take": lambda before, axis, indices: (*before[:axis], len(indices), *before[axis + 1 :]),
 }

@@ -180,5 +180,6 @@ def moments_of(
       scale=(share / (rows + fixed / chunks), float(use.rows if use.fixed else examples * terms)),
       examples=examples,
       every=1 if use.fixed else every,
+      fold=use.fold,
     )
   return out

@@ -9,6 +9,15 @@ import jax.numpy as jnp
 
 from fop_optax import _compat
 
+# Their derivative is zero wherever there is one, as AD has it. Integers and bools have none either.
+FLAT = (
+  primitives.stop_gradient_p,
+  primitives.sign_p,
+  primitives.round_p,
+  primitives.floor_p,
+  primitives.ceil_p,
+  primitives.bitcast_convert_type_p,
+)
 INLINED = (primitives.jit_p, primitives.remat_p, primitives.closed_call_p)
 
 
@@ -22,11 +31,17 @@ def differentiable(variable: Any) -> bool:
   return jnp.issubdtype(variable.aval.dtype, jnp.inexact)
 
 
+def carries(equation: Any) -> bool:
+  """Whether a gradient can come through an equation."""
+  return equation.primitive not in FLAT and any(map(differentiable, equation.outvars))
+
+
 def relevant(jaxpr: Any, needed: Sequence[bool]) -> tuple[set[int], set[Any]]:
   """The equations through which a gradient of the `needed` outputs flows.
 
-  What a loss computes beside its value (metrics, the step after `stop_gradient`) takes no part in
-  the gradient, so that a parameter's use there says nothing of its curvature.
+  What a loss computes beside its value (metrics, what goes into a `stop_gradient`, a `round` or a
+  comparison) takes no part in the gradient, so that a parameter's use there says nothing of its
+  curvature.
 
   Returns:
     The indices of the equations, and the variables that a gradient reaches.
@@ -36,7 +51,7 @@ def relevant(jaxpr: Any, needed: Sequence[bool]) -> tuple[set[int], set[Any]]:
   live = set()
   for index, equation in reversed(list(enumerate(jaxpr.eqns))):
     outputs = [v in wanted for v in equation.outvars]
-    if not any(outputs) or equation.primitive is primitives.stop_gradient_p:
+    if not any(outputs) or equation.primitive in FLAT:
       continue
     live.add(index)
     for v, need in zip(equation.invars, _relevant_operands(equation, outputs), strict=True):

@@ -104,10 +104,11 @@ def _product(equation: Any, operands: Sequence[Any], side: int, axis: int) -> ja
   contracted[side] = tuple(i + 1 for i in contracted[side])
   shared[side] = (0, *(i + 1 for i in shared[side]))
   shared[1 - side] = (free_axes(equation, 1 - side)[axis], *shared[1 - side])
-  arrays = [each.rows if isinstance(each, Repeated) else each for each in operands]
+  left, right = (each.rows if isinstance(each, Repeated) else each for each in operands)
   params = equation.params
   out = lax.dot_general(
-    *arrays,
+    left,
+    right,
     (tuple(contracted), tuple(shared)),
     precision=params["precision"],
     preferred_element_type=params["preferred_element_type"],

@@ -2,18 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fop_optax import views
+from fop_optax.capture.entries import Entries
 from fop_optax.capture.homogeneous import Block, join_biases
-from fop_optax.capture.values import Key, Use
+from fop_optax.capture.values import ONE_HOT, Key, Use
 from fop_optax.capture.walk import Found
 from fop_optax.layers import Bias, Layer
-
-ONE_HOT = frozenset(("lookup", "table"))  # kinds whose rows have one entry: diagonal factors
 
 
 class Place(NamedTuple):
@@ -161,25 +157,23 @@ def _blocks(uses: list[Use], shape: tuple[int, ...]) -> list[Block] | str:
     by_view.setdefault((use.view, use.stack), []).append(use)
   if len(by_view) == 1:
     return [Block(uses, [])]
-  merged: list[tuple[np.ndarray, Block]] = []
-  owner = np.full(math.prod(shape), -1)
+  merged: list[tuple[Entries, Block]] = []
   for same in by_view.values():
-    index = views.index_map(same[0].view, shape)
-    owners = np.unique(owner[index])
-    if owners.size == 1 and owners[0] == -1:
-      owner[index] = len(merged)
-      merged.append((index, Block(same, [])))
-      continue
-    first, block = merged[owners[-1]]
-    where = f"at {block.straight[0].source} and {same[0].source}"
-    if owners.size > 1 or first.size != index.size:
-      return f"overlapping parts of it are used, {where}"
-    if np.array_equal(first, index):
-      block.straight.extend(same)
-    elif np.array_equal(first, index.swapaxes(1, 2)):
-      block.flipped.extend(same)
+    own = Entries(same[0].view, shape)
+    for first, block in merged:
+      if first.equal(own):
+        block.straight.extend(same)
+        break
+      if first.equal(own, flipped=True):
+        block.flipped.extend(same)
+        break
+      if not first.disjoint(own):
+        where = f"at {block.straight[0].source} and {same[0].source}"
+        if first.same_set(own):
+          return f"it is used in two orders of its entries, {where}"
+        return f"overlapping parts of it are used, {where}"
     else:
-      return f"it is used in two orders of its entries, {where}"
+      merged.append((own, Block(same, [])))
   return [block for _, block in merged]
 
 

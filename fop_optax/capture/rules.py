@@ -4,14 +4,16 @@ A primitive that is not in `STEPS`, nor handled by `walk`, makes no view: a para
 is left to the fallback, with the equation as the reason.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import itertools
 from typing import Any
 
+from jax import lax
 from jax.extend.core import primitives
 import jax.numpy as jnp
+import numpy as np
 
 from fop_optax import _compat, views
 from fop_optax.capture import values
@@ -63,6 +65,20 @@ def _unstack(equation: Any) -> Steps:
   return [(*piece, ("reshape", (*shape[:axis], *shape[axis + 1 :]))) for piece in pieces]
 
 
+def _pad(equation: Any) -> Steps:
+  steps: list[views.Step] = []
+  shape = tuple(equation.invars[0].aval.shape)
+  for axis, edges in enumerate(equation.params["padding_config"]):
+    low, high, interior = map(int, edges)
+    indices = np.full(max(shape[axis] + (shape[axis] - 1) * interior, 0), -1)
+    indices[:: interior + 1] = np.arange(shape[axis])
+    indices = np.pad(indices, (max(low, 0), max(high, 0)), constant_values=-1)
+    indices = indices[max(-low, 0) : len(indices) - max(-high, 0)]
+    if len(indices) != shape[axis] or -1 in indices:
+      steps.append(("take", axis, tuple(indices.tolist())))
+  return [tuple(steps)]
+
+
 def _pieces(equation: Any, axis: int, sizes: Any) -> Steps:
   shape = tuple(equation.invars[0].aval.shape)
   steps, start = [], 0
@@ -87,8 +103,10 @@ def steps() -> dict[Any, Callable[[Any], Steps | None]]:
     primitives.transpose_p: _transpose,
     primitives.rev_p: _rev,
     primitives.slice_p: _slice,
+    primitives.pad_p: _pad,
+    primitives.sharding_constraint_p: _unchanged,
   }
-  for name, rule in (("split", _split), ("unstack", _unstack)):
+  for name, rule in (("split", _split), ("unstack", _unstack), ("reshard", _unchanged)):
     if name in _compat.unexported():
       table[_compat.unexported()[name]] = rule
   return table
@@ -98,6 +116,129 @@ def viewed(view: values.ParamView, taken: views.View, shape: tuple[int, ...]) ->
   """`view` after the steps `taken`, which lead to `shape`."""
   vector = view.vector or sum(size > 1 for size in view.shape) < 2
   return dataclasses.replace(view, steps=view.steps + taken, shape=shape, vector=vector)
+
+
+def moved(view: values.ParamView, taken: views.View, before: tuple[int, ...]) -> values.ParamView:
+  """`view`, of a variable of shape `before`, after the steps `taken` of one equation.
+
+  Axes along which a broadcast repeats entries stay so where the steps leave them whole; else the
+  repetition becomes a step.
+  """
+  for step in taken:
+    sizes = views.shape_of((step,), before)
+    own = _repeated_after(step, view.shape, before, sizes)
+    if own is None:
+      view, own = written_out(view, before), sizes
+    if step[0] == "reshape":
+      step = ("reshape", own)
+    view, before = viewed(view, (step,), own), sizes
+  return view
+
+
+def _repeated_after(
+  step: views.Step, own: tuple[int, ...], before: tuple[int, ...], after: tuple[int, ...]
+) -> tuple[int, ...] | None:
+  """What becomes of a shape with 1 on repeated axes; None if they do not stay axes."""
+  if own == before:
+    return after
+  if step[0] == "transpose":
+    return views.shape_of((step,), own)
+  if step[0] != "reshape":
+    return None
+  sizes: list[int] = []
+  for old, new in views.runs(before, after):
+    if own[old] == before[old]:
+      sizes += after[new]
+    elif max(own[old]) == 1:
+      sizes += [1] * len(after[new])
+    else:
+      return None
+  return tuple(sizes)
+
+
+def written_out(
+  view: values.ParamView, shape: tuple[int, ...], keep: Sequence[int] = ()
+) -> values.ParamView:
+  """`view` with the repetitions that lead to `shape` as steps, but for those along axes `keep`."""
+  for axis, size in enumerate(shape):
+    if view.shape[axis] != size and axis not in keep:
+      own = (*view.shape[:axis], size, *view.shape[axis + 1 :])
+      view = dataclasses.replace(view, steps=(*view.steps, ("take", axis, (0,) * size)), shape=own)
+  return view
+
+
+def tiled(
+  view: values.ParamView, shape: tuple[int, ...], reps: tuple[int, ...]
+) -> values.ParamView:
+  """`view`, of a variable of `shape`, repeated `reps` times along each axis, new ones first."""
+  new = (1,) * (len(reps) - len(shape))
+  reps = (1,) * (len(shape) - len(reps)) + tuple(map(int, reps))
+  view = moved(view, (("reshape", new + shape),), shape)
+  for axis, (own, size, times) in enumerate(zip(view.shape, new + shape, reps, strict=True)):
+    if own > 1 and times > 1:
+      step = ("take", axis, tuple(range(size)) * times)
+      view = viewed(view, (step,), views.shape_of((step,), view.shape))
+  return view
+
+
+def scanned(view: values.ParamView, length: int, depth: int) -> values.ParamView:
+  """What one step of a scan at `depth` sees of `view`: a slice, or all if they are repeated."""
+  if view.shape[0] != length:
+    return moved(view, (("reshape", view.shape[1:]),), view.shape)
+  view = viewed(view, (("scan", length),), view.shape[1:])
+  return dataclasses.replace(view, levels=(*view.levels, depth))
+
+
+def joined(pieces: Sequence[values.ParamView], axis: int) -> values.ParamView | None:
+  """One view of pieces of one parameter side by side, as `jnp.roll` makes them; None if unlike."""
+  like, indices = set(), []
+  for view in pieces:
+    before, edges = view.steps, [(0, size, 1) for size in view.shape]
+    if before and before[-1][0] == "slice":
+      before, edges = before[:-1], list(zip(*before[-1][1:], strict=True))
+    indices += range(*edges[axis])
+    edges[axis] = (0, 0, 1)  # where a piece starts and ends is in `indices`
+    like.add((view.leaf, view.levels, before, tuple(edges)))
+  if len(like) > 1:
+    return None
+  ((_, _, before, edges),) = like
+  edges = [*edges[:axis], (0, len(indices), 1), *edges[axis + 1 :]]
+  steps = (*before, ("take", axis, tuple(indices)), ("slice", *zip(*edges, strict=True)))
+  shape = tuple(len(range(*edge)) for edge in edges)
+  return viewed(dataclasses.replace(pieces[0], steps=()), steps, shape)
+
+
+def gathered(equation: Any, indices: np.ndarray) -> views.View | None:
+  """Steps that a `gather` at known indices is, of whole slices along one axis; else None."""
+  numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+  shape, y = tuple(equation.invars[0].aval.shape), equation.outvars[0].aval
+  if len(numbers.collapsed_slice_dims) != 1 or numbers.operand_batching_dims:
+    return None
+  (axis,) = numbers.collapsed_slice_dims
+  starts = dict(zip(numbers.start_index_map, np.moveaxis(indices, -1, 0), strict=True))
+  if equation.params["mode"] == lax.GatherScatterMode.CLIP:
+    starts = {i: np.clip(start, 0, shape[i] - sizes[i]) for i, start in starts.items()}
+  none = np.zeros(indices.shape[:-1], int)
+  chosen, rest = starts.get(axis, none), [i for i in range(len(shape)) if i != axis]
+  if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= shape[axis]:
+    return None
+  low, high = [0] * len(shape), list(shape)
+  for i in rest:
+    start = starts.get(i, none)
+    low[i] = int(start.min())
+    high[i] = low[i] + sizes[i]
+    if low[i] < 0 or high[i] > shape[i] or low[i] != start.max():
+      return None
+  windows = list(map(int, numbers.offset_dims))
+  lead = [i for i in range(y.ndim) if i not in windows]
+  order = np.argsort([*lead, *windows])
+  return (
+    ("slice", tuple(low), tuple(high), (1,) * len(shape)),
+    ("take", axis, tuple(chosen.ravel().tolist())),
+    ("transpose", (axis, *rest)),
+    ("reshape", (*chosen.shape, *(sizes[i] for i in rest))),
+    ("transpose", tuple(order.tolist())),
+  )
 
 
 def parts_after(
@@ -119,10 +260,10 @@ def parts_after(
         for part in parts
       )
     elif name == "reshape":
-      moved = [_with_ones(part, parts, *args) for part in parts]
-      if None in moved:
+      with_ones = [_with_ones(part, parts, *args) for part in parts]
+      if None in with_ones:
         return None
-      parts = tuple(moved)
+      parts = tuple(part for part in with_ones if part)
     else:
       return None
   return parts

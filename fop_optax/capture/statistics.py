@@ -11,16 +11,18 @@ adds cotangents: a weight that is used twice, or constant over a scan, gets the 
 scan goes over gets a stack.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fop_optax.capture.entries import Fold, Indices
 from fop_optax.capture.kinds.dense import Dense
-from fop_optax.capture.values import Product
+from fop_optax.capture.values import ONE_HOT, Product
 from fop_optax.layers import Factors
+from fop_optax.moments import added_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Moments:
   """Which statistics a product is to form: as diagonals or not, times what.
 
   With a `homogeneous` layer its bias stands in the inputs, and so in the outputs of uses that are
-  `flipped`. Of the examples of a chunk every `every`-th counts, `every` times, where an axis of
-  rows has them.
+  `flipped`. Of entries that repeat by `fold` the distinct ones count. Of the examples of a chunk
+  every `every`-th counts, `every` times, where an axis of rows has them.
   """
 
   product: Product
@@ -41,13 +43,27 @@ class Moments:
   scale: tuple[float, float]
   examples: int
   every: int
+  fold: Fold | None = None
 
   def __call__(self, x: jax.Array, dy: jax.Array, like: Factors) -> Factors:
     """The sums over rows, scaled, in the shapes and dtypes of `like`."""
     x, dy, count = self._thin(x, dy)
     biased = self.coordinate != 0
-    a = self.product.input_moment(x, biased, self.diagonal[0], like.A.dtype)
-    g = self.product.output_moment(x, dy, self.diagonal[1], like.G.dtype)
+    fold, product = self.fold or Fold(None, None, None), self.product
+    rows = fold.inputs
+    if rows and biased:
+      rows = (*rows, max(rows) + 1)
+    a = self._folded(
+      lambda diagonal: product.input_moment(x, biased, diagonal, like.A.dtype),
+      self.diagonal[0],
+      rows,
+      product.kind in ONE_HOT,
+    )
+    g = self._folded(
+      lambda diagonal: product.output_moment(x, dy, diagonal, like.G.dtype),
+      self.diagonal[1],
+      fold.outputs,
+    )
     a = self._scaled(a)
     if self.homogeneous and self.flipped:
       g = _padded(g)
@@ -55,6 +71,25 @@ class Moments:
       a = _padded(a)
     scale_a, scale_g = (count * scale for scale in self.scale)
     return Factors(scale_a * a.reshape(like.A.shape), scale_g * g.reshape(like.G.shape))
+
+  def _folded(
+    self,
+    form: Callable[[bool], jax.Array],
+    diagonal: bool,
+    indices: Indices | None,
+    one_hot: bool = False,
+  ) -> jax.Array:
+    """`S' M S` of a moment `M`: what belongs to equal rows, columns or slices added up."""
+    distinct = [i for i in indices or () if i >= 0]
+    # of a diagonal entries that mix are missing, unless a row has one entry alone
+    whole = diagonal and not one_hot and len(set(distinct)) < len(distinct)
+    moment = form(diagonal and not whole)
+    if self.fold and self.fold.stack:
+      moment = added_up(moment, 0, self.fold.stack)
+    if indices:
+      for axis in range(1, moment.ndim):
+        moment = added_up(moment, axis, indices)
+    return jnp.diagonal(moment, axis1=1, axis2=2) if whole else moment
 
   def repeated(self, times: int, x_too: bool) -> "Moments":
     """Those of a product whose rows are repeated along a leading axis."""

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from fop_optax.capture.entries import Fold
 from fop_optax.layers import Bias
 from fop_optax.views import View
 
+ONE_HOT = frozenset(("lookup", "table"))  # kinds whose rows have one entry: diagonal factors
 Path = tuple[int, ...]  # indices of equations, from the loss's jaxpr inwards
 
 
@@ -125,7 +127,7 @@ class Value:
     parts: set if it is joined from views of parameters.
     linears: set if a bias added to it would be the bias of a layer: of one, or of several side by
       side.
-    tainted: whether it depends on a parameter.
+    tainted: whether a gradient that comes to it may go on to a parameter.
     constant: set if it is known without running the loss.
     products: where it does not depend on the batch, the products of a weight with a constant that
       it is made of.
@@ -236,6 +238,7 @@ class Use:
     source: source line of the equation.
     scale: of the weight where it is used; it counts as a scale of the inputs.
     repeats: of a product with a constant that meets the batch: how often it is repeated there.
+    fold: how the entries of `view` are repeated in the weight as the product meets it, if they are.
   """
 
   key: Key
@@ -253,6 +256,7 @@ class Use:
   source: str
   scale: float = 1.0
   repeats: int = 0
+  fold: Fold | None = None
 
   @property
   def fixed(self) -> bool:

@@ -21,11 +21,12 @@ from jax.extend import core
 from jax.extend.core import primitives
 import jax.numpy as jnp
 
-from fop_optax import _compat
-from fop_optax.capture import biases, flow, repeated, rules
+from fop_optax import _compat, views
+from fop_optax.capture import biases, entries, flow, repeated, rules
 from fop_optax.capture.growth import Growth
 from fop_optax.capture.kinds import convolution, dense, lookup, table
 from fop_optax.capture.values import (
+  ONE_HOT,
   BiasUse,
   Constant,
   Key,
@@ -68,6 +69,7 @@ class Found:
   """What a walk leaves behind.
 
   Attributes:
+    shapes: of the parameters.
     uses: products in which a parameter is the weight, by key.
     biases: additions of a parameter to the output of such a product.
     refused: for each parameter with a use that is not understood, the first reason.
@@ -77,6 +79,7 @@ class Found:
       which axis of the output it is repeated. None: nowhere, one row of it is as good as another.
   """
 
+  shapes: Sequence[tuple[int, ...]]
   uses: dict[Key, Use] = dataclasses.field(default_factory=dict)
   biases: list[BiasUse] = dataclasses.field(default_factory=list)
   refused: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -101,7 +104,7 @@ def walk(
     batch: for each further argument, whether it differs between examples.
     growth: which axes of its variables grow with the batch, if that is known.
   """
-  found = Found()
+  found = Found(shapes)
   inputs = [
     Value(view=ParamView(leaf, (), shape), tainted=True) for leaf, shape in enumerate(shapes)
   ]
@@ -205,7 +208,8 @@ class _Frame:
   def _plain(self, equation: Any, operands: Sequence[Value]) -> Value:
     """What is known of an output by its operands alone."""
     batch = any(operand.batch for operand in operands)
-    value = Value(batch, tainted=any(operand.tainted for operand in operands))
+    tainted = flow.carries(equation) and any(operand.tainted for operand in operands)
+    value = Value(batch, tainted=tainted)
     if batch:
       return value
     known = [operand.constant for operand in operands if operand.constant]
@@ -285,15 +289,17 @@ class _Frame:
   def _join(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """Parameters joined along an axis: each is a part of the weight."""
     variables, axis = equation.invars, int(equation.params["dimension"])
-    views = [operand.view for operand in operands if operand.view]
-    if (
-      len(views) < len(operands)
-      or any(map(self._repeated, variables, views))
-      or len({view.levels for view in views}) > 1
-    ):
+    pieces = [
+      rules.written_out(operand.view, tuple(variable.aval.shape))
+      for operand, variable in zip(operands, variables, strict=True)
+      if operand.view
+    ]
+    if len(pieces) < len(operands) or len({view.levels for view in pieces}) > 1:
       return self._whole(index, equation, operands)
+    if one := rules.joined(pieces, axis):
+      return [Value(view=one)]
     parts, start = [], 0
-    for view in views:
+    for view in pieces:
       parts.append(Part(view, axis, start, view.shape[axis]))
       start += view.shape[axis]
     return [Value(parts=tuple(parts))]
@@ -304,24 +310,35 @@ class _Frame:
     taken = rules.steps()[equation.primitive](equation)
     if taken is None:
       return self._whole(index, equation, operands)
-    shapes = [tuple(variable.aval.shape) for variable in equation.outvars]
     if value.parts:
-      parts = rules.parts_after(value.parts, taken[0], shapes[0]) if len(taken) == 1 else None
+      shape = tuple(equation.outvars[0].aval.shape)
+      parts = rules.parts_after(value.parts, taken[0], shape) if len(taken) == 1 else None
       if parts:
         return [Value(parts=parts)]
       return self._refuse(equation, operands, _WHOLE[primitives.concatenate_p])
     before = tuple(equation.invars[0].aval.shape)
-    if value.view and self._repeated(equation.invars[0], value.view):
-      if any(taken):
-        return self._refuse(equation, operands, _REPEATED)
-      shapes = [value.view.shape]
     return [
       Value(
-        view=rules.viewed(value.view, step, shape) if value.view else None,
+        view=rules.moved(value.view, step, before) if value.view else None,
         linears=_each(value.linears, lambda linear, step=step: biases.after(linear, step, before)),
       )
-      for step, shape in zip(taken, shapes, strict=True)
+      for step in taken
     ]
+
+  def _pad(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
+    """Padding with zeros keeps a view."""
+    padding = operands[1].constant
+    if padding is None or padding.number() != 0:
+      return self._whole(index, equation, operands)
+    return self._move(index, equation, operands)
+
+  def _tile(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
+    """Repetition of the whole, along new axes too."""
+    view = operands[0].view
+    if not view:
+      return self._whole(index, equation, operands)
+    shape = tuple(equation.invars[0].aval.shape)
+    return [Value(view=rules.tiled(view, shape, equation.params["reps"]))]
 
   def _broadcast(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """New axes of size one, or repetition, which only a bias may undergo."""
@@ -380,7 +397,11 @@ class _Frame:
     return self._product(index, equation, operands, convolution.match)
 
   def _gather(self, index: int, equation: Any, operands: Sequence[Value]):
-    """Looking up rows of a weight is a use of a layer."""
+    """Looking up rows of a weight is a use of a layer; at fixed indices it is a view."""
+    view, indices = operands[0].view, operands[1].constant
+    steps = rules.gathered(equation, indices.value) if view and indices else None
+    if view and steps:
+      return [Value(view=rules.moved(view, steps, tuple(equation.invars[0].aval.shape)))]
     return self._product(index, equation, operands, lookup.match)
 
   def _product(
@@ -400,37 +421,55 @@ class _Frame:
         return self._refuse(equation, operands, _REPEATED)
       uses = []
       for number, part in enumerate(operands[side].parts):
-        uses.append(self._use(index, equation, match(equation, side, part), part.view, number))
+        use = self._use(index, equation, match(equation, side, part), part.view, number)
+        if use is None:
+          return self._refuse(equation, operands, _WHOLE[primitives.concatenate_p])
+        uses.append(use)
       beside = tuple(linear for linear in uses if linear.window)
       return [Value(linears=beside or (min(uses, key=_order),))]
-    if view is None or self._repeated(equation.invars[side], view):
-      return self._refuse(equation, operands, _REPEATED)
-    matching = match(equation, side)
+    assert view
+    shape = tuple(equation.invars[side].aval.shape)
+    if match is dense.match:  # repeated along the stack it has rows there
+      view = rules.written_out(view, shape, keep=dense.stacked(equation, side))
+      matching = dense.match(equation, side, own=view.shape)
+    else:
+      view = rules.written_out(view, shape)
+      matching = match(equation, side)
     if isinstance(matching, str):
       return self._refuse(equation, operands, matching)
-    return [Value(linears=(self._use(index, equation, matching, view),))]
+    linear = self._use(index, equation, matching, view)
+    return [Value(linears=(linear,))] if linear else None
 
   def _use(
     self, index: int, equation: Any, matching: Matching, view: ParamView, part: int = 0
-  ) -> Linear:
+  ) -> Linear | None:
     """Notes a use of a weight; what its output is to a bias that may follow."""
     key = Key((*self.path, index), part)
     within = math.prod(self.scans[depth] for depth in view.levels)
+    shape, steps = self.found.shapes[view.leaf], view.steps + matching.steps
+    try:
+      steps, fold, times = entries.distinct(steps + _ends(view), shape, within)
+      if matching.product.kind in ONE_HOT and fold and -1 in (fold.inputs or ()):
+        raise ValueError("it is padded with zeros before rows of it are looked up")
+    except ValueError as why:
+      return self._refuse(equation, [Value(view=view)], str(why))
+    stack, inputs, outputs = views.shape_of(steps, shape)
     self.found.uses[key] = Use(
       key=key,
       leaf=view.leaf,
-      view=view.steps + matching.steps + ((("stack",),) if view.levels else ()),
+      view=steps,
       levels=view.levels,
       product=matching.product,
-      stack=within * matching.stack,
-      inputs=matching.inputs,
-      outputs=matching.outputs,
-      rows=matching.rows * math.prod(self.scans) // within,
+      stack=stack,
+      inputs=inputs,
+      outputs=outputs,
+      rows=times * matching.rows * math.prod(self.scans) // within,
       batch=not self.free,
       loop=self.loop,
       each=self.each,
       source=_compat.source_of(self.jaxpr, equation),
       scale=view.scale,
+      fold=fold,
     )
     if self.free:
       self.new_products.add(key)
@@ -452,9 +491,13 @@ class _Frame:
     if len(holders) == 2:
       return self._whole(index, equation, operands)
     (holder,) = holders
+    (other,) = [operand for operand in operands if not operand.views]
+    view = holder.view
+    if view and len(view.shape) == len(shape) and not (other.batch or other.tainted):
+      return [Value(view=view)]  # x (w + c) has the gradient of x w: none goes through c
     why = self._bias(holder, sums[0], shape) if sums else _WHOLE[equation.primitive]
     if why:
-      view, side = holder.view, int(bool(operands[1].views))
+      side = int(bool(operands[1].views))
       matching = table.match(equation, side, view) if view and not self.free else None
       if view is None or matching is None:
         return self._refuse(equation, operands, why)
@@ -472,8 +515,13 @@ class _Frame:
     uses = self.found.uses
     if any(joint.view.levels != uses[joint.linear.use].levels for joint in found):
       return "it is added to a product within a `scan`, of which only one is scanned over"
+    if any(entries.repeats(joint.view.steps) for joint in found):
+      return "its entries are repeated or padded with zeros before they are added to a product"
+    folds = [uses[joint.linear.use].fold for joint in found]
+    if any(fold and (fold.stack or fold.outputs) for fold in folds):
+      return "it is added to a product whose output features are repeated or padded with zeros"
     for linear, view, steps, place in found:
-      steps = view.steps + steps + ((("stack",),) if view.levels else ())
+      steps = view.steps + steps + _ends(view)
       if view.levels and place:
         place = biases.stacked(place, math.prod(self.scans[depth] for depth in view.levels))
       bias = Bias(view.leaf, steps, place)
@@ -546,12 +594,8 @@ class _Frame:
       elif operand.parts:
         self._whole(index, equation, [operand])
       elif operand.view and i >= consts + carry:
-        if self._repeated(equation.invars[i], operand.view):
-          self._refuse(equation, [operand], _REPEATED)
-        else:
-          view = rules.viewed(operand.view, (("scan", length),), operand.view.shape[1:])
-          view = dataclasses.replace(view, levels=(*view.levels, depth))
-          value = dataclasses.replace(value, view=view)
+        view = rules.scanned(operand.view, length, depth)
+        value = dataclasses.replace(value, view=view)
       inputs.append(value)
     self._leave(equation, equation.invars[consts:], operands[consts:], flags)
     affine, _ = flow.scan_terms(equation, self._affine(equation), [o.tainted for o in operands])
@@ -633,6 +677,11 @@ def _each(linears: Sequence[Linear], function: Callable[[Linear], Linear | None]
   return tuple(after for linear in linears if (after := function(linear)) is not None)
 
 
+def _ends(view: ParamView) -> views.View:
+  """The step that ends the scans which go over a parameter, if some do."""
+  return (("stack",),) if view.levels else ()
+
+
 def _times(value: Value, number: float) -> Value:
   """What is known of a value times a number."""
   scale = lambda view: dataclasses.replace(view, scale=number * view.scale)
@@ -651,9 +700,12 @@ def _unsharded(equation: Any) -> bool:
 
 @functools.cache
 def _rules() -> dict[Any, Callable[..., list[Value] | None]]:
+  unexported = _compat.unexported()
   return {
     **dict.fromkeys(rules.steps(), _Frame._move),
-    _compat.unexported()["optimization_barrier"]: _Frame._same,
+    primitives.pad_p: _Frame._pad,
+    **({unexported["tile"]: _Frame._tile} if "tile" in unexported else {}),
+    unexported["optimization_barrier"]: _Frame._same,
     primitives.device_put_p: _Frame._same,
     primitives.broadcast_in_dim_p: _Frame._broadcast,
     primitives.concatenate_p: _Frame._join,
