@@ -25,12 +25,12 @@ from fop_optax import _compat
 from fop_optax.capture import biases, flow, rules
 from fop_optax.capture.growth import Growth
 from fop_optax.capture.kinds import convolution, dense, lookup, table
+from fop_optax.capture.marks import Mark, read_mark
 from fop_optax.capture.values import (
   BiasUse,
   Constant,
   Key,
   Linear,
-  Mark,
   Matching,
   ParamView,
   Part,
@@ -39,7 +39,6 @@ from fop_optax.capture.values import (
   Value,
 )
 from fop_optax.layers import Bias
-from fop_optax.losses import NORMAL, SOFTMAX
 
 _WHOLE = {
   primitives.cond_p: "it is used inside a branch (`cond`)",
@@ -473,9 +472,8 @@ class _Frame:
       if not self.free:
         self._meet(index, equation, operands)
       return self._refuse(equation, operands, why)
-    if equation.params.get("name") in (SOFTMAX, NORMAL):
-      terms = math.prod(equation.invars[0].aval.shape[:-1])
-      mark = Mark((*self.path, index), equation.params["name"], terms, self.scans)
+    mark = read_mark(equation, (*self.path, index), self.scans)
+    if mark is not None:
       self.found.marks.append(mark)
     frame = _Frame(
       inner,
