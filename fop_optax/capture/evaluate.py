@@ -87,14 +87,15 @@ class Evaluation:
         outputs = operands  # which was all that was to do
       elif here in self.products:
         outputs = [self._product(jaxpr, equation, operands, self.products[here], probes)]
+      elif here in self.marks:
+        operands = list(map(repeated.once, operands))  # one distribution for all terms that have it
+        (value,) = _compat.evaluate_equation(jaxpr, equation, operands)
+        outputs, marked[here] = [value + probes[Key(here, MARK)]], operands[2]
       elif here in self.entered or (again and equation.primitive in NESTED):
         enter = self._scan if equation.primitive is primitives.scan_p else self._inline
         inside = {key: z for key, z in probes.items() if key.path[: len(here)] == here}
         outputs, found = enter(equation, operands, inside, here, depth)
         marked |= found
-      elif here in self.marks:
-        (value,) = _compat.evaluate_equation(jaxpr, equation, operands)
-        outputs, marked[here] = [value + probes[Key(here, MARK)]], operands[2]
       elif again:
         evaluate = functools.partial(_compat.evaluate_equation, jaxpr, equation)
         outputs = repeated.mapped(lambda *values, f=evaluate: f(values), operands)
