@@ -1,8 +1,9 @@
-"""Mean losses that know how many terms they average over.
+"""Mean losses that know what distribution their terms are of.
 
-An ordinary loss is a number; how it came about is lost. These two mark in the traced program the
-output of the model and the number of terms (labels) they take the mean over, which the curvature
-needs for its scale: see `terms_per_example` in `fop_optax.capture`.
+An ordinary loss is a number; how it came about is lost. These two mark in the traced program their
+terms and the output of the model that each is of. Capture reads from the marks what distribution
+the model predicts (`fisher="sampled"`, `"exact"`), and how many terms the loss has for an example,
+which the curvature needs for its scale (`terms_per_example`).
 """
 
 import jax
@@ -18,24 +19,41 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   .. math:: \\frac{1}{n} \\sum_{i=1}^{n} -\\log \\mathrm{softmax}(z_i)_{y_i}
 
-  over the `n` terms, the positions of all axes of `logits` but the last.
+  over the `n` terms, the positions of all axes of `logits` but the last. For a weight a term, as of
+  a token mask, take the terms one by one: ``jnp.average(jax.vmap(softmax_cross_entropy)(z, y),
+  weights=mask)``.
+
+  *Curvature only*: with ``labels = jax.lax.stop_gradient(jax.nn.softmax(logits))`` the gradient is
+  zero, as it is in expectation with labels drawn from the model. The statistics of
+  `fisher="sampled"` and `"exact"` do not depend on labels: they are those of a model that predicts
+  ``softmax(logits)``, whatever else the loss is.
 
   Args:
     logits: shape `[..., classes]`, unnormalised log-probabilities.
     labels: integers of shape `[...]`, or probabilities of the shape of `logits`.
 
   Returns:
-    A scalar.
+    A scalar, in float32 or better.
 
   Raises:
     ValueError: if the shapes do not fit.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> import fop_optax
     >>> logits = jnp.array([[2.0, 0.0], [0.0, 1.0]])
     >>> print(f"{fop_optax.softmax_cross_entropy(logits, jnp.array([0, 1])):.4f}")
     0.2201
+
+    Curvature only, with a value of zero too:
+
+    >>> def mark(logits):
+    ...   labels = jax.lax.stop_gradient(jax.nn.softmax(logits))
+    ...   entropy = fop_optax.softmax_cross_entropy(logits, labels)
+    ...   return entropy - jax.lax.stop_gradient(entropy)
+    >>> value, gradient = jax.value_and_grad(mark)(logits)
+    >>> float(value), bool(jnp.all(jnp.abs(gradient) < 1e-7))
+    (0.0, True)
   """
   if labels.shape == logits.shape[:-1] and jnp.issubdtype(labels.dtype, jnp.integer):
     terms = optax.softmax_cross_entropy_with_integer_labels
@@ -47,7 +65,8 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       f" labels [...] or probabilities [..., classes], but got {logits.dtype}{list(logits.shape)}"
       f" and {labels.dtype}{list(labels.shape)}."
     )
-  return _mark(lambda logits, labels: jnp.mean(terms(logits, labels)), SOFTMAX)(logits, labels)
+  logits = _wide(logits)
+  return jnp.mean(_softmax(0, terms(logits, labels), logits))
 
 
 def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
@@ -57,22 +76,34 @@ def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
 
   the negative log-likelihood of a normal distribution of unit variance, up to a constant. Unlike
   `optax.squared_error` it has the half, sums over the last axis and takes the mean over the rest.
+  For a weight a term take the terms one by one, by `jax.vmap`.
+
+  *Curvature only*: with ``targets = jax.lax.stop_gradient(predictions)`` value and gradient are
+  zero. The statistics of `fisher="sampled"` and `"exact"`, which do not depend on targets, are
+  those of :math:`\\frac{1}{n} \\sum_i J_i^\\top J_i` with `J` the Jacobian of the predictions.
 
   Args:
     predictions: shape `[..., outputs]`; one number an example is `[batch, 1]`.
     targets: the same shape.
 
   Returns:
-    A scalar.
+    A scalar, in float32 or better.
 
   Raises:
     ValueError: if the shapes differ or have no axis.
 
   Example:
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> import fop_optax
     >>> float(fop_optax.squared_error(jnp.ones((4, 2)), jnp.zeros((4, 2))))
     1.0
+
+    Curvature only:
+
+    >>> mark = lambda f: fop_optax.squared_error(f, jax.lax.stop_gradient(f))
+    >>> value, gradient = jax.value_and_grad(mark)(jnp.ones((4, 2)))
+    >>> float(value), float(jnp.max(jnp.abs(gradient)))
+    (0.0, 0.0)
   """
   if predictions.shape != targets.shape or predictions.ndim == 0:
     raise ValueError(
@@ -80,10 +111,25 @@ def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
       f" shape, but got {list(predictions.shape)} and {list(targets.shape)}. One number an example"
       " is [batch, 1]: write `predictions[..., None]`."
     )
-  half = lambda f, y: jnp.mean(0.5 * jnp.sum((f - y) ** 2, axis=-1))
-  return _mark(half, NORMAL)(predictions, targets)
+  predictions = _wide(predictions)
+  terms = 0.5 * jnp.sum((predictions - targets) ** 2, axis=-1)
+  return jnp.mean(_normal(0, terms, predictions))
 
 
-def _mark(loss, name):
-  loss.__name__ = loss.__qualname__ = name
-  return jax.jit(loss)
+def _wide(array: jax.Array) -> jax.Array:
+  """In float32 or better: weights of terms, 1/n, underflow in float16."""
+  return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _marker(name: str):
+  """The jitted function that passes terms on and marks them with a distribution's parameters."""
+
+  def mark(switch: jax.Array, terms: jax.Array, parameters: jax.Array) -> jax.Array:
+    # The sum is never taken: it shows `fop_optax.capture.marks` which axes belong together.
+    return jnp.where(switch == 0, terms, jnp.sum(parameters, axis=-1))
+
+  mark.__name__ = mark.__qualname__ = name
+  return jax.jit(mark)
+
+
+_softmax, _normal = _marker(SOFTMAX), _marker(NORMAL)

@@ -89,46 +89,12 @@ def test_exact_is_the_gauss_newton_matrix(kind, terms):
   close(np.kron(A[0], G[0]), hessian)
 
 
-@pytest.mark.parametrize("fisher", ["sampled", "exact"])
-def test_a_mark_inside_scan_and_checkpoint(fisher):
-  params, _, _, _ = inputs()
-  rng = np.random.default_rng(1)
-  x, y = jnp.asarray(rng.normal(size=(8, 4, 5))), jnp.asarray(rng.integers(3, size=(8, 4)))
-  head = jax.checkpoint(lambda p, xy: mlp(p, *xy))
-  chunked = lambda p, x, y: jnp.mean(
-    jax.lax.map(lambda xy: head(p, xy), (x.swapaxes(0, 1), y.swapaxes(0, 1)))
-  )
-  key = jax.random.key(0)
-  whole, chunks = (
-    fop_optax.capture(f, params, x, y, fisher=fisher).value_and_grad(params, x, y, key=key)
-    for f in (mlp, chunked)
-  )
-  jax.tree.map(close, whole[1], chunks[1])
-  if fisher == "exact":
-    jax.tree.map(close, whole[2].factors, chunks[2].factors)
-  else:
-    trace = lambda stats: np.array([np.trace(G[0]) for _, G in stats.factors])
-    np.testing.assert_allclose(trace(whole[2]), trace(chunks[2]), rtol=0.5)
-
-
 def test_micro_batches_and_scanned_layers():
   params, x, y, _ = inputs()
   whole = fop_optax.capture(mlp, params, x, y, groups=1, fisher="exact")
   pieces = fop_optax.capture(mlp, params, x, y, groups=2, micro_batches=3, fisher="exact")
   ours, theirs = (jax.jit(c.value_and_grad)(params, x, y)[2].factors for c in (pieces, whole))
   jax.tree.map(close, ours, theirs)
-
-
-def test_two_marks_add_up():
-  params, x, y, _ = inputs()
-  twice = lambda p, x, y: 0.25 * mlp(p, x, y) + 0.75 * mlp(p, x, y)
-  one, two = (
-    fop_optax.capture(f, params, x, y, fisher="exact").value_and_grad(params, x, y)[2].factors
-    for f in (mlp, twice)
-  )
-  for (A, G), (A2, G2) in zip(one, two, strict=True):
-    close(A, A2)
-    close((0.25**2 + 0.75**2) * G, G2)  # independent labels of each
 
 
 def test_what_is_missing_is_said():

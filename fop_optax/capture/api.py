@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -71,15 +72,21 @@ def capture(
     micro_batches: number of pieces each group is worked off in, for less memory. Equal to one piece
       but for BatchNorm and dropout.
     fisher: which Fisher matrix the statistics estimate: `"empirical"`, from the labels given;
-      `"sampled"`, from labels drawn from the model's output (one more backward pass on refresh);
-      `"exact"`, the expectation over them (one for each class). The latter two need a marked loss,
-      `fop_optax.softmax_cross_entropy` or `squared_error`.
+      `"sampled"`, from labels drawn from the model's output, for each term by itself (one more
+      backward pass on refresh); `"exact"`, the expectation over them. The latter two need a marked
+      loss, `fop_optax.softmax_cross_entropy` or `squared_error`; they are the Gauss-Newton matrix
+      of what is marked, with the weights that it has in the loss (their sizes, where they are
+      negative), and know nothing of the rest. Exact is for tests and small heads: a backward pass
+      for each class, times the terms that share a row (R for attention over an example's tokens, 1
+      where every row is of one term; N R where examples interact, as in contrastive losses), and a
+      few that find out which terms these are.
     curvature_fraction: 1, or 1 over a whole number k: statistics are of every k-th example alone,
       which makes a refresh cheaper and them noisier. Gradients are those of all examples. Uses
       whose rows have no axis of examples (within a scan over them) count whole.
     terms_per_example: R above, the number of terms the mean loss has for an example: 1 for a label
       an example, the tokens of an example for a mean over tokens. By default what
-      `fop_optax.softmax_cross_entropy` or `squared_error` in the loss say, else 1.
+      `fop_optax.softmax_cross_entropy` or `squared_error` in the loss say, else 1. Sampled and
+      exact statistics have no use for it.
     max_dim: a factor with a longer side is kept as its diagonal.
     strict: raise if any parameter is in no layer, instead of listing it in `fallbacks`.
 
@@ -120,7 +127,8 @@ def capture(
   traced, twice = trace_twice(signature, leaves, chunks.leaves, chunks.size)
   uses = growing(traced, twice, chunks.size)
   resolved = resolve(traced.found, uses, shapes, paths, max_dim)
-  terms_of(traced.found, chunks.size, terms_per_example)
+  if fisher == "empirical":
+    terms_of(traced.found, chunks.size, terms_per_example)
   check_marked(fisher, traced.found.marks)
   roles: tuple[auxiliary.Role, ...] = ()
   if chunks.count > 1:
@@ -187,6 +195,7 @@ class Captured:
     *args: Any,
     refresh: bool | jax.Array = True,
     key: jax.Array | None = None,
+    loss_scale: jax.typing.ArrayLike | None = None,
   ) -> tuple[Any, PyTree, Stats]:
     """Loss, gradient of the mean loss, and statistics of this batch, in one backward pass.
 
@@ -197,13 +206,20 @@ class Captured:
         which the one without costs no more than the gradient by groups; a traced bool makes one.
         `fop_optax.refresh_due(opt_state)` gives it.
       key: for `fisher="sampled"`, a new one each step.
+      loss_scale: S, a number or a traced scalar (as of `jmp.DynamicLossScale`), for float16, whose
+        gradients of a mean would underflow. The backward pass starts from S instead of 1, and the
+        gradient, contrasts and G come back divided by what that makes of them, as the loss itself
+        is never multiplied: write `loss_fn` without S. What overflows comes back not finite, so
+        that the caller can lower S; the optimizer makes no step then.
 
     Returns:
       `(loss, grads, stats)`, or `((loss, aux), grads, stats)` with `has_aux`.
 
     Raises:
-      ValueError: if the batch cannot be divided, or params or args are not like the captured ones.
+      ValueError: if the batch cannot be divided, params or args are not like the captured ones, or
+        `loss_scale` is no positive number.
     """
+    _check_scale(loss_scale)
     leaves = self.layers.leaves(params, "params")
     arguments = batches.classify(args, self._spec.batch_argnums)
     signature = Signature(
@@ -217,10 +233,11 @@ class Captured:
     static = isinstance(refresh, (bool, np.bool_))
     zeros = _zeros(self.layers, leaves)
     if static and not refresh:
-      backward, combine = plain(signature, leaves, chunks.leaves, zeros), tuple
+      backward = plain(signature, leaves, chunks.leaves, zeros, loss_scale)
+      combine = tuple
     else:
       flag = None if static else jnp.asarray(refresh)
-      backward, combine = self._with_statistics(signature, leaves, chunks, zeros, flag)
+      backward, combine = self._with_statistics(signature, leaves, chunks, zeros, flag, loss_scale)
       if self._spec.fisher == "sampled" and key is None:
         raise ValueError(
           "With fisher='sampled' labels are drawn: pass `value_and_grad(..., key=key)`, with a new"
@@ -241,7 +258,7 @@ class Captured:
     aux = auxiliary.merge(self._aux_roles, auxes, arguments.dynamic(chunks.leaves))
     return (loss, aux), grads, stats
 
-  def _with_statistics(self, signature, leaves, chunks, zeros, refresh):
+  def _with_statistics(self, signature, leaves, chunks, zeros, refresh, loss_scale):
     """The backward pass with statistics for the inputs at hand, if their layers are ours."""
     size = chunks.size
     chunk = chunks.chunk(0, 0)
@@ -264,7 +281,10 @@ class Captured:
           if now != then
         )[:2000]
       )
-    terms = terms_of(traced.found, size, self._spec.terms_per_example)
+    terms = None
+    if self._spec.fisher == "empirical":
+      terms = terms_of(traced.found, size, self._spec.terms_per_example)
+    check_marked(self._spec.fisher, traced.found.marks)
     backward = WithStatistics(
       traced=traced,
       uses=uses,
@@ -277,6 +297,7 @@ class Captured:
       every=self._spec.every,
       refresh=refresh,
       fisher=self._spec.fisher,
+      loss_scale=loss_scale,
       branch=self._loops.micro_batches,
     )
     return backward, functools.partial(by_layer, resolved)
@@ -301,6 +322,17 @@ def _check_options(groups, micro_batches, fisher, terms, max_dim):
     )
   if fisher not in FISHERS:
     raise ValueError(f"`capture(fisher={fisher!r})` is unknown: one of {', '.join(FISHERS)}.")
+
+
+def _check_scale(scale):
+  if scale is None:
+    return
+  known = not isinstance(scale, jax.core.Tracer)
+  if jnp.ndim(scale) or (known and not 0 < float(scale) < math.inf):
+    shown = f"an array of shape {list(jnp.shape(scale))}" if jnp.ndim(scale) else scale
+    raise ValueError(
+      f"`value_and_grad(..., loss_scale=S)` takes one positive number, as 2.0**15, not {shown}."
+    )
 
 
 def _every(fraction: float) -> int:

@@ -19,15 +19,20 @@ Backward = Callable[[list[Any], jax.Array | None], Result]  # chunk, key
 
 
 def plain(
-  signature: Signature, params: Sequence[Any], args: Sequence[Any], zeros: tuple[Factors, ...]
+  signature: Signature,
+  params: Sequence[Any],
+  args: Sequence[Any],
+  zeros: tuple[Factors, ...],
+  loss_scale: Any,
 ) -> Backward:
   """The gradient of the loss as it is; the factors are zeros."""
 
   def backward(chunk: list[Any], key: jax.Array | None) -> Result:
     del key
-    value_and_grad = jax.value_and_grad(signature.call, has_aux=True)
-    (loss, aux), grads = value_and_grad(list(params), args, chunk)
-    return Result(loss, aux, grads, zeros)
+    loss = lambda params: signature.call(params, args, chunk)
+    value, pullback, aux = jax.vjp(loss, list(params), has_aux=True)
+    (grads,) = pullback(_start(value, loss_scale))
+    return Result(value, aux, [_unscaled(grad, loss_scale) for grad in grads], zeros)
 
   return backward
 
@@ -44,10 +49,11 @@ class WithStatistics:
     zeros: of the layers' factors.
     examples: N, of the chunk.
     chunks: number of chunks of the batch.
-    terms: R, terms of the loss an example.
+    terms: R, terms of the loss an example; None unless `fisher` is empirical.
     every: statistics are of every that many-th example.
     refresh: a traced bool, or None for always.
     fisher: which labels the statistics are of.
+    loss_scale: S, from which the backward pass starts, or None for 1.
     branch: whether a second backward pass may stand in a branch.
   """
 
@@ -58,10 +64,11 @@ class WithStatistics:
   zeros: tuple[Factors, ...]
   examples: int
   chunks: int
-  terms: int
+  terms: int | None
   every: int
   refresh: jax.Array | None
   fisher: str
+  loss_scale: Any
   branch: bool
 
   def __call__(self, chunk: list[Any], key: jax.Array | None) -> Result:
@@ -70,15 +77,41 @@ class WithStatistics:
       place: Factors(*zeros[place.layer][::-1]) if place.flipped else zeros[place.layer]
       for place in self.resolved.rows
     }
-    if self.fisher == "empirical":
-      loss = jax.value_and_grad(self._loss, argnums=(0, 1), has_aux=True)
-      (value, (aux, _)), (grads, factors) = loss(list(self.params), probes, {}, chunk)
-    else:
-      value, aux, grads, factors = self._two_passes(probes, chunk, key)
-    return Result(value, aux, grads, tuple(factors[place] for place in probes))
+    empirical = self.fisher == "empirical"
+    marks = [] if empirical else self.traced.found.marks
+
+    def forward(params, probes, weights):
+      value, (aux, marked) = self._loss(params, probes, weights, chunk)
+      return (value, [marked[mark.path] for mark in marks]), aux
+
+    weights = {mark.path: mark.probe() for mark in marks}
+    (value, outputs), pullback, aux = jax.vjp(
+      forward, list(self.params), probes, weights, has_aux=True
+    )
+    nothing = list(map(jnp.zeros_like, outputs))
+    grads, factors, weights = pullback((_start(value, self.loss_scale), nothing))
+
+    def second_pass():
+      from_marks = lambda starts: pullback((jnp.zeros_like(value), starts))[1]
+      of_terms = [weights[mark.path] for mark in marks]
+      return fisher.statistics(
+        self.fisher, marks, outputs, of_terms, from_marks, self.examples, key
+      )
+
+    if not empirical and (self.refresh is None or not self.branch):
+      factors = second_pass()
+    elif not empirical:
+      factors = jax.lax.cond(self.refresh, second_pass, lambda: probes)
+    power = 2 if empirical else 1  # G is of gradients squared, or of the square roots of weights
+    return Result(
+      value,
+      aux,
+      [_unscaled(grad, self.loss_scale) for grad in grads],
+      tuple(Factors(A, _unscaled(G, self.loss_scale, power)) for A, G in map(factors.get, probes)),
+    )
 
   def _loss(self, params, probes, weights, chunk):
-    """`(loss, (aux, operands of the marks))`; `weights` are zeros added to the marks' values."""
+    """`(loss, (aux, parameters of the marks))`; `weights` are zeros added to the marked terms."""
     traced, resolved = self.traced, self.resolved
     accepted = {key: self.uses[key] for key in resolved.places}
     marks = frozenset(weights)
@@ -89,29 +122,20 @@ class WithStatistics:
     outputs, marked = evaluation.run(traced.jaxpr, traced.consts, [*params, *chunk], by_key)
     return outputs[0], (jax.tree.unflatten(traced.treedef, outputs[1:]), marked)
 
-  def _two_passes(self, probes, chunk, key):
-    """One forward pass; a backward pass for the gradient, one from drawn labels for statistics."""
-    marks = self.traced.found.marks
 
-    def forward(params, probes, weights):
-      value, (aux, marked) = self._loss(params, probes, weights, chunk)
-      return (value, [marked[mark.path] for mark in marks]), aux
+def _start(loss: jax.Array, scale: Any) -> jax.Array:
+  """The cotangent of the loss that a backward pass starts from."""
+  return jnp.ones_like(loss) if scale is None else jnp.asarray(scale, loss.dtype)
 
-    weights = {mark.path: jnp.zeros(mark.scans) for mark in marks}
-    (value, outputs), pullback, aux = jax.vjp(
-      forward, list(self.params), probes, weights, has_aux=True
-    )
-    nothing = [jnp.zeros_like(output) for output in outputs]
-    grads, _, weights = pullback((jnp.ones_like(value), nothing))
-    weights = [weights[mark.path] for mark in marks]
 
-    def second_pass():
-      from_marks = lambda starts: pullback((jnp.zeros_like(value), starts))[1]
-      return fisher.statistics(self.fisher, marks, outputs, weights, from_marks, key)
-
-    if self.refresh is None or not self.branch:
-      return value, aux, grads, second_pass()
-    return value, aux, grads, jax.lax.cond(self.refresh, second_pass, lambda: probes)
+def _unscaled(array: jax.Array, scale: Any, power: int = 1) -> jax.Array:
+  """`array / scale^power`, divided in float32 or better; what is not finite stays so."""
+  if scale is None:
+    return array
+  wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+  for _ in range(power):  # the power itself may be infinite
+    wide = wide / jnp.asarray(scale, wide.dtype)
+  return wide.astype(array.dtype)
 
 
 def by_layer(resolved: Resolved, factors: Sequence[Factors]) -> tuple[Factors, ...]:

@@ -20,7 +20,7 @@ from fop_optax.capture.resolve import Resolved
 from fop_optax.capture.statistics import Moments, form_moments
 from fop_optax.capture.values import Key, Path, Use
 
-# For each use zeros, [stack, ...] of what is left of its stack; for each mark a zero, [scans ...].
+# For each use zeros, [stack, ...] of what is left of its stack; for each mark those of its terms.
 Probes = dict[Key, Any]
 MARK = -1  # the `part` of a mark's key
 
@@ -34,7 +34,7 @@ class Evaluation:
     moments: for each of them, what to form.
     refresh: a traced bool, or None for always.
     meetings: where the output of a product with a constant meets the batch, see `Found`.
-    marks: paths of marked losses whose operands are wanted.
+    marks: paths of marked losses whose distributions' parameters are wanted.
   """
 
   uses: Mapping[Key, Use]
@@ -66,7 +66,7 @@ class Evaluation:
     path: Path = (),
     depth: int = 0,
   ) -> tuple[list[Any], dict[Path, jax.Array]]:
-    """The outputs of `jaxpr`, which stands at `path`, within `depth` scans; operands of marks."""
+    """The outputs of `jaxpr`, which stands at `path`, within `depth` scans; parameters of marks."""
     marked: dict[Path, jax.Array] = {}
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, arguments, strict=True))
@@ -79,14 +79,15 @@ class Evaluation:
       operands = [read(atom) for atom in equation.invars]
       if here in self.products:
         outputs = [self._product(jaxpr, equation, operands, self.products[here], probes)]
+      elif here in self.marks:
+        operands = list(map(repeated.once, operands))  # one distribution for all terms that have it
+        (value,) = _compat.evaluate_equation(jaxpr, equation, operands)
+        outputs, marked[here] = [value + probes[Key(here, MARK)]], operands[2]
       elif here in self.entered or (equation.primitive in NESTED and repeated.any_of(operands)):
         enter = self._scan if equation.primitive is primitives.scan_p else self._inline
         inside = {key: z for key, z in probes.items() if key.path[: len(here)] == here}
         outputs, found = enter(equation, operands, inside, here, depth)
         marked |= found
-      elif here in self.marks:
-        (value,) = _compat.evaluate_equation(jaxpr, equation, operands)
-        outputs, marked[here] = [value + probes[Key(here, MARK)]], operands[0]
       else:
         outputs = repeated.evaluate(jaxpr, equation, operands, self.meetings.get(here))
       env.update(zip(equation.outvars, outputs, strict=True))
@@ -157,7 +158,7 @@ def moments_of(
   resolved: Resolved,
   uses: Mapping[Key, Use],
   examples: int,
-  terms: int,
+  terms: int | None,
   chunks: int,
   every: int,
 ) -> dict[Key, Moments]:
@@ -165,11 +166,13 @@ def moments_of(
 
   Normalised by its share: A = sum x x' / (N T) over the N T rows of the layer, G = N R sum dy dy'.
   Fixed rows are in every chunk: they count once in A, and their G is that of a mean over them.
+  With `terms` None, where weights are in the gradients by their square root, G = sum dy dy'.
   """
   out = {}
   for key, place in resolved.places.items():
     layer, use, (rows, fixed) = resolved.layers[place.layer], uses[key], resolved.rows[place]
     share = 1 / chunks if use.fixed else 1.0
+    scale = float(use.rows if use.fixed else examples * terms) if terms else 1.0
     out[key] = Moments(
       product=use.product,
       coefficient=use.scale,
@@ -177,7 +180,7 @@ def moments_of(
       homogeneous=bool(layer.biases),
       flipped=place.flipped,
       diagonal=layer.diagonal[::-1] if place.flipped else layer.diagonal,
-      scale=(share / (rows + fixed / chunks), float(use.rows if use.fixed else examples * terms)),
+      scale=(share / (rows + fixed / chunks), scale),
       examples=examples,
       every=1 if use.fixed else every,
       fold=use.fold,

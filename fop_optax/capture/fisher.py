@@ -1,30 +1,41 @@
 """Which labels the output gradients of the statistics come from.
 
 - `"empirical"`: the labels given. The gradient's own backward pass forms the statistics.
-- `"sampled"`: labels drawn from the model's output distribution, one a term.
-- `"exact"`: the expectation over that distribution, one backward pass a class (or output).
+- `"sampled"`: labels drawn from the model's output distribution, for each term by itself.
+- `"exact"`: the expectation over that distribution.
 
-For the latter two the loss has to be marked. A second backward pass of the same forward pass starts
-at the marks: with `w` the gradient of the loss with respect to a mark's value, a mean over n terms,
+For the latter two the loss has to be marked. With `w` the gradient of the loss with respect to a
+term and `H = R R'` the Hessian of the term with respect to the parameters `z` of its distribution,
 
-    softmax:  sampled  dz = w (p - e_y) / n,   y ~ p        exact  dz_c = w sqrt(p_c) (p - e_c) / n
-    normal:   sampled  dz = w e / n,           e ~ N(0, 1)  exact  dz_o = w e_o / n
+    softmax:  H = diag(p) - p p',  R v = p (sqrt(p)' v) - sqrt(p) v
+    normal:   H = I,               R v = v
 
-Summed over c (or o) the outer products of the exact ones are the Gauss-Newton matrix of a term.
+a second backward pass of the same forward pass starts from `dz = sqrt(w) r`, where `r` is the
+residual of the label drawn (`E[r r'] = H`), or a column of `R`. Then `sum dy dy'` estimates, or
+summed over the columns is, the Gauss-Newton matrix `sum_t w_t J_t' H_t J_t` of the loss as it is,
+whatever the weights: those of several marks, of masks and means enter once, as they do in the loss.
+A term of negative weight, which would make it indefinite, counts with the weight's size.
+
+Terms that reach one row must not be perturbed together, or products of two of them enter. Labels
+drawn for each term by itself make these zero in expectation. Of columns there is one pass for each
+class and each set of terms that reach no common row (`_separate`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import math
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
-from fop_optax.capture.values import Mark
+from fop_optax.capture.marks import Mark
 from fop_optax.layers import Factors
 from fop_optax.losses import SOFTMAX
 
 FISHERS = ("empirical", "sampled", "exact")
+Pullback = Callable[[list[jax.Array]], Any]  # cotangents of the marks' parameters -> factors
 
 
 def check_marked(fisher: str, marks: Sequence[Mark]) -> None:
@@ -37,79 +48,140 @@ def check_marked(fisher: str, marks: Sequence[Mark]) -> None:
     raise ValueError(
       f"`capture(fisher={fisher!r})` needs to know the distribution of the model's output. Write"
       " the loss with `fop_optax.softmax_cross_entropy(logits, labels)` or"
-      " `fop_optax.squared_error(predictions, targets)`, or capture with fisher='empirical'."
+      " `fop_optax.squared_error(predictions, targets)` (outside of `cond`, `while_loop` and of"
+      " gradients within the loss), or capture with fisher='empirical'."
     )
-
-
-def cotangent(mark: Mark, output: jax.Array, weight: jax.Array, noise: jax.Array) -> jax.Array:
-  """The gradient of the loss at a mark's operand if its labels were drawn.
-
-  Args:
-    mark: the mark.
-    output: the operand, `[*scans, ..., classes]`.
-    weight: gradient with respect to the mark's value, `[*scans]`.
-    noise: key.
-  """
-  if mark.distribution == SOFTMAX:
-    labels = jax.random.categorical(noise, output)
-    residual = jax.nn.softmax(output) - jax.nn.one_hot(labels, output.shape[-1])
-  else:
-    residual = jax.random.normal(noise, output.shape, output.dtype)
-  return _weighted(residual, output, mark, weight)
-
-
-def cotangent_of(mark: Mark, output: jax.Array, weight: jax.Array, index: Any) -> jax.Array:
-  """The column of class (or output) `index` of the square root of the Gauss-Newton matrix."""
-  unit = jax.nn.one_hot(index, output.shape[-1])
-  if mark.distribution == SOFTMAX:
-    p = jax.nn.softmax(output)
-    root = jnp.sqrt(jnp.take(p, index, axis=-1))[..., None]
-    return _weighted(root * (p - unit), output, mark, weight)
-  return _weighted(jnp.broadcast_to(unit, output.shape), output, mark, weight)
-
-
-def _weighted(residual, output, mark, weight):
-  weight = weight.reshape(*weight.shape, *[1] * (output.ndim - weight.ndim))
-  return (weight * residual / mark.terms).astype(output.dtype)
 
 
 def statistics(
   fisher: str,
   marks: Sequence[Mark],
-  outputs: Sequence[jax.Array],
+  parameters: Sequence[jax.Array],
   weights: Sequence[jax.Array],
-  pullback: Any,
+  pullback: Pullback,
+  examples: int,
   key: jax.Array | None,
 ) -> Any:
-  """Sums of moments from a second backward pass (one a class for `"exact"`).
+  """The factors, from one further backward pass or from several.
 
   Args:
     fisher: `"sampled"` or `"exact"`.
     marks: the marked losses.
-    outputs: their operands.
-    weights: gradients with respect to their values.
-    pullback: cotangents of the operands -> sums of moments.
+    parameters: of their distributions, `[*scans, ...]`.
+    weights: gradients of the loss with respect to their terms, `[*scans, ...]`.
+    pullback: cotangents of `parameters` -> factors.
+    examples: N, of the chunk.
     key: for `"sampled"`.
   """
+  roots = [
+    jnp.sqrt(jnp.abs(mark.spread(w, z)))
+    for mark, w, z in zip(marks, weights, parameters, strict=True)
+  ]
   if fisher == "sampled":
     assert key is not None
-    keys = jax.random.split(key, len(marks))
-    return pullback(list(map(cotangent, marks, outputs, weights, keys)))
+    residuals = map(_residual, marks, parameters, jax.random.split(key, len(marks)))
+    return pullback([root * residual for root, residual in zip(roots, residuals, strict=True)])
 
-  def add(total, sums):
-    # inputs do not depend on labels: their moments are counted once
-    return jax.tree.map(
-      lambda t, s: Factors(s.A, t.G + s.G), total, sums, is_leaf=lambda x: isinstance(x, Factors)
-    )
+  zeros = list(map(jnp.zeros_like, parameters))
+  total = jax.tree.map(jnp.zeros_like, jax.eval_shape(pullback, zeros))
+  for number, (mark, z, root) in enumerate(zip(marks, parameters, roots, strict=True)):
 
-  total = jax.tree.map(jnp.zeros_like, jax.eval_shape(pullback, list(outputs)))
-  for number, mark in enumerate(marks):
-    zeros = [jnp.zeros_like(output) for output in outputs]
+    def column(v, number=number, mark=mark, z=z, root=root):
+      return pullback([*zeros[:number], root * _times_root(mark, z, v), *zeros[number + 1 :]])
 
-    def one(total, index, number=number, mark=mark, zeros=zeros):
-      start = list(zeros)
-      start[number] = cotangent_of(mark, outputs[number], weights[number], index)
-      return add(total, pullback(start)), None
-
-    total, _ = lax.scan(one, total, jnp.arange(outputs[number].shape[-1]))
+    total = _sum_of_columns(column, z, _classes(mark), examples, total)
   return total
+
+
+def _classes(mark: Mark) -> int:
+  """Axis of the classes among those of the scans and of the parameters."""
+  return len(mark.scans) + mark.classes
+
+
+def _residual(mark: Mark, z: jax.Array, key: jax.Array) -> jax.Array:
+  """The gradient of each term for a label drawn from its distribution."""
+  if mark.distribution != SOFTMAX:
+    return jax.random.normal(key, z.shape, z.dtype)
+  axis = _classes(mark)
+  labels = jax.random.categorical(key, z, axis=axis)
+  return jax.nn.softmax(z, axis) - jax.nn.one_hot(labels, z.shape[axis], axis=axis, dtype=z.dtype)
+
+
+def _times_root(mark: Mark, z: jax.Array, v: jax.Array) -> jax.Array:
+  """`R v` of each term."""
+  if mark.distribution != SOFTMAX:
+    return v
+  p = jax.nn.softmax(z, _classes(mark))
+  return p * jnp.sum(jnp.sqrt(p) * v, _classes(mark), keepdims=True) - jnp.sqrt(p) * v
+
+
+def _sum_of_columns(
+  column: Callable[[jax.Array], Any], z: jax.Array, classes: int, examples: int, total: Any
+) -> Any:
+  """Adds to `total` the factors of all columns of all terms of a mark."""
+  axes = _axes(z.shape, classes, examples)
+  separate = _separate(column, z, axes)
+  sizes = [jnp.where(apart, 1, axis.max() + 1) for apart, axis in zip(separate, axes, strict=True)]
+  labels = np.arange(z.shape[classes]).reshape(-1, *[1] * (z.ndim - classes - 1))
+
+  def add(number, total):
+    number, label = number // z.shape[classes], number % z.shape[classes]
+    chosen = labels == label
+    for apart, size, axis in zip(separate, sizes, axes, strict=True):
+      chosen = chosen & (apart | (axis == number % size))
+      number = number // size
+    factors = column(jnp.broadcast_to(chosen, z.shape).astype(z.dtype))
+    # inputs do not depend on labels: their moments are counted once
+    is_pair = lambda node: isinstance(node, Factors)
+    return jax.tree.map(lambda t, f: Factors(f.A, t.G + f.G), total, factors, is_leaf=is_pair)
+
+  return lax.fori_loop(0, z.shape[classes] * math.prod(sizes), add, total)
+
+
+def _axes(shape: Sequence[int], classes: int, examples: int) -> list[np.ndarray]:
+  """Numbers of the terms along each axis of theirs, to broadcast against `shape`.
+
+  An axis of examples times something, in either order, may be two.
+  """
+  axes = []
+  for axis, size in enumerate(shape):
+    numbers = np.arange(size).reshape(-1, *[1] * (len(shape) - axis - 1))
+    if axis == classes or size == 1:
+      continue
+    if size > examples > 1 and size % examples == 0:
+      axes += [numbers // (size // examples), numbers % (size // examples)]
+    else:
+      axes.append(numbers)
+  return axes
+
+
+def _separate(column, z: jax.Array, axes: Sequence[np.ndarray]) -> list[jax.Array]:
+  """For each axis of terms, whether terms at different places along it reach no common row.
+
+  If so, signs that change along the axis change no factor: found out on a combination of
+  columns, with one pass for each binary digit of the places, so that any two differ in one of them.
+  """
+  digits = [(i, bit) for i, axis in enumerate(axes) for bit in range(int(axis.max()).bit_length())]
+  v = jnp.cos(jnp.arange(z.size, dtype=z.dtype) ** 2 + 1).reshape(z.shape)
+
+  def outputs(pattern):
+    signs = jnp.ones((), z.dtype)
+    for i, axis in enumerate(axes):
+      signs = signs * jnp.where(pattern[0] == i, 1 - 2 * (axis >> pattern[1] & 1), 1)
+    is_pair = lambda node: isinstance(node, Factors)
+    return [pair.G for pair in jax.tree.leaves(column(signs * v), is_leaf=is_pair)]
+
+  found = lax.map(outputs, jnp.asarray([(len(axes), 0), *digits]))
+  same = jnp.stack([_equal(G) for G in found]).all(axis=0)
+  return [
+    jnp.stack([same[1 + n] for n, (of, _) in enumerate(digits) if of == i]).all()
+    for i in range(len(axes))
+  ]
+
+
+def _equal(factors: jax.Array) -> jax.Array:
+  """Which of some factors `[n, stack, ...]` are the first, to rounding."""
+  factors = factors.reshape(*factors.shape[:2], -1)
+  scale = jnp.max(jnp.abs(factors[0]), axis=-1)
+  error = jnp.max(jnp.abs(factors - factors[0]), axis=-1)
+  return jnp.all(error <= 64 * jnp.finfo(factors.dtype).eps * scale, axis=-1)

@@ -100,7 +100,8 @@ def free_axes(equation: Any, side: int) -> dict[int, int]:
 def _product(equation: Any, operands: Sequence[Any], side: int, axis: int) -> jax.Array:
   """A `dot_general` in which each row of one operand meets its own along `axis` of the output."""
   contract, batch = equation.params["dimension_numbers"]
-  contracted, shared = [tuple(contract[0]), tuple(contract[1])], [tuple(batch[0]), tuple(batch[1])]
+  contracted: list[tuple[int, ...]] = [tuple(axes) for axes in contract]
+  shared: list[tuple[int, ...]] = [tuple(axes) for axes in batch]
   contracted[side] = tuple(i + 1 for i in contracted[side])
   shared[side] = (0, *(i + 1 for i in shared[side]))
   shared[1 - side] = (free_axes(equation, 1 - side)[axis], *shared[1 - side])
@@ -109,7 +110,7 @@ def _product(equation: Any, operands: Sequence[Any], side: int, axis: int) -> ja
   out = lax.dot_general(
     left,
     right,
-    (tuple(contracted), tuple(shared)),
+    ((contracted[0], contracted[1]), (shared[0], shared[1])),
     precision=params["precision"],
     preferred_element_type=params["preferred_element_type"],
   )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -162,7 +161,7 @@ def terms_of(found: Found, size: int, given: int | None) -> int:
   Raises:
     ValueError: if the marked losses do not say it.
   """
-  marked = [mark.terms * math.prod(mark.scans) for mark in found.marks]
+  marked = [mark.count for mark in found.marks]
   if given is not None or not marked:
     return given or 1
   if any(terms % size for terms in marked):

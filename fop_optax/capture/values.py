@@ -204,23 +204,6 @@ class BiasUse:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mark:
-  """A marked loss: a mean over terms, whose first operand parametrises a distribution.
-
-  Attributes:
-    path: where the equation stands.
-    distribution: name of the mark, as of `fop_optax.losses`.
-    terms: number of terms in one evaluation of the equation.
-    scans: lengths of the enclosing scans.
-  """
-
-  path: Path
-  distribution: str
-  terms: int
-  scans: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Use:
   """One product of the loss in which a parameter is the weight.
 

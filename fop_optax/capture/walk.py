@@ -25,13 +25,13 @@ from fop_optax import _compat, views
 from fop_optax.capture import biases, entries, flow, repeated, rules
 from fop_optax.capture.growth import Growth
 from fop_optax.capture.kinds import convolution, dense, lookup, table
+from fop_optax.capture.marks import Mark, read_mark
 from fop_optax.capture.values import (
   ONE_HOT,
   BiasUse,
   Constant,
   Key,
   Linear,
-  Mark,
   Matching,
   ParamView,
   Part,
@@ -40,7 +40,6 @@ from fop_optax.capture.values import (
   Value,
 )
 from fop_optax.layers import Bias
-from fop_optax.losses import NORMAL, SOFTMAX
 
 _WHOLE = {
   primitives.cond_p: "it is used inside a branch (`cond`)",
@@ -546,9 +545,8 @@ class _Frame:
       if not self.free:
         self._meet(index, equation, operands)
       return self._refuse(equation, operands, why)
-    if equation.params.get("name") in (SOFTMAX, NORMAL):
-      terms = math.prod(equation.invars[0].aval.shape[:-1])
-      mark = Mark((*self.path, index), equation.params["name"], terms, self.scans)
+    mark = read_mark(equation, (*self.path, index), self.scans)
+    if mark is not None:
       self.found.marks.append(mark)
     frame = _Frame(
       inner,
