@@ -126,7 +126,7 @@ def capture(
   if chunks.count > 1:
     roles = auxiliary.roles(traced, twice, len(leaves), signature.args.batch, chunks.size)
   fallbacks = {paths[leaf]: why for leaf, why in resolved.fallbacks.items()}
-  layers = Layers(resolved.layers, shapes, paths, groups)
+  layers = Layers(resolved.layers, shapes, paths, groups, resolved.frozen)
   if not resolved.layers or (strict and fallbacks):
     raise ValueError(layer_table.refusal(layers, fallbacks))
   convolutions = flow.contains(traced.jaxpr, primitives.conv_general_dilated_p)
@@ -232,9 +232,9 @@ class Captured:
     unflatten = functools.partial(jax.tree.unflatten, signature.params)
     contrasts = zip(*map(batches.contrasts, by_leaf), strict=True)
     factors = combine(jax.tree.map(lambda *f: batches.mean(f), *(r.factors for r in results)))
-    stats = Stats(jnp.asarray(refresh, bool), factors, tuple(map(unflatten, contrasts)))
-    grads = unflatten(map(batches.mean, by_leaf))
     loss = batches.mean([result.loss for result in results])
+    stats = Stats(jnp.asarray(refresh, bool), factors, tuple(map(unflatten, contrasts)), loss)
+    grads = unflatten(map(batches.mean, by_leaf))
     if not self._spec.has_aux:
       return loss, grads, stats
     auxes = [result.aux for result in results]

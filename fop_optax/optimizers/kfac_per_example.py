@@ -13,6 +13,7 @@ from fop_optax.optimizers import common, per_example
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 from fop_optax.optimizers.kfac import ScaleByKfacState, precondition
 from fop_optax.optimizers.per_example import Settings, Share, Weights
+from fop_optax.optimizers.whole_steps import whole_steps
 
 
 def scale_by_kfac_per_example(
@@ -46,7 +47,8 @@ def scale_by_kfac_per_example(
     learning_rate,
     per_example=True,
   )
-  return _precondition(options, Settings(curvature, dimension_numbers, max_dim, max_vector))
+  settings = Settings(curvature, dimension_numbers, max_dim, max_vector)
+  return whole_steps(_precondition(options, settings))
 
 
 def _precondition(options: Options, settings: Settings) -> optax.GradientTransformationExtraArgs:
@@ -193,4 +195,5 @@ def kfac_per_example(
   )
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector)
   inner = _precondition(options, settings)
-  return common.complete(options, inner, momentum, nesterov, weight_decay, mask)
+  complete = common.complete(options, inner, momentum, nesterov, weight_decay, mask)
+  return whole_steps(complete)
