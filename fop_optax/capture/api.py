@@ -10,6 +10,7 @@ from jax.extend.core import primitives
 import jax.numpy as jnp
 import numpy as np
 
+from fop_optax import _compat
 from fop_optax.capture import auxiliary, flow, layer_table
 from fop_optax.capture import batch as batches
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
@@ -210,12 +211,16 @@ class Captured:
       self._spec.loss_fn, self._spec.has_aux, jax.tree.structure(params), arguments
     )
     spec, leaves_of_args = self._spec, jax.tree.leaves(args)
+    # in `shard_map` the gradient is that of the device, as it is without a check of types: AD would
+    # add up cotangents of what all devices share, but could not divide them by their number
+    axes = _compat.varying(arguments.dynamic(leaves_of_args))
+    leaves = _compat.vary(leaves, axes)
     chunks = batches.Chunks(
       arguments, leaves_of_args, self.layers.groups, spec.micro_batches, spec.every
     )
     chunks.size  # noqa: B018  raises if the batch cannot be divided
     static = isinstance(refresh, (bool, np.bool_))
-    zeros = _zeros(self.layers, leaves)
+    zeros = _compat.vary(_zeros(self.layers, leaves), axes)
     if static and not refresh:
       backward, combine = plain(signature, leaves, chunks.leaves, zeros), tuple
     else:

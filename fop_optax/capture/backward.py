@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fop_optax import _compat
 from fop_optax.capture import fisher
 from fop_optax.capture.batch import Result
 from fop_optax.capture.evaluate import MARK, Evaluation, moments_of
@@ -98,6 +99,7 @@ class WithStatistics:
       return (value, [marked[mark.path] for mark in marks]), aux
 
     weights = {mark.path: jnp.zeros(mark.scans) for mark in marks}
+    weights = _compat.vary(weights, _compat.varying((self.params, chunk)))
     (value, outputs), pullback, aux = jax.vjp(
       forward, list(self.params), probes, weights, has_aux=True
     )

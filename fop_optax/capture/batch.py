@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fop_optax import _compat
 from fop_optax.layers import Factors
 
 PyTree = Any
@@ -261,6 +262,7 @@ class Chunks:
     like = jax.eval_shape(lambda: every(pieces[0]))
     like = [r._replace(aux=()) for r in like]
     zeros = jax.tree.map(lambda a: _wide(jnp.zeros(a.shape, a.dtype)), like)
+    zeros = _compat.vary(zeros, _compat.varying(self.arguments.dynamic(self.leaves)))
     unroll = 1 if loops.micro_batches else self.micro_batches
     sums, auxes = jax.lax.scan(step, zeros, pieces, unroll=unroll)
     means = jax.tree.map(lambda a, b: (a / self.micro_batches).astype(b.dtype), sums, like)

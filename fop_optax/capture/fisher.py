@@ -20,6 +20,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fop_optax import _compat
 from fop_optax.capture.values import Mark
 from fop_optax.layers import Factors
 from fop_optax.losses import SOFTMAX
@@ -103,6 +104,7 @@ def statistics(
     )
 
   total = jax.tree.map(jnp.zeros_like, jax.eval_shape(pullback, list(outputs)))
+  total = _compat.vary(total, _compat.varying((outputs, weights)))
   for number, mark in enumerate(marks):
     zeros = [jnp.zeros_like(output) for output in outputs]
 

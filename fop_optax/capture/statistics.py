@@ -18,6 +18,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fop_optax import _compat
 from fop_optax.capture.kinds.dense import Dense
 from fop_optax.capture.values import Product
 from fop_optax.layers import Factors
@@ -123,6 +124,7 @@ def form_moments(
     if refresh is None:
       return dy, None, form(x, dy), None
     skip = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), like)
+    skip = _compat.vary(skip, _compat.varying((x, dy)))
     # products only inside the branch: gradients of convolutions would be slow there on CPU
     return dy, None, lax.cond(refresh, lambda: form(x, dy), lambda: skip), None
 

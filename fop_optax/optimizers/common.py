@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fop_optax import _compat
 from fop_optax.curvature import factors, per_example_factors
 from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.curvature.stacks import (
@@ -258,8 +259,8 @@ def keep_dtypes(
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def check_stats(layers: Layers, stats: Any) -> Stats:
-  """Checks that `stats` came, and from a loss with these layers."""
+def check_stats(layers: Layers, stats: Any, updates: Any, state: Any) -> Stats:
+  """Checks that `stats` came, from a loss with these layers, and are averaged over devices."""
   if stats is None:
     raise ValueError(
       "No `stats`: curvature statistics go to `tx.update(grads, opt_state, params, stats=stats)`,"
@@ -282,7 +283,13 @@ def check_stats(layers: Layers, stats: Any) -> Stats:
       f"`stats` have {len(stats.contrasts)} contrasts, but these layers were captured with"
       f" groups={layers.groups}. `layers` and `stats` should come from the same `captured`."
     )
-  return stats
+  if local := sorted(_compat.varying((updates, stats)) - _compat.varying(state)):
+    raise ValueError(
+      f"Gradient or `stats` differ between devices along the mesh axes {local}, but the optimizer's"
+      " state does not. Inside `jax.shard_map` write `loss, grads, stats = jax.lax.pmean("
+      f"captured.value_and_grad(params, ...), {tuple(local)})`."
+    )
+  return stats._replace(refresh=jnp.asarray(stats.refresh, bool))  # a float after `pmean`
 
 
 def check_state(stacks: Sequence[Stack], state: CurvatureState) -> None:

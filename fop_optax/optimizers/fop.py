@@ -148,7 +148,8 @@ def project(
     updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
   ):
     del params, extra_args
-    return apply(updates, state, common.check_stats(layers, stats), fallback_finite)
+    stats = common.check_stats(layers, stats, updates, state)
+    return apply(updates, state, stats, fallback_finite)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
