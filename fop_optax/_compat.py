@@ -81,6 +81,12 @@ def vary(tree: Any, axes: frozenset[Any]) -> Any:
   return jax.tree.map(one, tree) if axes else tree
 
 
+def sharded_like(array: jax.Array, aval: Any) -> jax.Array:
+  """`array` with the sharding of a type, where that has one (under explicit mesh axes)."""
+  explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
+  return jax.sharding.reshard(array, aval.sharding) if explicit else array
+
+
 @functools.cache
 def unexported() -> Mapping[str, Any]:
   """Primitives that JAX exports nowhere: each taken once from a function that uses it."""

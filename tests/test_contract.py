@@ -113,7 +113,7 @@ def test_compiles_once_on_a_mesh(row, kind):
   """With parameters on a mesh a state has its final types and shardings from `init` on."""
   mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
   place = lambda x: NamedSharding(
-    mesh, PartitionSpec(*[None] * (x.ndim if kind is EXPLICIT else 0))
+    mesh, PartitionSpec(*[None] * (x.ndim if kind is AxisType.Explicit else 0))
   )
   put = lambda tree: jax.tree.map(lambda x: jax.device_put(x, place(x)), tree)
   tx = row.tx(LAYERS)

@@ -220,7 +220,10 @@ class Captured:
     )
     chunks.size  # noqa: B018  raises if the batch cannot be divided
     static = isinstance(refresh, (bool, np.bool_))
-    zeros = _compat.vary(_zeros(self.layers, leaves), axes)
+    shards = chunks.shards
+    if static and (chunks.count == 1 or not refresh):
+      shards = batches.Shards()  # nothing to wait for: a sum is added up where it is formed
+    zeros = _compat.vary(_zeros(self.layers, leaves, shards), axes)
     if static and not refresh:
       backward, combine = plain(signature, leaves, chunks.leaves, zeros), tuple
     else:
@@ -236,7 +239,8 @@ class Captured:
     by_leaf = list(zip(*(result.grads for result in results), strict=True))
     unflatten = functools.partial(jax.tree.unflatten, signature.params)
     contrasts = zip(*map(batches.contrasts, by_leaf), strict=True)
-    factors = combine(jax.tree.map(lambda *f: batches.mean(f), *(r.factors for r in results)))
+    factors = jax.tree.map(lambda *f: batches.mean(f), *(r.factors for r in results))
+    factors = combine(jax.tree.map(lambda f: jnp.sum(f, axis=1), factors))  # over the shards
     loss = batches.mean([result.loss for result in results])
     stats = Stats(jnp.asarray(refresh, bool), factors, tuple(map(unflatten, contrasts)), loss)
     grads = unflatten(map(batches.mean, by_leaf))
@@ -287,11 +291,11 @@ class Captured:
     return backward, functools.partial(by_layer, resolved)
 
 
-def _zeros(layers: Layers, leaves: Sequence[Any]) -> tuple[Factors, ...]:
-  """Zeros of the factors' shapes, in float32 or the parameter's better precision."""
+def _zeros(layers: Layers, leaves: Sequence[Any], shards: batches.Shards) -> tuple[Factors, ...]:
+  """Zeros of the factors' shapes by shard, in float32 or the parameter's better precision."""
   dtypes = [jnp.promote_types(leaves[layer.weight].dtype, jnp.float32) for layer in layers]
   return tuple(
-    Factors(*(jnp.zeros(shape, dtype) for shape in layer.factor_shapes))
+    Factors(*(shards.zeros(shape, dtype) for shape in layer.factor_shapes))
     for layer, dtype in zip(layers, dtypes, strict=True)
   )
 
