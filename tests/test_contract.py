@@ -313,8 +313,7 @@ def test_nnx_optimizer(row):
         1,
         rows,
         outputs,
-        bias,
-        (("reshape", bias_shape),),
+        (fop_optax.layers.Bias(bias, (("reshape", bias_shape),)),),
       )
     )
   layers = fop_optax.Layers(tuple(entries), shapes, tuple(paths), 2)

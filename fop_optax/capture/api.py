@@ -191,6 +191,9 @@ class Captured:
   ) -> tuple[Any, PyTree, Stats]:
     """Loss, gradient of the mean loss, and statistics of this batch, in one backward pass.
 
+    Inside `jax.shard_map` all three are the device's own. One mean makes those of the whole batch:
+    `jax.lax.pmean(captured.value_and_grad(params, *args), axis_name)`.
+
     Args:
       params: as given to `capture`.
       *args: as given to `capture`; the batch size may differ.

@@ -124,12 +124,12 @@ class Shards(NamedTuple):
   axes: tuple[str, ...] = ()
 
   @property
-  def count(self) -> int:
+  def number(self) -> int:
     return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
   def zeros(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
     """Zeros with an axis of the shards behind the first: under explicit axes each at its device."""
-    zeros = jnp.zeros((shape[0], self.count, *shape[1:]), dtype)
+    zeros = jnp.zeros((shape[0], self.number, *shape[1:]), dtype)
     if not self.axes or jax.sharding.AxisType.Explicit not in self.mesh.axis_types:
       return zeros
     spec = jax.sharding.PartitionSpec(None, self.axes)
@@ -231,7 +231,7 @@ class Chunks:
     for leaf, role, path in zip(
       self.leaves, self.arguments.roles, self.arguments.paths, strict=True
     ):
-      devices = _shards(leaf).count if role == "batch" else 1
+      devices = _shards(leaf).number if role == "batch" else 1
       if batch // unit % devices:
         fraction = "" if self.every == 1 else f", of which `curvature_fraction=1/{self.every}`,"
         raise ValueError(
@@ -247,8 +247,8 @@ class Chunks:
     roles = zip(self.leaves, self.arguments.roles, strict=True)
     found = [_shards(leaf) for leaf, role in roles if role == "batch"]
     found += [_automatic(leaf) for leaf in self.leaves[:1] if isinstance(leaf, jax.core.Tracer)]
-    shards = max(found, key=lambda shards: shards.count)
-    return Shards() if self.size // self.every % shards.count else shards
+    shards = max(found, key=lambda shards: shards.number)
+    return Shards() if self.size // self.every % shards.number else shards
 
   def chunk(self, group: int, micro: Any) -> list[Any]:
     """The traced leaves of piece `micro` (a number, or traced) of `group`."""

@@ -117,8 +117,9 @@ def empty_curvature(
   periods: tuple[jax.Array, jax.Array], stacks: tuple[StackState, ...]
 ) -> CurvatureState:
   """State before any step."""
-  count, *events = (jnp.zeros((), jnp.int32) for _ in range(4))
-  return CurvatureState(count, *map(jnp.copy, periods), *events, stacks)
+  zero = lambda: jnp.zeros((), jnp.int32)
+  curvature, inverse = map(jnp.copy, periods)
+  return CurvatureState(zero(), curvature, inverse, zero(), zero(), zero(), stacks)
 
 
 def advance(

@@ -119,8 +119,8 @@ def kfac_per_example(
   with the examples' gradients in the rows of `X`, in `B^2` numbers of memory; there is no curvature
   in the state.
 
-  A step whose gradients are not finite gives a zero direction, is counted, and leaves the curvature
-  alone; momentum and weight decay go on. Batches may differ in size from step to step.
+  A step whose gradients (with `curvature="exact"` their squares) or update are not finite is skipped
+  and counted, momentum and weight decay with it. Batches may differ in size from step to step.
 
   What optax puts around it sees `[B, *param]`: leaves that `optax.masked` or `optax.partition` keep
   from it go on as they came. Average those first, with
