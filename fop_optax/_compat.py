@@ -64,6 +64,29 @@ def source_of(jaxpr: Jaxpr, equation: Equation) -> str:
   return line.rpartition(" # ")[2].strip()
 
 
+def varying(tree: Any) -> frozenset[Any]:
+  """The manual mesh axes over which some leaf may differ, by its type (in `jax.shard_map`)."""
+  types = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
+  axes = [t.vma if hasattr(t, "vma") else t.manual_axis_type.varying for t in types]
+  return frozenset[Any]().union(*axes)
+
+
+def vary(tree: Any, axes: frozenset[Any]) -> Any:
+  """`tree` with leaves that may differ, by their type, over these manual mesh axes too."""
+
+  def one(leaf):
+    missing = tuple(sorted(axes - varying(leaf)))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+  return jax.tree.map(one, tree) if axes else tree
+
+
+def sharded_like(array: jax.Array, aval: Any) -> jax.Array:
+  """`array` with the sharding of a type, where that has one (under explicit mesh axes)."""
+  explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
+  return jax.sharding.reshard(array, aval.sharding) if explicit else array
+
+
 @functools.cache
 def unexported() -> Mapping[str, Any]:
   """Primitives that JAX exports nowhere: each taken once from a function that uses it."""

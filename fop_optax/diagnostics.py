@@ -29,13 +29,17 @@ def diagnostics(
     condition: whether to work out condition numbers, an eigendecomposition of each factor.
 
   Returns:
-    `count` (steps taken), `nonfinite_gradients` (steps skipped) and `layers`: for each layer a
-    dictionary of arrays with one entry a matrix of the layer along the leading axis:
+    `count` (steps taken); of the steps that were skipped `nonfinite_losses`, `nonfinite_gradients`
+    (a batch of NaN counts in both) and `nonfinite_directions` (of finite gradients); and `layers`:
+    for each layer a dictionary of arrays with one entry a matrix of the layer along the leading
+    axis:
 
     - `folds` and `nonfinite_statistics`: statistics folded in and refused;
     - `inverses` and `failed_inverses`: inverses stored and refused. A layer without any (0) gets
       no update;
     - `damping_A` and `damping_G`, or `damping` with `scaling="exact"`: at the last inverse;
+      `added_A` and `added_G`, or `added`: what of it was added because the damping asked for was
+      below the rounding of the Fisher block;
     - FOP: `beta` and `s` (one a contrast), `eta`, `rho2` (how far FOP is from K-FAC) and
       `residual` (of orthogonality), as in `fop_optax.projection`;
     - with `condition`: `condition_A` and `condition_G` of the running factors, and `condition` of
@@ -75,7 +79,9 @@ def diagnostics(
       out[name] = {key: value[owner == layer] for key, value in numbers.items()}
   return {
     "count": curvature.count,
+    "nonfinite_losses": curvature.nonfinite_losses,
     "nonfinite_gradients": curvature.nonfinite_gradients,
+    "nonfinite_directions": curvature.nonfinite_directions,
     "layers": out,
   }
 
@@ -90,9 +96,10 @@ def _numbers(stack: StackState, condition: bool) -> dict[str, jax.Array]:
   }
   value = inverse.value
   if isinstance(value, FactoredInverse):
-    numbers |= {"damping_A": value.damping_A, "damping_G": value.damping_G}
+    names = ("damping_A", "damping_G", "added_A", "added_G")
   else:
-    numbers |= {"damping": value.damping}
+    names = ("damping", "added")
+  numbers |= {name: getattr(value, name) for name in names}
   return numbers | _conditions(stack) if condition else numbers
 
 

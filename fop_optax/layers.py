@@ -116,12 +116,14 @@ class Layers(Sequence[Layer]):
     shapes: shape of every leaf of `params`, in the order of `jax.tree.leaves`.
     paths: printable path of every leaf.
     groups: number of groups of examples the gradient is taken over; contrasts are one fewer.
+    frozen: indices of the leaves that no gradient of the loss reaches: they are left as they are.
   """
 
   entries: tuple[Layer, ...]
   shapes: tuple[tuple[int, ...], ...]
   paths: tuple[str, ...]
   groups: int
+  frozen: frozenset[int] = frozenset()
 
   @overload
   def __getitem__(self, index: int) -> Layer: ...
@@ -206,3 +208,4 @@ class Stats(NamedTuple):
   refresh: jax.Array  # bool, shape=(): whether `factors` hold statistics of this batch
   factors: tuple[Factors, ...]  # one a layer, in the order of `Captured.layers`
   contrasts: tuple[PyTree, ...]  # groups - 1 trees like the gradient; two groups: grad_1 - grad_2
+  loss: jax.typing.ArrayLike = 0.0  # shape=(): where it is not finite, no step is taken

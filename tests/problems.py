@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fop_optax.layers import Factors, Layer, Layers, Stats
+from fop_optax.layers import Bias, Factors, Layer, Layers, Stats
 
 SIZES = ((5, 6), (6, 4), (4, 6))  # inputs, outputs; the first and third stack with no other
 
@@ -54,8 +54,7 @@ def layers_of(params, groups=2) -> Layers:
         stack=1,
         inputs=inputs,
         outputs=outputs,
-        bias=bias,
-        bias_view=(("reshape", (1, outputs)),),
+        biases=(Bias(bias, (("reshape", (1, outputs)),)),),
       )
     )
   return Layers(tuple(layers), shapes, paths, groups)

@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 import orbax.checkpoint
@@ -96,11 +97,36 @@ def test_structure_is_final_from_init(row):
 
 
 def test_compiles_once_also_with_donated_state(row):
+  """From the first step on, on a state as `init` made it: no two of its arrays share a buffer."""
   tx = row.tx(LAYERS)
   step = jax.jit(make_step(row, tx), donate_argnums=(0, 1))
-  params, _ = run(row, step, *jax.tree.map(jnp.copy, (PARAMS, tx.init(PARAMS))))
+  params, _ = run(row, step, jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS))
   assert step._cache_size() == 1
   assert_equal(params, run_plain(row)[0])
+  for state in (jax.jit(tx.init)(PARAMS), row.inject(LAYERS).init(PARAMS)):
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(pointers)) == len(pointers)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_compiles_once_on_a_mesh(row, kind):
+  """With parameters on a mesh a state has its final types and shardings from `init` on."""
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+  place = lambda x: NamedSharding(
+    mesh, PartitionSpec(*[None] * (x.ndim if kind is AxisType.Explicit else 0))
+  )
+  put = lambda tree: jax.tree.map(lambda x: jax.device_put(x, place(x)), tree)
+  tx = row.tx(LAYERS)
+  step = jax.jit(make_step(row, tx))
+  params = put(PARAMS)
+  state = tx.init(params)
+  where = lambda tree: [(jax.typeof(x), x.sharding) for x in jax.tree.leaves(tree)]
+  for seed in range(2):
+    params, after = step(params, state, put(data(row.name, seed)))
+    if row.name != "sgd":
+      assert where(after) == where(state)
+    state = after
+  assert step._cache_size() == 1
 
 
 def test_unknown_extra_arguments_are_ignored(row):
@@ -287,8 +313,7 @@ def test_nnx_optimizer(row):
         1,
         rows,
         outputs,
-        bias,
-        (("reshape", bias_shape),),
+        (fop_optax.layers.Bias(bias, (("reshape", bias_shape),)),),
       )
     )
   layers = fop_optax.Layers(tuple(entries), shapes, tuple(paths), 2)

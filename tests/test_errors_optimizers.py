@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import problems
 import pytest
@@ -29,11 +30,26 @@ BATCH = problems.make_batch()
     ({"norm_constraint": 0.0}, "`norm_constraint=0.0` should be above 0"),
     ({"scaling": "exakt"}, "`scaling='exakt'` should be one of 'factored', 'exact'"),
     ({"mask": True}, '`mask=True` .*static_args="mask"'),
+    ({"learning_rate": [0.1, 0.2]}, r"`learning_rate` should be one number .* not \[0.1, 0.2\]"),
+    ({"learning_rate": np.ones(2)}, r"not float64\[2\]. For parameters .* `optax.partition`"),
+    ({"damping": jnp.ones((1,))}, r"`damping` should be one number .* not float32\[1\]"),
+    ({"momentum": "0.9"}, "`momentum` should be one number .* not '0.9'"),
   ],
 )
 def test_hyperparameters(make, kwargs, message):
   with pytest.raises(ValueError, match=message):
-    make(0.1, LAYERS, **kwargs)
+    make(**{"learning_rate": 0.1, "layers": LAYERS} | kwargs)
+
+
+def test_arrays_without_axes_are_numbers():
+  for number in (np.float32(0.1), np.array(0.1), jnp.asarray(0.1)):
+    fop_optax.kfac(number, LAYERS, damping=number, momentum=number)
+
+
+def test_a_schedule_of_vectors():
+  schedule = lambda count: jnp.ones(2)
+  with pytest.raises(ValueError, match=r"schedule returned float32\[2\] where .* one number"):
+    update(make=lambda rate, layers: fop_optax.kfac(rate, layers, damping=schedule))
 
 
 @pytest.mark.parametrize(

@@ -90,12 +90,17 @@ def test_stages_of_the_alias():
   np.testing.assert_allclose(direction["gain"], want, rtol=1e-12)
 
 
-def test_fallback_is_adamw_at_a_hundredth_of_the_rate():
+def test_fallback_is_adam_at_a_hundredth_of_the_rate():
+  """It decays as leaves in layers do: `weight_decay` times the rate itself, where `mask` says."""
   params, layers = setup()
-  for rate in (0.2, optax.exponential_decay(0.2, 10, 0.5)):
-    updates, _, grads, _ = one_step(fop_optax.kfac(rate, layers), params)
-    adamw = optax.adamw(0.002)
-    want, _ = adamw.update(grads["gain"], adamw.init(params["gain"]), params["gain"])
+  none = lambda tree: jax.tree.map(lambda _: False, tree)
+  schedule = optax.exponential_decay(0.2, 10, 0.5)
+  for rate, decay, mask in ((0.2, 0.0, None), (schedule, 0.3, None), (0.2, 0.3, none)):
+    tx = fop_optax.kfac(rate, layers, weight_decay=decay, mask=mask)
+    updates, _, grads, _ = one_step(tx, params)
+    adam = optax.adam(0.002)
+    want, _ = adam.update(grads["gain"], adam.init(params["gain"]))
+    want -= 0.2 * (0 if mask else decay) * params["gain"]
     np.testing.assert_allclose(updates["gain"], want, rtol=1e-6)  # optax's schedules are single
   updates, _, grads, _ = one_step(fop_optax.kfac(0.2, layers, fallback=optax.sgd(3.0)), params)
   np.testing.assert_allclose(updates["gain"], -3 * grads["gain"], rtol=1e-12)

@@ -1,5 +1,8 @@
 """A batch sharded over a mesh of eight devices: the numbers of one, and one all-reduce."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -72,18 +75,58 @@ def test_eight_devices_are_one(kind, options):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), ours, expected)
 
 
+def collectives(compiled):
+  """What moves between devices in a compiled program: operation, computation it is in, bytes."""
+  where, found = "", []
+  for line in compiled.as_text().splitlines():
+    if start := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+      where = "entry" if start[1] else start[2]
+    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    if match := re.match(rf"\s+(?:ROOT )?\S+ = (.*?) ({names})(?:-start)?\(", line):
+      shapes = re.findall(r"(?:f32|s32|u32)\[([\d,]*)\]", match[1])
+      sizes = [math.prod(int(d) for d in shape.split(",") if d) for shape in shapes]
+      found.append((match[2], where, 4 * sum(sizes)))
+  return found
+
+
+def size(tree):
+  return 4 * sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("fraction", [1, 0.5])
-def test_one_all_reduce_and_no_gather(kind, fraction):
+@pytest.mark.parametrize(("fraction", "traced"), [(1, False), (0.5, True)])
+def test_one_all_reduce_and_no_gather(kind, fraction, traced):
+  """Of the gradients of two groups, and of the mean of their factors."""
   params, x, y = inputs()
-  captured = fop_optax.capture(loss, params, x, y, curvature_fraction=fraction)
+  params = {name: params[name] for name in ("w", "b", "head", "positions")}
+  captured = fop_optax.capture(loss, params, x, y, groups=2, curvature_fraction=fraction)
+
+  def step(params, x, y, refresh):
+    refresh = refresh if traced else True
+    return captured.value_and_grad(params, x, y, refresh=refresh)
+
   with jax.set_mesh(mesh_of(kind)):
     args = put(mesh_of(kind), params, x, y)
-    text = jax.jit(captured.value_and_grad).lower(*args).compile().as_text()
-  assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
-  assert "all-gather" not in text
-  assert "all-to-all" not in text
-  assert "collective-permute" not in text
+    ((name, where, moved),) = collectives(jax.jit(step).lower(*args, True).compile())
+  assert (name, where) == ("all-reduce", "entry")
+  stats = jax.eval_shape(step, params, x, y, True)[2]
+  assert moved <= 2 * size(params) + size(stats.factors) + 16  # and the losses
+
+
+def test_no_all_reduce_of_statistics_in_a_scan():
+  """With a traced refresh: within the loop only gradients are added up, as without statistics."""
+  params, x, y = inputs()
+  captured = fop_optax.capture(scanned, params, x, y, groups=1)
+  with jax.set_mesh(mesh_of(AxisType.Auto)):
+    args = put(mesh_of(AxisType.Auto), params, x, y)
+    lower = lambda refresh: jax.jit(
+      lambda *args: captured.value_and_grad(*args, refresh=refresh and args[-1] > 0)[:3]
+    ).lower(*args, 1)
+    inside = [
+      [found for found in collectives(lower(refresh).compile()) if found[1] != "entry"]
+      for refresh in (True, False)
+    ]
+  assert sum(found[2] for found in inside[0]) == sum(found[2] for found in inside[1])
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -101,3 +144,44 @@ def test_a_batch_that_would_change_devices_is_refused(kind):
     pytest.raises(ValueError, match=r"8 devices.*`curvature_fraction=1/4`.*multiple of 64"),
   ):
     captured.value_and_grad(*put(mesh_of(kind), params, x[:32], y[:32]))
+
+
+def test_shard_map_with_its_check():
+  """One `pmean` of what the devices have gives the numbers of one; without it they are refused."""
+  params, x, y = inputs(16)
+  params = {"w": params["w"][:1], "b": params["b"][:1], "head": params["head"]}
+
+  def loss(p, x, y):
+    return fop_optax.softmax_cross_entropy(jnp.tanh(x[:, 0] @ p["w"][0] + p["b"][0]) @ p["head"], y)
+
+  captured = fop_optax.capture(loss, params, x, y, groups=2)
+  tx = fop_optax.fop(0.1, captured.layers)
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+  spec = PartitionSpec("data")
+
+  def step(state, params, x, y, average=True):
+    out = captured.value_and_grad(params, x, y, refresh=fop_optax.refresh_due(state))
+    loss, grads, stats = jax.lax.pmean(out, "data") if average else out
+    updates, _ = tx.update(grads, state, params, stats=stats)
+    return loss, grads, stats.factors, stats.contrasts, updates
+
+  def mapped(check, **kwargs):
+    function = lambda *args: step(*args, **kwargs)
+    specs = (PartitionSpec(), PartitionSpec(), spec, spec)
+    return jax.shard_map(
+      function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=check
+    )
+
+  state = tx.init(params)
+  loss_and_grads = captured.value_and_grad(params, x, y)
+  updates, _ = tx.update(loss_and_grads[1], state, params, stats=loss_and_grads[2])
+  expected = *loss_and_grads[:2], loss_and_grads[2].factors, loss_and_grads[2].contrasts, updates
+  for check in (True, False):
+    ours = jax.jit(mapped(check))(state, params, x, y)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), ours, expected
+    )
+  with pytest.raises(
+    ValueError, match=r"differ between devices along .*'data'.*`loss, grads, stats"
+  ):
+    jax.jit(mapped(True, average=False))(state, params, x, y)

@@ -11,6 +11,7 @@ from jax.extend.core import primitives
 import jax.numpy as jnp
 import numpy as np
 
+from fop_optax import _compat
 from fop_optax.capture import auxiliary, flow, layer_table
 from fop_optax.capture import batch as batches
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
@@ -134,7 +135,7 @@ def capture(
   if chunks.count > 1:
     roles = auxiliary.roles(traced, twice, len(leaves), signature.args.batch, chunks.size)
   fallbacks = {paths[leaf]: why for leaf, why in resolved.fallbacks.items()}
-  layers = Layers(resolved.layers, shapes, paths, groups)
+  layers = Layers(resolved.layers, shapes, paths, groups, resolved.frozen)
   if not resolved.layers or (strict and fallbacks):
     raise ValueError(layer_table.refusal(layers, fallbacks))
   convolutions = flow.contains(traced.jaxpr, primitives.conv_general_dilated_p)
@@ -199,6 +200,9 @@ class Captured:
   ) -> tuple[Any, PyTree, Stats]:
     """Loss, gradient of the mean loss, and statistics of this batch, in one backward pass.
 
+    Inside `jax.shard_map` all three are the device's own. One mean makes those of the whole batch:
+    `jax.lax.pmean(captured.value_and_grad(params, *args), axis_name)`.
+
     Args:
       params: as given to `capture`.
       *args: as given to `capture`; the batch size may differ.
@@ -226,12 +230,19 @@ class Captured:
       self._spec.loss_fn, self._spec.has_aux, jax.tree.structure(params), arguments
     )
     spec, leaves_of_args = self._spec, jax.tree.leaves(args)
+    # in `shard_map` the gradient is that of the device, as it is without a check of types: AD would
+    # add up cotangents of what all devices share, but could not divide them by their number
+    axes = _compat.varying(arguments.dynamic(leaves_of_args))
+    leaves = _compat.vary(leaves, axes)
     chunks = batches.Chunks(
       arguments, leaves_of_args, self.layers.groups, spec.micro_batches, spec.every
     )
     chunks.size  # noqa: B018  raises if the batch cannot be divided
     static = isinstance(refresh, (bool, np.bool_))
-    zeros = _zeros(self.layers, leaves)
+    shards = chunks.shards
+    if static and (chunks.count == 1 or not refresh):
+      shards = batches.Shards()  # nothing to wait for: a sum is added up where it is formed
+    zeros = _compat.vary(_zeros(self.layers, leaves, shards), axes)
     if static and not refresh:
       backward = plain(signature, leaves, chunks.leaves, zeros, loss_scale)
       combine = tuple
@@ -248,10 +259,11 @@ class Captured:
     by_leaf = list(zip(*(result.grads for result in results), strict=True))
     unflatten = functools.partial(jax.tree.unflatten, signature.params)
     contrasts = zip(*map(batches.contrasts, by_leaf), strict=True)
-    factors = combine(jax.tree.map(lambda *f: batches.mean(f), *(r.factors for r in results)))
-    stats = Stats(jnp.asarray(refresh, bool), factors, tuple(map(unflatten, contrasts)))
-    grads = unflatten(map(batches.mean, by_leaf))
+    factors = jax.tree.map(lambda *f: batches.mean(f), *(r.factors for r in results))
+    factors = combine(jax.tree.map(lambda f: jnp.sum(f, axis=1), factors))  # over the shards
     loss = batches.mean([result.loss for result in results])
+    stats = Stats(jnp.asarray(refresh, bool), factors, tuple(map(unflatten, contrasts)), loss)
+    grads = unflatten(map(batches.mean, by_leaf))
     if not self._spec.has_aux:
       return loss, grads, stats
     auxes = [result.aux for result in results]
@@ -303,11 +315,11 @@ class Captured:
     return backward, functools.partial(by_layer, resolved)
 
 
-def _zeros(layers: Layers, leaves: Sequence[Any]) -> tuple[Factors, ...]:
-  """Zeros of the factors' shapes, in float32 or the parameter's better precision."""
+def _zeros(layers: Layers, leaves: Sequence[Any], shards: batches.Shards) -> tuple[Factors, ...]:
+  """Zeros of the factors' shapes by shard, in float32 or the parameter's better precision."""
   dtypes = [jnp.promote_types(leaves[layer.weight].dtype, jnp.float32) for layer in layers]
   return tuple(
-    Factors(*(jnp.zeros(shape, dtype) for shape in layer.factor_shapes))
+    Factors(*(shards.zeros(shape, dtype) for shape in layer.factor_shapes))
     for layer, dtype in zip(layers, dtypes, strict=True)
   )
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fop_optax import _compat
 from fop_optax.capture import fisher
 from fop_optax.capture.batch import Result
 from fop_optax.capture.evaluate import MARK, Evaluation, moments_of
@@ -85,6 +86,7 @@ class WithStatistics:
       return (value, [marked[mark.path] for mark in marks]), aux
 
     weights = {mark.path: mark.probe() for mark in marks}
+    weights = _compat.vary(weights, _compat.varying((self.params, chunk)))
     (value, outputs), pullback, aux = jax.vjp(
       forward, list(self.params), probes, weights, has_aux=True
     )
@@ -155,7 +157,8 @@ def tied(first: Factors, second: Factors) -> Factors:
   """The sum of two uses' factors, each pair brought to equal mean trace first.
 
   The factors of inputs are free of the loss's scale, those of gradients go with its square: a plain
-  sum across them would not.
+  sum across them would not. A use without a gradient adds nothing, as in the limit: both of its
+  balanced factors have the mean trace `sqrt(mean A mean G)`.
   """
   return jax.tree.map(jnp.add, _balanced(first), _balanced(second))
 
@@ -164,7 +167,8 @@ def _balanced(factors: Factors) -> Factors:
   mean_A, mean_G = (
     jnp.mean(f if f.ndim == 2 else jnp.diagonal(f, axis1=1, axis2=2), axis=1) for f in factors
   )
-  ratio = jnp.sqrt(mean_G / mean_A)
-  ratio = jnp.where(jnp.isfinite(ratio) & (ratio > 0), ratio, 1)
+  nothing = (mean_A == 0) | (mean_G == 0)  # one of the factors is zero, and so is their product
+  root_A, root_G = (jnp.sqrt(jnp.where(nothing, 1, mean)) for mean in (mean_A, mean_G))
+  scale_A, scale_G = (jnp.where(nothing, 0, r) for r in (root_G / root_A, root_A / root_G))
   along = lambda f, r: r.reshape(-1, *[1] * (f.ndim - 1))
-  return Factors(factors.A * along(factors.A, ratio), factors.G / along(factors.G, ratio))
+  return Factors(factors.A * along(factors.A, scale_A), factors.G * along(factors.G, scale_G))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fop_optax import _compat
 from fop_optax.layers import Factors
 
 PyTree = Any
@@ -116,16 +117,43 @@ def classify(args: tuple[Any, ...], batch_argnums: int | Sequence[int] | None) -
   return Arguments(treedef, tuple(roles), paths)
 
 
-def _devices(leaf: Any) -> int:
-  """Over how many devices the leading axis is sharded, as far as its type or placement says."""
+class Shards(NamedTuple):
+  """How the leading axis of an array is sharded."""
+
+  mesh: Any = None
+  axes: tuple[str, ...] = ()
+
+  @property
+  def number(self) -> int:
+    return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+  def zeros(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Zeros with an axis of the shards behind the first: under explicit axes each at its device."""
+    zeros = jnp.zeros((shape[0], self.number, *shape[1:]), dtype)
+    if not self.axes or jax.sharding.AxisType.Explicit not in self.mesh.axis_types:
+      return zeros
+    spec = jax.sharding.PartitionSpec(None, self.axes)
+    return jax.sharding.reshard(zeros, jax.sharding.NamedSharding(self.mesh, spec))
+
+
+def _shards(leaf: Any) -> Shards:
+  """As far as its type or placement says."""
   sharding = jax.typeof(leaf).sharding
   if not isinstance(leaf, jax.core.Tracer) and isinstance(leaf, jax.Array):
     sharding = leaf.sharding
   if not isinstance(sharding, jax.sharding.NamedSharding) or not len(sharding.spec):
-    return 1
+    return Shards()
   axes = sharding.spec[0] or ()
   axes = axes if isinstance(axes, tuple) else (axes,)
-  return math.prod(sharding.mesh.shape[axis] for axis in axes if axis in sharding.mesh.shape)
+  return Shards(sharding.mesh, tuple(axis for axis in axes if axis in sharding.mesh.shape))
+
+
+def _automatic(leaf: Any) -> Shards:
+  """On a mesh of one automatic axis, of which types say nothing: presumably sharded over it."""
+  mesh = jax.typeof(leaf).sharding.mesh
+  wide = [axis for axis, size in mesh.shape.items() if size > 1]
+  automatic = set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+  return Shards(mesh, tuple(wide)) if automatic and len(wide) == 1 else Shards()
 
 
 def _is_key(leaf: Any) -> bool:
@@ -203,7 +231,7 @@ class Chunks:
     for leaf, role, path in zip(
       self.leaves, self.arguments.roles, self.arguments.paths, strict=True
     ):
-      devices = _devices(leaf) if role == "batch" else 1
+      devices = _shards(leaf).number if role == "batch" else 1
       if batch // unit % devices:
         fraction = "" if self.every == 1 else f", of which `curvature_fraction=1/{self.every}`,"
         raise ValueError(
@@ -212,6 +240,15 @@ class Chunks:
           f" Use a multiple of {unit * devices}, so that no example has to change its device."
         )
     return batch // self.count
+
+  @property
+  def shards(self) -> Shards:
+    """How the examples are sharded over devices, as far as that is known."""
+    roles = zip(self.leaves, self.arguments.roles, strict=True)
+    found = [_shards(leaf) for leaf, role in roles if role == "batch"]
+    found += [_automatic(leaf) for leaf in self.leaves[:1] if isinstance(leaf, jax.core.Tracer)]
+    shards = max(found, key=lambda shards: shards.number)
+    return Shards() if self.size // self.every % shards.number else shards
 
   def chunk(self, group: int, micro: Any) -> list[Any]:
     """The traced leaves of piece `micro` (a number, or traced) of `group`."""
@@ -261,6 +298,7 @@ class Chunks:
     like = jax.eval_shape(lambda: every(pieces[0]))
     like = [r._replace(aux=()) for r in like]
     zeros = jax.tree.map(lambda a: _wide(jnp.zeros(a.shape, a.dtype)), like)
+    zeros = _compat.vary(zeros, _compat.varying(self.arguments.dynamic(self.leaves)))
     unroll = 1 if loops.micro_batches else self.micro_batches
     sums, auxes = jax.lax.scan(step, zeros, pieces, unroll=unroll)
     means = jax.tree.map(lambda a, b: (a / self.micro_batches).astype(b.dtype), sums, like)

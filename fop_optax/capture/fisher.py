@@ -30,6 +30,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from fop_optax import _compat
 from fop_optax.capture.marks import Mark
 from fop_optax.layers import Factors
 from fop_optax.losses import SOFTMAX
@@ -84,6 +85,7 @@ def statistics(
 
   zeros = list(map(jnp.zeros_like, parameters))
   total = jax.tree.map(jnp.zeros_like, jax.eval_shape(pullback, zeros))
+  total = _compat.vary(total, _compat.varying((parameters, weights)))
   for number, (mark, z, root) in enumerate(zip(marks, parameters, roots, strict=True)):
 
     def column(v, number=number, mark=mark, z=z, root=root):

@@ -36,6 +36,7 @@ class Resolved:
     rows: how many rows a layer's weight is applied to, in each orientation it is used in.
     coordinates: the homogeneous coordinate in the rows of each use to which a bias is added.
     fallbacks: index of a parameter in no layer -> reason.
+    frozen: those of them that no gradient reaches.
     notes: what else is worth knowing of the layers, in sentences.
   """
 
@@ -44,6 +45,7 @@ class Resolved:
   rows: Mapping[Place, Rows]
   coordinates: Mapping[Key, float]
   fallbacks: Mapping[int, str]
+  frozen: frozenset[int]
   notes: tuple[str, ...]
 
 
@@ -102,7 +104,8 @@ def resolve(
     if leaf not in covered
   }
   notes = _notes(found, layers, places, paths)
-  return Resolved(tuple(layers), places, rows, coordinates, fallbacks, notes)
+  frozen = frozenset(fallbacks) - frozenset(refused) - frozenset(found.apart)
+  return Resolved(tuple(layers), places, rows, coordinates, fallbacks, frozen, notes)
 
 
 def _refuse_without_batch(found: Found, uses: Mapping[Key, Use], refused: dict[int, str]) -> None:

@@ -9,17 +9,24 @@ with the numbers `a` and `g` that normalise them, formed from `x` and `dy` where
 `c` is the number that the loss multiplies `W` by, `h` the homogeneous coordinate of its bias. AD
 adds cotangents: a weight that is used twice, or constant over a scan, gets the sum, and one that a
 scan goes over gets a stack.
+
+Where the examples are sharded the sums are over those of each device, along an axis of their own
+behind the stack: they are added up once all uses, groups and micro-batches are, outside of branches
+and loops, where one all-reduce does for them and the gradient.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fop_optax import _compat
 from fop_optax.capture.entries import Fold, Indices
 from fop_optax.capture.kinds.dense import Dense
+from fop_optax.capture.kinds.table import Table
 from fop_optax.capture.values import ONE_HOT, Product
 from fop_optax.layers import Factors
 from fop_optax.moments import added_up
@@ -46,31 +53,51 @@ class Moments:
   fold: Fold | None = None
 
   def __call__(self, x: jax.Array, dy: jax.Array, like: Factors) -> Factors:
-    """The sums over rows, scaled, in the shapes and dtypes of `like`."""
+    """The sums over the rows of each shard, scaled, in the shapes and dtypes of `like`."""
     x, dy, count = self._thin(x, dy)
-    biased = self.coordinate != 0
-    fold, product = self.fold or Fold(None, None, None), self.product
-    rows = fold.inputs
+    scale_a, scale_g = (count * scale for scale in self.scale)
+    shards = like.A.shape[1]
+    x_axis, y_axis = self._examples_at(x, dy) if shards > 1 else (None, None)
+    shape_a, shape_g = ((f.shape[0], *f.shape[2:]) for f in like)
+
+    def inputs(x):
+      return scale_a * self._inputs(x, like.A.dtype).reshape(shape_a)
+
+    def outputs(x, dy):
+      return scale_g * self._outputs(x, dy, like.G.dtype).reshape(shape_g)
+
+    A = _by_shard(inputs, (x,), (x_axis,), shards)
+    if x_axis is None:  # of a table: x plays no part in G
+      return Factors(A, _by_shard(functools.partial(outputs, x), (dy,), (y_axis,), shards))
+    return Factors(A, _by_shard(outputs, (x, dy), (x_axis, y_axis), shards))
+
+  def _inputs(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    biased, product = self.coordinate != 0, self.product
+    rows = self.fold.inputs if self.fold else None
     if rows and biased:
       rows = (*rows, max(rows) + 1)
-    a = self._folded(
-      lambda diagonal: product.input_moment(x, biased, diagonal, like.A.dtype),
-      self.diagonal[0],
-      rows,
-      product.kind in ONE_HOT,
-    )
-    g = self._folded(
-      lambda diagonal: product.output_moment(x, dy, diagonal, like.G.dtype),
-      self.diagonal[1],
-      fold.outputs,
-    )
-    a = self._scaled(a)
-    if self.homogeneous and self.flipped:
-      g = _padded(g)
-    elif self.homogeneous and not biased:
-      a = _padded(a)
-    scale_a, scale_g = (count * scale for scale in self.scale)
-    return Factors(scale_a * a.reshape(like.A.shape), scale_g * g.reshape(like.G.shape))
+    form = lambda diagonal: product.input_moment(x, biased, diagonal, dtype)
+    a = self._scaled(self._folded(form, self.diagonal[0], rows, product.kind in ONE_HOT))
+    return _padded(a) if self.homogeneous and not self.flipped and not biased else a
+
+  def _outputs(self, x: jax.Array, dy: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    form = lambda diagonal: self.product.output_moment(x, dy, diagonal, dtype)
+    g = self._folded(form, self.diagonal[1], self.fold.outputs if self.fold else None)
+    return _padded(g) if self.homogeneous and self.flipped else g
+
+  def _examples_at(self, x: jax.Array, dy: jax.Array) -> tuple[int | None, int | None]:
+    """Axes of x and of y along which shards of the examples are taken, None where there is none.
+
+    Any share of the rows gives the same sum: by examples each device has its own.
+    """
+    examples = self.examples // self.every
+    pairs = [p for p in self.product.row_axes if x.shape[p[0]] % examples == 0]
+    if pairs:
+      return min(pairs, key=lambda p: x.shape[p[0]])
+    if isinstance(self.product, Table):
+      rows = [axis for axis in self.product.y_rows if dy.shape[axis] % examples == 0]
+      return None, min(rows, key=lambda axis: dy.shape[axis], default=None)
+    return None, None
 
   def _folded(
     self,
@@ -136,13 +163,15 @@ def form_moments(
     moments: what to form, for each part of the weight.
     x: the other operand of the product.
     y: its output.
-    probes: zeros of the factors' shapes.
+    probes: zeros of the factors' shapes, with an axis of shards behind the stack.
     refresh: a traced bool, or None for always.
   """
   like = jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype), list(probes))
+  types = jax.tree.map(jax.typeof, list(probes))
 
   def form(x, dy):
-    return [each(x, dy, shapes) for each, shapes in zip(moments, like, strict=True)]
+    sums = [each(x, dy, shapes) for each, shapes in zip(moments, like, strict=True)]
+    return jax.tree.map(_compat.sharded_like, sums, types)
 
   @jax.custom_vjp
   def identity(y, x, probes, refresh):
@@ -158,11 +187,38 @@ def form_moments(
     if refresh is None:
       return dy, None, form(x, dy), None
     skip = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), like)
+    skip = jax.tree.map(_compat.sharded_like, skip, types)
+    skip = _compat.vary(skip, _compat.varying((x, dy)))
     # products only inside the branch: gradients of convolutions would be slow there on CPU
     return dy, None, lax.cond(refresh, lambda: form(x, dy), lambda: skip), None
 
   identity.defvjp(forward, backward)
   return identity(y, x, list(probes), refresh)
+
+
+def _by_shard(
+  form: Callable[..., jax.Array],
+  arrays: Sequence[jax.Array],
+  axes: Sequence[int | None],
+  shards: int,
+) -> jax.Array:
+  """`form` of each shard of the arrays along these axes, `[stack, shards, ...]`.
+
+  What has no such axis is formed as a whole, and counts for the first.
+  """
+  if shards == 1 or None in axes:
+    whole = form(*arrays)[:, None]
+    first = jnp.arange(shards) == 0
+    return whole if shards == 1 else jnp.where(first.reshape(-1, *[1] * (whole.ndim - 2)), whole, 0)
+  split = [_split(a, i, shards) for a, i in zip(arrays, axes, strict=True) if i is not None]
+  return jax.vmap(form, out_axes=1)(*split)
+
+
+def _split(array: jax.Array, axis: int, shards: int) -> jax.Array:
+  """An axis cut into shards, which come first."""
+  before, after = array.shape[:axis], array.shape[axis + 1 :]
+  parts = array.reshape(*before, shards, array.shape[axis] // shards, *after)
+  return jnp.moveaxis(parts, axis, 0)
 
 
 def _padded(factor: jax.Array) -> jax.Array:

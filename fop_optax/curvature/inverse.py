@@ -5,6 +5,9 @@ A *scaling* says what `M`, the damped Fisher block, is and how its inverse is ke
 - "factored": `M = (A + pi sqrt(lambda) I) (x) (G + sqrt(lambda) / pi I)`, the inverses of both;
 - "exact": `M = A (x) G + lambda I`, the eigenvectors and eigenvalues of both.
 
+Damping below the rounding of `F` in its precision is raised to it, block by block: inverted as they
+are, eigenvalues that ought to be zero would blow up what rounding left of the gradient there.
+
 Each is one row of `SCALINGS`, handed on as it is. A block without an inverse has zeros for it: its
 direction is zero.
 """
@@ -15,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fop_optax.curvature.damping import add_damping, split_damping
+from fop_optax.curvature.damping import add_damping, rounding, split_damping
 from fop_optax.curvature.positive import positive_inverse
 from fop_optax.curvature.precondition import Side, multiply, sandwich, transposed
 from fop_optax.layers import Factors
@@ -28,8 +31,10 @@ class FactoredInverse(NamedTuple):
 
   A: jax.Array  # like the factor
   G: jax.Array
-  damping_A: jax.Array  # shape=(): pi sqrt(lambda) when the inverse was made
+  damping_A: jax.Array  # shape=(): pi sqrt(lambda) when the inverse was made, or its rounding
   damping_G: jax.Array  # shape=(): sqrt(lambda) / pi
+  added_A: jax.Array  # shape=(): what of it was added because less would be rounding
+  added_G: jax.Array  # shape=()
 
 
 class ExactInverse(NamedTuple):
@@ -39,7 +44,8 @@ class ExactInverse(NamedTuple):
   basis_G: Side
   values_A: jax.Array
   values_G: jax.Array
-  damping: jax.Array  # shape=(): lambda when the inverse was made
+  damping: jax.Array  # shape=(): lambda when the inverse was made, or its rounding
+  added: jax.Array  # shape=(): what of it was added because less would be rounding
 
 
 class Scaling(NamedTuple):
@@ -52,20 +58,24 @@ class Scaling(NamedTuple):
 
 
 def _factored_empty(factors):
-  zero = jnp.zeros((), factors.A.dtype)
-  return FactoredInverse(jnp.zeros_like(factors.A), jnp.zeros_like(factors.G), zero, zero)
+  zeros = (jnp.zeros((), factors.A.dtype) for _ in range(4))
+  return FactoredInverse(jnp.zeros_like(factors.A), jnp.zeros_like(factors.G), *zeros)
 
 
 def factored_invert(
   factors: Factors, damping: jax.Array, split: Split = split_damping
 ) -> tuple[FactoredInverse, jax.Array]:
   """Both damped factors inverted, and whether that is sound; `split` shares the damping out."""
-  damping_A, damping_G = split(factors, damping)
+  asked_A, asked_G = split(factors, damping)
+  damping_A = jnp.maximum(asked_A, rounding(factors.A))
+  damping_G = jnp.maximum(asked_G, rounding(factors.G))
   inverse = FactoredInverse(
     A=_damped_inverse(add_damping(factors.A, damping_A)),
     G=_damped_inverse(add_damping(factors.G, damping_G)),
     damping_A=damping_A,
     damping_G=damping_G,
+    added_A=damping_A - asked_A,
+    added_G=damping_G - asked_G,
   )
   return inverse, _all_finite(inverse)
 
@@ -94,13 +104,16 @@ def _exact_empty(factors):
     values_A=jnp.full(len(factors.A), jnp.inf, factors.A.dtype),
     values_G=jnp.full(len(factors.G), jnp.inf, factors.G.dtype),
     damping=jnp.zeros((), factors.A.dtype),
+    added=jnp.zeros((), factors.A.dtype),
   )
 
 
-def _exact_invert(factors, damping):
+def _exact_invert(factors, asked):
   values_A, basis_A = _eigen(factors.A)
   values_G, basis_G = _eigen(factors.G)
-  inverse = ExactInverse(basis_A, basis_G, values_A, values_G, damping)
+  floor = rounding(factors.A) * jnp.max(values_G) + jnp.max(values_A) * rounding(factors.G)
+  damping = jnp.maximum(asked, floor)
+  inverse = ExactInverse(basis_A, basis_G, values_A, values_G, damping, damping - asked)
   # The smallest eigenvalue of M is all there is to fear: at lambda = 0 it may be zero.
   smallest = jnp.min(values_A) * jnp.min(values_G) + damping
   return inverse, _all_finite(inverse) & jnp.isfinite(1 / smallest)
@@ -140,8 +153,8 @@ class Inverse(NamedTuple):
 
 def init_inverse(factors: Factors, scaling: Scaling) -> Inverse:
   """Inverses of a stack before any statistics."""
-  counter = jnp.zeros(len(factors.A), jnp.int32)
-  return Inverse(jax.vmap(scaling.empty)(factors), counter, counter)
+  made, failed = (jnp.zeros(len(factors.A), jnp.int32) for _ in range(2))
+  return Inverse(jax.vmap(scaling.empty)(factors), made, failed)
 
 
 def remake(

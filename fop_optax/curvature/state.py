@@ -32,8 +32,41 @@ class CurvatureState(NamedTuple):
   count: jax.Array  # int32, shape=(): steps taken
   curvature_update_period: jax.Array  # int32, shape=()
   inverse_update_period: jax.Array  # int32, shape=()
-  nonfinite_gradients: jax.Array  # int32, shape=(): steps skipped
+  nonfinite_losses: jax.Array  # int32, shape=(): steps skipped for their loss
+  nonfinite_gradients: jax.Array  # int32, shape=(): for their gradient (or the loss and it)
+  nonfinite_directions: jax.Array  # int32, shape=(): for their update, of a finite gradient
   stacks: tuple[StackState, ...]
+
+  def counted(self, finite: "Finite") -> "CurvatureState":
+    """After a step with such a loss and gradient: taken, or skipped and why."""
+    return self._replace(
+      count=jnp.where(finite.both, optax.safe_increment(self.count), self.count),
+      nonfinite_losses=self.nonfinite_losses + ~finite.loss,
+      nonfinite_gradients=self.nonfinite_gradients + ~finite.gradients,
+    )
+
+  def settled(self, before: "CurvatureState", finite: jax.Array) -> "CurvatureState":
+    """With the count of `before` the step if its update is not `finite`, which is counted."""
+    return self._replace(
+      count=jnp.where(finite, self.count, before.count),
+      nonfinite_directions=self.nonfinite_directions + (self.taken(before) & ~finite),
+    )
+
+  def taken(self, before: "CurvatureState") -> jax.Array:
+    """Whether loss and gradient of the step since `before` were finite."""
+    losses = self.nonfinite_losses == before.nonfinite_losses
+    return losses & (self.nonfinite_gradients == before.nonfinite_gradients)
+
+
+class Finite(NamedTuple):
+  """What of a step is finite."""
+
+  loss: jax.Array  # bool, shape=()
+  gradients: jax.Array  # bool, shape=(): of all parameters
+
+  @property
+  def both(self) -> jax.Array:
+    return self.loss & self.gradients
 
 
 class CurvatureOptions(NamedTuple):
@@ -60,7 +93,8 @@ def init_curvature(
 ) -> CurvatureState:
   """State before any step: zeros of the final shapes and dtypes, from shapes alone.
 
-  Arithmetic is in the widest dtype of a stack's parameters and in float32 at least.
+  Arithmetic is in the widest dtype of a stack's parameters and in float32 at least. No two arrays
+  are one buffer, so that a state can be donated.
   """
   states = []
   for stack in stacks:
@@ -68,16 +102,24 @@ def init_curvature(
     dtypes = [dtype_of(leaves[leaf]) for leaf in members] if leaves is not None else []
     dtype = jnp.result_type(jnp.float32, *dtypes)
     running = init_running(stack.factor_shapes, stack.blocks, dtype)
-    owners = [i for i in stack.layers for _ in range(layers[i].stack)]
+    owners = [jnp.full(layers[i].stack, i, jnp.int32) for i in stack.layers]
     states.append(
       StackState(
         running=running,
         inverse=init_inverse(running.factors, options.scaling),
-        layer=jnp.asarray(owners or [-1], jnp.int32),
+        layer=jnp.concatenate(owners or [jnp.full(1, -1, jnp.int32)]),
       )
     )
-  zero = jnp.zeros((), jnp.int32)
-  return CurvatureState(zero, *options.periods, zero, tuple(states))
+  return empty_curvature(options.periods, tuple(states))
+
+
+def empty_curvature(
+  periods: tuple[jax.Array, jax.Array], stacks: tuple[StackState, ...]
+) -> CurvatureState:
+  """State before any step."""
+  zero = lambda: jnp.zeros((), jnp.int32)
+  curvature, inverse = map(jnp.copy, periods)
+  return CurvatureState(zero(), curvature, inverse, zero(), zero(), zero(), stacks)
 
 
 def advance(
@@ -85,17 +127,17 @@ def advance(
   stacks: Sequence[Stack],
   factors: Sequence[Factors],
   refresh: jax.Array,
-  finite: jax.Array,
+  finite: Finite,
   damping: jax.Array,
   options: CurvatureOptions,
 ) -> CurvatureState:
   """One step: folds statistics in if `refresh`, remakes the inverses that are due.
 
-  A step whose gradient is not `finite` is counted and changes nothing else; the count stands still,
-  so that a refresh that fell on it is made up for by the next.
+  A step whose loss or gradient is not `finite` is counted and changes nothing else; the count
+  stands still, so that a refresh that fell on it is made up for by the next.
   """
   curvature_period, inverse_period = options.periods
-  refresh = jnp.asarray(refresh) & finite
+  refresh = jnp.asarray(refresh) & finite.both
   decay = jnp.asarray(options.decay)
 
   def fold_all(running):
@@ -110,19 +152,18 @@ def advance(
   kept = tuple(s.inverse for s in state.stacks)
   if options.stagger:
     phase = state.count % inverse_period, inverse_period
-    inverse = _remake_in_turn(kept, running, finite, phase, damping, options.scaling)
+    inverse = _remake_in_turn(kept, running, finite.both, phase, damping, options.scaling)
   else:
     due = refresh
     if options.inverse_update_period is not None:
       waiting = [jnp.any(_waiting(i, r)) for i, r in zip(kept, running, strict=True)]
-      due = functools.reduce(jnp.logical_or, waiting, state.count % inverse_period == 0) & finite
+      due = functools.reduce(jnp.logical_or, waiting, state.count % inverse_period == 0)
+      due &= finite.both
     inverse = _remake_all(kept, running, due, damping, options.scaling)
 
-  return CurvatureState(
-    count=jnp.where(finite, optax.safe_increment(state.count), state.count),
+  return state.counted(finite)._replace(
     curvature_update_period=curvature_period,
     inverse_update_period=inverse_period,
-    nonfinite_gradients=state.nonfinite_gradients + ~finite,
     stacks=tuple(
       StackState(r, i, s.layer) for r, i, s in zip(running, inverse, state.stacks, strict=True)
     ),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fop_optax import _compat
 from fop_optax.curvature import factors, per_example_factors
 from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.curvature.stacks import (
@@ -18,8 +19,15 @@ from fop_optax.curvature.stacks import (
   stack_matrices,
   unstack,
 )
-from fop_optax.curvature.state import CurvatureOptions, CurvatureState, advance, init_curvature
+from fop_optax.curvature.state import (
+  CurvatureOptions,
+  CurvatureState,
+  Finite,
+  advance,
+  init_curvature,
+)
 from fop_optax.layers import Layers, Stats, is_masked
+from fop_optax.optimizers.whole_steps import all_finite, whole_steps
 
 Scalar = float | jax.Array
 ScalarOrSchedule = Scalar | optax.Schedule
@@ -47,6 +55,7 @@ class Options:
       whole = lambda x: x >= 1 and x == int(x)
       check(name, getattr(self, name), whole, "a whole number of steps, at least 1")
     check("norm_constraint", self.norm_constraint, lambda x: x > 0, "above 0")
+    check("learning_rate", self.learning_rate, lambda x: x >= 0, "at least 0")
 
   @property
   def curvature(self) -> CurvatureOptions:
@@ -77,9 +86,19 @@ def check_layers(layers: Any) -> Layers:
 
 
 def check(name: str, value: Any, valid: Callable[[Any], bool], wanted: str) -> None:
-  """Checks a hyperparameter that is a plain number; arrays and schedules are known at run time."""
-  if isinstance(value, numbers.Real) and not valid(value):
-    raise ValueError(f"`{name}={value}` should be {wanted}.")
+  """Checks a hyperparameter: one number, in range where that is known before the step is run."""
+  if value is None or callable(value):
+    return
+  if isinstance(value, numbers.Real):
+    if not valid(value):
+      raise ValueError(f"`{name}={value}` should be {wanted}.")
+  elif not hasattr(value, "dtype") or jnp.ndim(value) > 0:
+    got = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
+    raise ValueError(
+      f"`{name}` should be one number (a Python number, an array without axes or a schedule), not"
+      f" {got}. For parameters that need values of their own give each group an optimizer, with"
+      " `optax.partition`."
+    )
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -90,7 +109,12 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def value_at(value: ScalarOrSchedule, count: jax.Array) -> jax.Array:
   """A hyperparameter at a step, whether a number, an array or a schedule."""
-  return jnp.asarray(value(count) if callable(value) else value)
+  array = jnp.asarray(value(count) if callable(value) else value)
+  if array.ndim:
+    raise ValueError(
+      f"A schedule returned {array.dtype}{list(array.shape)} where it should return one number."
+    )
+  return array
 
 
 class Step(NamedTuple):
@@ -100,7 +124,6 @@ class Step(NamedTuple):
   matrices: list[jax.Array]  # one a stack: [blocks, rows, outputs]
   contrasts: list[jax.Array]  # one a stack: [blocks, groups - 1, rows, outputs]; none for K-FAC
   resolutions: list[float]  # one a stack: machine epsilon of its gradients
-  finite: jax.Array
   curvature: CurvatureState
   updates: Any
   leaves: list[Any]
@@ -122,8 +145,12 @@ def begin(
   state: CurvatureState,
   stats: Stats,
   contrasts: bool,
+  fallback_finite: jax.Array,
 ) -> Step:
-  """Checks what came in, stacks the gradient and lets the curvature take its step."""
+  """Checks what came in, stacks the gradient and lets the curvature take its step.
+
+  `fallback_finite` says whether the gradients that are in no layer are finite.
+  """
   leaves = layers.leaves(updates, "The gradient")
   stacks = plan_stacks(layers, leaves)
   check_state(stacks, state)
@@ -137,13 +164,13 @@ def begin(
   if contrasts:
     trees = [gather(layers.leaves(tree, "A contrast in `stats`")) for tree in stats.contrasts]
     others = [jnp.stack(parts, axis=1) for parts in zip(*trees, strict=True)]
-  finite = all_finite(matrices + others)
+  finite = Finite(jnp.isfinite(stats.loss), all_finite(matrices + others) & fallback_finite)
   damping = value_at(options.damping, state.count)
   curvature = advance(
     state, stacks, stats.factors, stats.refresh, finite, damping, options.curvature
   )
   resolutions = [_resolution(stack, layers, leaves) for stack in stacks]
-  return Step(stacks, matrices, others, resolutions, finite, curvature, updates, leaves)
+  return Step(stacks, matrices, others, resolutions, curvature, updates, leaves)
 
 
 def finish(
@@ -154,9 +181,9 @@ def finish(
   norm2: jax.Array,
   count: jax.Array,
 ) -> Any:
-  """The directions as a tree like the gradient; zero on a step that is skipped."""
+  """The directions as a tree like the gradient, within the norm constraint."""
   scale = constrain(options, norm2, count)
-  directions = [jnp.where(step.finite, scale.astype(d.dtype) * d, 0) for d in directions]
+  directions = [scale.astype(d.dtype) * d for d in directions]
   leaves = unstack(step.stacks, layers, directions, step.leaves)
   return layers.tree(step.updates, leaves)
 
@@ -170,56 +197,48 @@ def constrain(options: Options, norm2: jax.Array, count: jax.Array) -> jax.Array
     \nu = \min\Big(1, \sqrt{\kappa / (\alpha^2 \textstyle\sum_l d_l^\top M_l d_l)}\Big)
 
   so that a step at rate alpha has at most kappa of twice the KL divergence that `M` predicts;
-  `norm2` is the sum.
+  `norm2` is the sum. Where it overflows nu is NaN: the step is skipped, as no direction is known.
   """
   if options.norm_constraint is None:
     return jnp.ones((), norm2.dtype)
   kappa = value_at(options.norm_constraint, count).astype(norm2.dtype)
   rate = value_at(options.learning_rate, count).astype(norm2.dtype)
   size = rate**2 * jnp.abs(norm2)
-  return jnp.where(size > kappa, jnp.sqrt(kappa / jnp.where(size > kappa, size, 1)), 1)
-
-
-def keep_if(finite: jax.Array, new: Any, old: Any) -> Any:
-  """`new` where the step is finite, else `old`."""
-  return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+  nu = jnp.where(size > kappa, jnp.sqrt(kappa / jnp.where(size > kappa, size, 1)), 1)
+  return jnp.where(jnp.isfinite(size), nu, jnp.nan)
 
 
 def by_layer(
   layers: Layers, inside: optax.GradientTransformation, outside: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-  """Leaves in a layer go through `inside`, the others through `outside` (unless not finite)."""
+  """Leaves in a layer go through `inside`, the others through `outside`; frozen ones stay."""
+  covered, frozen = layers.covered, layers.frozen
+
+  def label(index, leaf):
+    if is_masked(leaf):
+      return leaf
+    return "layers" if index in covered else "frozen" if index in frozen else "fallback"
 
   def labels(tree):
     if not jax.tree.leaves(tree, is_leaf=is_masked):
       return "layers"  # the placeholder of optax.tree.map_params
     leaves = layers.leaves(tree, "The tree of parameters or gradients")
-    covered = layers.covered
-    out = [
-      leaf if is_masked(leaf) else "layers" if index in covered else "fallback"
-      for index, leaf in enumerate(leaves)
-    ]
-    return layers.tree(tree, out)
+    return layers.tree(tree, [label(index, leaf) for index, leaf in enumerate(leaves)])
 
   parts: dict[Hashable, optax.GradientTransformation] = {"layers": inside}
-  if len(layers.covered) < len(layers.shapes):
-    parts["fallback"] = skip_nonfinite(outside)
-  return optax.partition(parts, labels)
-
-
-def skip_nonfinite(
-  inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-  """`inner`, but a gradient that is not finite gives no update and leaves its state as it is."""
-  inner = optax.with_extra_args_support(inner)
+  if frozen:
+    parts["frozen"] = optax.set_to_zero()
+  if len(covered | frozen) < len(layers.shapes):
+    parts["fallback"] = outside
+  inner = optax.partition(parts, labels)
 
   def update(updates, state, params=None, **extra_args):
-    finite = all_finite(updates)
-    new, new_state = inner.update(updates, state, params, **extra_args)
-    new = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), new)
-    return new, keep_if(finite, new_state, state)
+    leaves = layers.leaves(updates, "The gradient")
+    others = [leaf for index, leaf in enumerate(leaves) if index not in covered]
+    finite = all_finite(others)
+    return inner.update(updates, state, params, fallback_finite=finite, **extra_args)
 
-  return optax.GradientTransformationExtraArgs(inner.init, update)
+  return whole_steps(optax.GradientTransformationExtraArgs(inner.init, update))
 
 
 def keep_dtypes(
@@ -240,14 +259,8 @@ def keep_dtypes(
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def all_finite(tree: Any) -> jax.Array:
-  """Whether every entry of a tree is finite."""
-  leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-  return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
-
-
-def check_stats(layers: Layers, stats: Any) -> Stats:
-  """Checks that `stats` came, and from a loss with these layers."""
+def check_stats(layers: Layers, stats: Any, updates: Any, state: Any) -> Stats:
+  """Checks that `stats` came, from a loss with these layers, and are averaged over devices."""
   if stats is None:
     raise ValueError(
       "No `stats`: curvature statistics go to `tx.update(grads, opt_state, params, stats=stats)`,"
@@ -270,7 +283,13 @@ def check_stats(layers: Layers, stats: Any) -> Stats:
       f"`stats` have {len(stats.contrasts)} contrasts, but these layers were captured with"
       f" groups={layers.groups}. `layers` and `stats` should come from the same `captured`."
     )
-  return stats
+  if local := sorted(_compat.varying((updates, stats)) - _compat.varying(state)):
+    raise ValueError(
+      f"Gradient or `stats` differ between devices along the mesh axes {local}, but the optimizer's"
+      " state does not. Inside `jax.shard_map` write `loss, grads, stats = jax.lax.pmean("
+      f"captured.value_and_grad(params, ...), {tuple(local)})`."
+    )
+  return stats._replace(refresh=jnp.asarray(stats.refresh, bool))  # a float after `pmean`
 
 
 def check_state(stacks: Sequence[Stack], state: CurvatureState) -> None:
@@ -299,7 +318,6 @@ def complete(
   mask: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """An optimizer out of a direction: momentum, weight decay, rate."""
-  check("learning_rate", options.learning_rate, lambda x: x >= 0, "at least 0")
   check("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
   check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
   if isinstance(mask, bool | jax.Array) or any(
@@ -310,17 +328,24 @@ def complete(
       " `optax.inject_hyperparams` takes any callable for a schedule: declare it with"
       ' `optax.inject_hyperparams(..., static_args="mask")`.'
     )
-  rate = options.learning_rate
-  stages = []
-  if momentum is not None:
-    stages.append(optax.trace(momentum, nesterov))
-  if not (isinstance(weight_decay, numbers.Real) and weight_decay == 0):
-    stages.append(optax.add_decayed_weights(weight_decay, mask))  # alone needs params
-  stages.append(optax.scale_by_learning_rate(rate))
+  stages = [] if momentum is None else [optax.trace(momentum, nesterov)]
+  stages += _decay_and_rate(options.learning_rate, weight_decay, mask)
   return optax.chain(precondition, keep_dtypes(optax.chain(*stages)))
 
 
-def slow_adamw(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
-  """What takes care of leaves in no layer by default: AdamW at a hundredth of the rate."""
-  rate = learning_rate
-  return optax.adamw((lambda count: 0.01 * rate(count)) if callable(rate) else 0.01 * rate)
+def slow_adamw(
+  learning_rate: ScalarOrSchedule, weight_decay: Scalar, mask: Any
+) -> optax.GradientTransformation:
+  """What takes care of leaves in no layer by default: Adam at a hundredth of the rate.
+
+  Weight decay is that of the leaves in layers: times the rate itself.
+  """
+  adam = (optax.scale_by_adam(), optax.scale(0.01))
+  return optax.chain(*adam, *_decay_and_rate(learning_rate, weight_decay, mask))
+
+
+def _decay_and_rate(rate, weight_decay, mask):
+  stages = [optax.scale_by_learning_rate(rate)]
+  if not (isinstance(weight_decay, numbers.Real) and weight_decay == 0):
+    stages.insert(0, optax.add_decayed_weights(weight_decay, mask))  # alone needs params
+  return stages

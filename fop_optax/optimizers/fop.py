@@ -28,6 +28,13 @@ class Projection(NamedTuple):
   s: jax.Array  # shape=(blocks, groups - 1)
 
 
+def no_projection(blocks: int, contrasts: int, dtype: Any) -> Projection:
+  """Before the first step."""
+  beta, s = (jnp.zeros((blocks, contrasts), dtype) for _ in range(2))
+  eta, rho2, residual = (jnp.zeros(blocks, dtype) for _ in range(3))
+  return Projection(beta, eta, rho2, residual, s)
+
+
 class ScaleByFopState(NamedTuple):
   """State of the layers' part of `scale_by_fop`."""
 
@@ -46,6 +53,7 @@ class FopOptions(NamedTuple):
   def check(self) -> None:
     common.one_of("projection_metric", self.projection_metric, METRICS)
     check_total_gradient(self.total_gradient)
+    common.check("beta", self.beta, lambda x: True, "a number")
 
   def check_beta(self, groups: int) -> None:
     if self.beta is not None and groups > 2:
@@ -115,14 +123,13 @@ def project(
     contrasts = layers.groups - 1
     projections = []
     for stack, s in zip(stacks, curvature.stacks, strict=True):
-      zero, zeros = (jnp.zeros((stack.blocks, *k), s.dtype) for k in ((), (contrasts,)))
-      projections.append(Projection(beta=zeros, eta=zero, rho2=zero, residual=zero, s=zeros))
+      projections.append(no_projection(stack.blocks, contrasts, s.dtype))
     return ScaleByFopState(curvature, tuple(projections))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
-  def apply(updates, state, stats):
+  def apply(updates, state, stats, fallback_finite):
     count = state.curvature.count
-    step = common.begin(options, layers, updates, state.curvature, stats, contrasts=True)
+    step = common.begin(options, layers, updates, state.curvature, stats, True, fallback_finite)
     beta = None if fop_options.beta is None else common.value_at(fop_options.beta, count)
     results = [
       jax.vmap(functools.partial(_block_direction, scaling, fop_options, beta, resolution))(
@@ -135,12 +142,14 @@ def project(
     norm2 = sum((jnp.sum(r.norm2) for r in results), start=jnp.zeros(()))
     updates = common.finish(options, layers, step, [r.direction for r in results], norm2, count)
     projections = tuple(Projection(r.beta, r.eta, r.rho2, r.residual, r.s) for r in results)
-    projections = common.keep_if(step.finite, projections, state.projections)
     return updates, ScaleByFopState(step.curvature, projections)
 
-  def update(updates, state, params=None, *, stats: Stats | None = None, **extra_args):
+  def update(
+    updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
+  ):
     del params, extra_args
-    return apply(updates, state, common.check_stats(layers, stats))
+    stats = common.check_stats(layers, stats, updates, state)
+    return apply(updates, state, stats, fallback_finite)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -222,7 +231,7 @@ def fop(
     decay: weight of the old average of the factors.
     momentum: decay of the trace of directions, None for none.
     nesterov: whether momentum looks ahead.
-    weight_decay: decoupled decay, times the learning rate; of leaves in layers.
+    weight_decay: decoupled decay, times the learning rate.
     mask: which leaves decay.
     scaling: `"factored"` or `"exact"`.
     curvature_update_period: statistics every that many steps (the paper's curvature interval).
@@ -236,8 +245,8 @@ def fop(
     adaptive_step: whether eta scales each layer's step; else eta is 1.
     beta: None for the formula, or a number or schedule in its place (two groups only).
     norm_constraint: a bound of the squared length of a step in the damped Fisher metric, eta in it.
-    fallback: a complete optimizer for leaves that are in no layer; by default `optax.adamw` at a
-      hundredth of `learning_rate`.
+    fallback: a complete optimizer for leaves that are in no layer; by default Adam at a hundredth
+      of `learning_rate`, with `weight_decay` and `mask`.
 
   Returns:
     A transformation whose `update` takes `stats=`.
@@ -286,5 +295,5 @@ def fop(
   return common.by_layer(
     layers,
     common.complete(options, inner, momentum, nesterov, weight_decay, mask),
-    common.keep_dtypes(fallback or common.slow_adamw(learning_rate)),
+    common.keep_dtypes(fallback or common.slow_adamw(learning_rate, weight_decay, mask)),
   )

@@ -12,8 +12,9 @@ from fop_optax.curvature.gram import Gram
 from fop_optax.dimensions import Dimensions
 from fop_optax.optimizers import common, per_example
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
-from fop_optax.optimizers.fop import FopOptions, Projection, ScaleByFopState, project
+from fop_optax.optimizers.fop import FopOptions, Projection, ScaleByFopState, no_projection, project
 from fop_optax.optimizers.per_example import Settings, Share, Weights
+from fop_optax.optimizers.whole_steps import whole_steps
 from fop_optax.projection import fop_direction
 
 
@@ -55,7 +56,7 @@ def scale_by_fop_per_example(
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector, groups)
-  return _project(options, fop_options, settings)
+  return whole_steps(_project(options, fop_options, settings))
 
 
 def _project(
@@ -73,8 +74,7 @@ def _project(
     return per_example.kronecker(settings, options, inner)
 
   def start(curvature, dtype):
-    zero, zeros = jnp.zeros(1, dtype), jnp.zeros((1, settings.groups - 1), dtype)
-    return ScaleByFopState(curvature, (Projection(zeros, zero, zero, zero, zeros),))
+    return ScaleByFopState(curvature, (no_projection(1, settings.groups - 1, dtype),))
 
   share = functools.partial(_projected, fop_options)
   return per_example.exact(settings, options, start, share)
@@ -223,4 +223,5 @@ def fop_per_example(
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector, groups)
   inner = _project(options, fop_options, settings)
-  return common.complete(options, inner, momentum, nesterov, weight_decay, mask)
+  complete = common.complete(options, inner, momentum, nesterov, weight_decay, mask)
+  return whole_steps(complete)

@@ -60,8 +60,8 @@ def precondition(options: Options, layers: Layers) -> optax.GradientTransformati
     return ScaleByKfacState(curvature)
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
-  def apply(updates, state, stats):
-    step = common.begin(options, layers, updates, state.curvature, stats, contrasts=False)
+  def apply(updates, state, stats, fallback_finite):
+    step = common.begin(options, layers, updates, state.curvature, stats, False, fallback_finite)
     directions = [
       solve(s.inverse.value, V) for s, V in zip(step.curvature.stacks, step.matrices, strict=True)
     ]
@@ -72,9 +72,12 @@ def precondition(options: Options, layers: Layers) -> optax.GradientTransformati
     updates = common.finish(options, layers, step, directions, norm2, state.curvature.count)
     return updates, ScaleByKfacState(step.curvature)
 
-  def update(updates, state, params=None, *, stats: Stats | None = None, **extra_args):
+  def update(
+    updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
+  ):
     del params, extra_args
-    return apply(updates, state, common.check_stats(layers, stats))
+    stats = common.check_stats(layers, stats, updates, state)
+    return apply(updates, state, stats, fallback_finite)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -109,9 +112,13 @@ def kfac(
   decoupled weight decay and the learning rate. Statistics of the present batch enter before its
   gradient is preconditioned, so that the first step is exact.
 
-  A step whose gradient is not finite in some layer gives a zero direction and leaves the curvature
-  alone; it is counted, as are statistics that are not finite and inverses that fail (the last good
-  one stays). Momentum and weight decay go on. See :func:`fop_optax.diagnostics`.
+  If the loss, a gradient or the update is not finite, the whole step is skipped: the update is zero
+  for every parameter, and momentum, weight decay and fallback stand still with the count. Skipped
+  steps are counted by their cause, as are statistics that are not finite and inverses that fail
+  (the last good one stays): see :func:`fop_optax.diagnostics`. Damping below the rounding of the
+  Fisher block, about `4 eps tr(A)` of `A` and likewise of `G`, is raised to it.
+
+  A parameter that no gradient of the loss reaches is left as it is, without decay.
 
   `optax.MultiSteps` hands on the `stats` of its last micro-step only: accumulate with
   `fop_optax.capture(..., micro_batches=...)` instead.
@@ -125,7 +132,8 @@ def kfac(
       the average starts exact.
     momentum: decay of the trace of directions, None for none.
     nesterov: whether momentum looks ahead.
-    weight_decay: decoupled decay, times the learning rate; of leaves in layers.
+    weight_decay: decoupled decay, times the learning rate; of leaves in layers and of those that
+      the default `fallback` takes care of.
     mask: which leaves decay, a tree of bools or a callable of params, as in `optax.adamw`. Under
       `optax.inject_hyperparams` declare a callable with `static_args="mask"`.
     scaling: `"factored"` or `"exact"`.
@@ -135,7 +143,7 @@ def kfac(
     stagger: whether blocks take turns to remake their inverses, so that no step pays for all.
     norm_constraint: kappa, a bound of the squared length of a step in the damped Fisher metric.
     fallback: a complete optimizer for leaves that are in no layer, applied as it is; by default
-      `optax.adamw` at a hundredth of `learning_rate`.
+      Adam at a hundredth of `learning_rate`, with `weight_decay` and `mask` as above.
 
   Returns:
     A transformation whose `update` takes `stats=`.
@@ -184,5 +192,5 @@ def kfac(
   return common.by_layer(
     layers,
     common.complete(options, inner, momentum, nesterov, weight_decay, mask),
-    common.keep_dtypes(fallback or common.slow_adamw(learning_rate)),
+    common.keep_dtypes(fallback or common.slow_adamw(learning_rate, weight_decay, mask)),
   )

@@ -13,6 +13,7 @@ from fop_optax.optimizers import common, per_example
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 from fop_optax.optimizers.kfac import ScaleByKfacState, precondition
 from fop_optax.optimizers.per_example import Settings, Share, Weights
+from fop_optax.optimizers.whole_steps import whole_steps
 
 
 def scale_by_kfac_per_example(
@@ -46,7 +47,8 @@ def scale_by_kfac_per_example(
     learning_rate,
     per_example=True,
   )
-  return _precondition(options, Settings(curvature, dimension_numbers, max_dim, max_vector))
+  settings = Settings(curvature, dimension_numbers, max_dim, max_vector)
+  return whole_steps(_precondition(options, settings))
 
 
 def _precondition(options: Options, settings: Settings) -> optax.GradientTransformationExtraArgs:
@@ -117,8 +119,8 @@ def kfac_per_example(
   with the examples' gradients in the rows of `X`, in `B^2` numbers of memory; there is no curvature
   in the state.
 
-  A step whose gradients are not finite gives a zero direction, is counted, and leaves the curvature
-  alone; momentum and weight decay go on. Batches may differ in size from step to step.
+  A step whose gradients (with `curvature="exact"` their squares) or update are not finite is
+  skipped and counted, momentum and weight decay with it. Batches may differ in size from step to step.
 
   What optax puts around it sees `[B, *param]`: leaves that `optax.masked` or `optax.partition` keep
   from it go on as they came. Average those first, with
@@ -193,4 +195,5 @@ def kfac_per_example(
   )
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector)
   inner = _precondition(options, settings)
-  return common.complete(options, inner, momentum, nesterov, weight_decay, mask)
+  complete = common.complete(options, inner, momentum, nesterov, weight_decay, mask)
+  return whole_steps(complete)

@@ -12,7 +12,7 @@ from fop_optax.capture import batch
 from fop_optax.curvature import gram, per_example_factors
 from fop_optax.curvature.gram import Gram
 from fop_optax.curvature.stacks import dtype_of
-from fop_optax.curvature.state import CurvatureState
+from fop_optax.curvature.state import CurvatureState, Finite, empty_curvature
 from fop_optax.dimensions import Dimensions, Limits, blocks
 from fop_optax.layers import Factors, Layers, Stats, is_masked
 from fop_optax.optimizers import common
@@ -184,9 +184,9 @@ def exact(
   """
 
   def init(params: optax.Params) -> Any:
-    zero, one = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
+    one = jnp.ones((), jnp.int32)
     dtypes = [dtype_of(leaf) for leaf in jax.tree.leaves(params)]
-    return start(CurvatureState(zero, one, one, zero, ()), jnp.result_type(jnp.float32, *dtypes))
+    return start(empty_curvature((one, one), ()), jnp.result_type(jnp.float32, *dtypes))
 
   @jax.jit
   def apply(updates, state):
@@ -199,12 +199,10 @@ def exact(
     resolution = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
     own = share(of, weights, damping, count, resolution)
     nu = common.constrain(options, own.norm2, count) * own.weights
-    updates = jax.tree.map(
-      lambda leaf: jnp.where(of.finite, gram.combine(leaf, nu), 0).astype(leaf.dtype), updates
-    )
-    new = {"curvature": _counted(state.curvature, of.finite)}
+    updates = jax.tree.map(lambda leaf: gram.combine(leaf, nu).astype(leaf.dtype), updates)
+    new = {"curvature": state.curvature.counted(Finite(jnp.asarray(True), of.finite))}
     if own.projections:
-      new["projections"] = common.keep_if(of.finite, own.projections, state.projections)
+      new["projections"] = own.projections
     return updates, state._replace(**new)
 
   return _transformation(settings, init, apply)
@@ -214,13 +212,6 @@ def _weights(size: int, groups: int, dtype: Any) -> Weights:
   by_group = list(jnp.tile(jnp.eye(groups, dtype=dtype), size // groups) * (groups / size))
   contrasts = jnp.asarray(batch.contrasts(by_group), dtype).reshape(groups - 1, size)
   return Weights(batch.mean(by_group), contrasts)
-
-
-def _counted(curvature: CurvatureState, finite: jax.Array) -> CurvatureState:
-  return curvature._replace(
-    count=jnp.where(finite, optax.safe_increment(curvature.count), curvature.count),
-    nonfinite_gradients=curvature.nonfinite_gradients + ~finite,
-  )
 
 
 def _transformation(settings, init, apply) -> optax.GradientTransformationExtraArgs:

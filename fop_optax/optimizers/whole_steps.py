@@ -1,0 +1,73 @@
+"""Steps that are taken for all parameters or for none, from states where the parameters are."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fop_optax.curvature.state import CurvatureState
+
+
+def whole_steps(
+  inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+  """`inner`, a step of which is taken for all parameters or for none.
+
+  If loss, gradient or update are not finite (the update in the dtypes of the parameters, so that
+  what overflows on the way there counts too), the update is zero and the state stays as it was,
+  momentum and fallback included, but for the counters. Only statistics that were finite stay folded
+  in on a step whose update is not: to undo that would be a pass over all factors at every step.
+  """
+  is_curvature = lambda x: isinstance(x, CurvatureState)
+
+  @jax.jit  # so that an update outside of a user's jit is not one small program for each array
+  def settle(updates, state, before):
+    now, was = (
+      next(filter(is_curvature, jax.tree.leaves(tree, is_leaf=is_curvature)))
+      for tree in (state, before)
+    )
+    finite = all_finite(updates)
+    taken = now.taken(was) & finite
+
+    def keep(new, old):
+      return new.settled(old, finite) if is_curvature(new) else jnp.where(taken, new, old)
+
+    updates = jax.tree.map(lambda u: jnp.where(taken, u, jnp.zeros_like(u)), updates)
+    return updates, jax.tree.map(keep, state, before, is_leaf=is_curvature)
+
+  def update(updates, state, params=None, **extra_args):
+    return settle(*inner.update(updates, state, params, **extra_args), state)
+
+  def init(params):
+    return _placed_like(params, inner.init(params))
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def all_finite(tree: Any) -> jax.Array:
+  """Whether every entry of a tree is finite."""
+  leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
+
+
+def _placed_like(params: Any, state: Any) -> Any:
+  """`state` on the mesh of `params`, replicated where it is not on it already.
+
+  There it is after a step: as it is from the start, the step is compiled once.
+  """
+  concrete = lambda x: isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+  on_mesh = lambda x: concrete(x) and isinstance(x.sharding, jax.sharding.NamedSharding)
+  meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(params) if on_mesh(leaf)]
+  if not meshes:
+    return state
+
+  def place(leaf):
+    if not concrete(leaf) or on_mesh(leaf):
+      return leaf
+    explicit = jax.sharding.AxisType.Explicit in meshes[0].axis_types
+    spec = [None] * leaf.ndim if explicit else []  # as JAX spells it after a step
+    sharding = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec(*spec))
+    return jax.device_put(leaf, sharding)
+
+  return jax.tree.map(place, state)
