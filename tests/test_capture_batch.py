@@ -21,7 +21,7 @@ def inputs(n=N):
   return params, jnp.asarray(rng.normal(size=(n, D)), "float32"), jnp.arange(n) % C
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batches": 2}, {"groups": 4}, {"groups": 1}])
+@pytest.mark.parametrize("options", [{"groups": 2, "micro_batches": 2}, {"groups": 4}, {}])
 @pytest.mark.parametrize("refresh", [True, False])
 def test_aux_comes_back_whole(options, refresh):
   params, x, y = inputs()
@@ -51,11 +51,11 @@ def test_aux_that_cannot_be_merged_is_named():
   wrong = lambda p, x, y: jnp.sum(jnp.argmax(x @ p["w"], 1) == y)
   loss = lambda p, x, y: (cross_entropy(p, x, y), {"right": wrong(p, x, y)})
   with pytest.raises(ValueError, match=r"aux\['right'\] \(int32\[\]\) depends on the batch"):
-    fop_optax.capture(loss, params, x, y, has_aux=True)
-  fop_optax.capture(loss, params, x, y, has_aux=True, groups=1)  # one chunk: as it is
+    fop_optax.capture(loss, params, x, y, has_aux=True, groups=2)
+  fop_optax.capture(loss, params, x, y, has_aux=True)  # one chunk: as it is
   loss = lambda p, x, y: (cross_entropy(p, x, y), x.T)
   with pytest.raises(ValueError, match=r"aux has shape \[4, 4\] for 4 examples and \[4, 8\] for 8"):
-    fop_optax.capture(loss, params, x, y, has_aux=True)
+    fop_optax.capture(loss, params, x, y, has_aux=True, groups=2)
 
 
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
@@ -68,7 +68,7 @@ def test_each_chunk_has_its_own_key(make):
     new_key, _ = jax.random.split(key)
     return cross_entropy(p, x * noise, y), (noise, key, new_key)
 
-  captured = fop_optax.capture(loss, params, x, y, key, has_aux=True, micro_batches=2)
+  captured = fop_optax.capture(loss, params, x, y, key, has_aux=True, groups=2, micro_batches=2)
   (_, (noise, same, new_key)), _, _ = jax.jit(captured.value_and_grad)(params, x, y, key)
   assert len(np.unique(np.round(np.asarray(noise), 6))) == N * D
   assert new_key.shape == key.shape and new_key.dtype == key.dtype
@@ -96,7 +96,7 @@ def test_state_beside_the_batch_is_named_by_batch_argnums():
 
 def test_traced_and_static_refresh_agree_without_recompiling():
   params, x, y = inputs()
-  captured = fop_optax.capture(cross_entropy, params, x, y)
+  captured = fop_optax.capture(cross_entropy, params, x, y, groups=2)
   traces = []
 
   @jax.jit
@@ -130,7 +130,7 @@ def test_without_refresh_no_flops_beyond_the_grouped_gradient():
     cost = jax.jit(f).lower(params, x, y).compile().cost_analysis()
     return (cost[0] if isinstance(cost, list) else cost)["flops"]
 
-  captured = fop_optax.capture(deep, params, x, y)
+  captured = fop_optax.capture(deep, params, x, y, groups=2)
   ours = flops(lambda *args: captured.value_and_grad(*args, refresh=False))
   assert ours <= 1.01 * flops(grouped)
   assert flops(captured.value_and_grad) > 1.2 * ours  # the statistics are not free
@@ -150,7 +150,7 @@ def test_checkpoint_keeps_its_memory():
   def temporaries(f):
     return jax.jit(f).lower(params, x, y).compile().memory_analysis().temp_size_in_bytes
 
-  captured = fop_optax.capture(loss, params, x, y, groups=1)
+  captured = fop_optax.capture(loss, params, x, y)
   plain = temporaries(jax.value_and_grad(loss))
   assert temporaries(captured.value_and_grad) <= 1.1 * plain
   without = jax.value_and_grad(lambda *args: loss(*args, wrap=lambda f: f))
@@ -164,9 +164,10 @@ whole = lambda captured, *args: captured.value_and_grad(*args)
 BAD = {
   "closed-over batch": (lambda: fop_optax.capture(lambda p: cross_entropy(p, X, Y), P),
                         r"No argument of the loss has a batch axis.*capture\(loss, params, x, y\)"),
-  "batch not divisible": (lambda: fop_optax.capture(cross_entropy, P, X[:7], Y[:7]),
+  "batch not divisible": (lambda: fop_optax.capture(cross_entropy, P, X[:7], Y[:7], groups=2),
                           r"batch of 7 cannot be divided into groups=2 times micro_batches=1"),
-  "last batch": (lambda: whole(fop_optax.capture(cross_entropy, P, X, Y), P, X[:5], Y[:5]),
+  "last batch": (lambda: whole(fop_optax.capture(cross_entropy, P, X, Y, groups=2),
+                               P, X[:5], Y[:5]),
                  r"batch of 5 cannot be divided.*multiple of 2"),
   "empty batch": (lambda: fop_optax.capture(cross_entropy, P, X[:0], Y[:0]), "batch of 0"),
   "different batches": (lambda: fop_optax.capture(cross_entropy, P, X, Y[:4]),
@@ -181,7 +182,7 @@ BAD = {
   "no layer": (lambda: fop_optax.capture(lambda p, x, y: jnp.mean(x * p["w"].sum()), P, X, Y),
                r"(?s)found no layer.*\['b'\]: no gradient.*\['w'\]: it is used in `reduce_sum`"),
   "vector loss": (lambda: fop_optax.capture(lambda p, x, y: x @ p["w"][:, 0], P, X, Y),
-                  r"floating scalar, but it returned float32\[4\].*mean over the batch"),
+                  r"floating scalar, but it returned float32\[8\].*mean over the batch"),
   "undeclared aux": (lambda: fop_optax.capture(lambda p, x, y: (cross_entropy(p, x, y), x),
                                                P, X, Y),
                      r"returned a tuple. Pass has_aux=True"),
@@ -208,7 +209,7 @@ BAD = {
             r"terms_per_example=.*not 0.5"),
   "one number an example": (lambda: fop_optax.capture(
     lambda p, x, y: fop_optax.squared_error((x @ p["w"])[:, 0], y * 1.0), P, X, Y),
-    r"averages over \[1\] terms for 4 examples.*with one number an example \[batch, 1\]"),
+    r"averages over \[1\] terms for 8 examples.*with one number an example \[batch, 1\]"),
   "two marks": (lambda: fop_optax.capture(lambda p, x, y: sum(
     cross_entropy(p, jnp.stack([x] * 2, 1), jnp.stack([y] * 2, 1)) for _ in range(2)) / 2, P, X, Y),
     r"2 marked losses.*Pass `terms_per_example`"),

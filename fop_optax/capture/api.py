@@ -33,7 +33,7 @@ def capture(
   *args: Any,
   has_aux: bool = False,
   batch_argnums: int | Sequence[int] | None = None,
-  groups: int = 2,
+  groups: int = 1,
   micro_batches: int = 1,
   fisher: str = "empirical",
   curvature_fraction: float = 1.0,
@@ -65,9 +65,9 @@ def capture(
     batch_argnums: which of `args` have the batch as leading axis (counted within `args`). By
       default every array but typed keys, `uint32[2]` keys and scalars.
     groups: number of groups the examples are dealt to (example i to group i mod groups), each with
-      a gradient of its own; 1 suffices for K-FAC, FOP needs at least 2. The loss is the mean of the
-      groups' means: with a mask and unequal counts that is not the mean over the whole batch.
-      BatchNorm normalises within a group.
+      a gradient of its own: 1 for K-FAC, 2 or more for FOP. The loss is the mean of the groups'
+      means: with a mask and unequal counts that is not the mean over the whole batch. BatchNorm
+      normalises within a group.
     micro_batches: number of pieces each group is worked off in, for less memory. Equal to one piece
       but for BatchNorm and dropout.
     fisher: which Fisher matrix the statistics estimate: `"empirical"`, from the labels given;

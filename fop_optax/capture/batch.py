@@ -191,7 +191,7 @@ class Chunks:
       raise ValueError(
         f"The batch of {batch} cannot be divided into groups={self.groups} times micro_batches="
         f"{self.micro_batches}. Drop or pad the last examples to a multiple of {self.count}, or"
-        " capture with other numbers (`groups=1` suffices for K-FAC)."
+        " capture with other numbers (K-FAC needs no groups)."
       )
     unit = self.count * self.every
     if batch % unit:
