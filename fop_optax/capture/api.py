@@ -12,11 +12,13 @@ import numpy as np
 
 from fop_optax.capture import auxiliary, flow, layer_table
 from fop_optax.capture import batch as batches
+from fop_optax.capture.arguments import classify
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
+from fop_optax.capture.check import Check, Finding, Outcome
 from fop_optax.capture.fisher import FISHERS, check_marked
 from fop_optax.capture.growth import Growth
 from fop_optax.capture.resolve import resolve
-from fop_optax.capture.trace import Signature, growing, terms_of, trace_twice
+from fop_optax.capture.trace import Signature, growing, raw_numbers, terms_of, trace_twice
 from fop_optax.capture.values import Key
 from fop_optax.layers import Factors, Layers, Stats
 
@@ -107,16 +109,30 @@ def capture(
   """
   _check_options(groups, micro_batches, fisher, terms_per_example, max_dim)
   every = _every(curvature_fraction)
-  spec = Spec(
-    loss_fn, has_aux, batch_argnums, micro_batches, terms_per_example, max_dim, fisher, every
-  )
   flat, treedef = jax.tree_util.tree_flatten_with_path(params)
   paths = tuple(layer_table.printable(path) for path, _ in flat)
-  leaves = [leaf for _, leaf in flat]
+  leaves, leaves_of_args = [leaf for _, leaf in flat], jax.tree.leaves(args)
   _check_params(leaves, paths)
-  signature = Signature(loss_fn, has_aux, treedef, batches.classify(args, batch_argnums))
+  signature = Signature(loss_fn, has_aux, treedef, classify(args, batch_argnums))
+  signature.args.size(leaves_of_args)
+  numbers = raw_numbers(signature, leaves, leaves_of_args)
+  if numbers:
+    arguments = classify(args, batch_argnums, numbers)
+    signature = dataclasses.replace(signature, args=arguments)
+  spec = Spec(
+    loss_fn=loss_fn,
+    has_aux=has_aux,
+    arguments=len(args),
+    batch_argnums=batch_argnums,
+    numbers=numbers,
+    micro_batches=micro_batches,
+    terms_per_example=terms_per_example,
+    max_dim=max_dim,
+    fisher=fisher,
+    every=every,
+  )
   shapes = tuple(tuple(leaf.shape) for leaf in leaves)
-  chunks = batches.Chunks(signature.args, jax.tree.leaves(args), groups, micro_batches, every)
+  chunks = batches.Chunks(signature.args, leaves_of_args, groups, micro_batches, every)
   traced, twice = trace_twice(signature, leaves, chunks.leaves, chunks.size)
   uses = growing(traced, twice, chunks.size)
   resolved = resolve(traced.found, uses, shapes, paths, max_dim)
@@ -150,7 +166,9 @@ class Spec:
 
   loss_fn: Callable[..., Any]
   has_aux: bool
+  arguments: int  # number of them, after params
   batch_argnums: int | Sequence[int] | None
+  numbers: frozenset[int]  # leaves of arguments in the form of keys that are none
   micro_batches: int
   terms_per_example: int | None
   max_dim: int
@@ -205,15 +223,7 @@ class Captured:
       ValueError: if the batch cannot be divided, or params or args are not like the captured ones.
     """
     leaves = self.layers.leaves(params, "params")
-    arguments = batches.classify(args, self._spec.batch_argnums)
-    signature = Signature(
-      self._spec.loss_fn, self._spec.has_aux, jax.tree.structure(params), arguments
-    )
-    spec, leaves_of_args = self._spec, jax.tree.leaves(args)
-    chunks = batches.Chunks(
-      arguments, leaves_of_args, self.layers.groups, spec.micro_batches, spec.every
-    )
-    chunks.size  # noqa: B018  raises if the batch cannot be divided
+    signature, chunks = self._inputs(params, args)
     static = isinstance(refresh, (bool, np.bool_))
     zeros = _zeros(self.layers, leaves)
     if static and not refresh:
@@ -238,8 +248,94 @@ class Captured:
     if not self._spec.has_aux:
       return loss, grads, stats
     auxes = [result.aux for result in results]
-    aux = auxiliary.merge(self._aux_roles, auxes, arguments.dynamic(chunks.leaves))
+    aux = auxiliary.merge(self._aux_roles, auxes, signature.args.dynamic(chunks.leaves))
     return (loss, aux), grads, stats
+
+  def check(self, params: PyTree, *args: Any, key: jax.Array | None = None) -> tuple[Finding, ...]:
+    """Evaluates on one batch what capture assumes of the loss, and prints what holds.
+
+    To be run once before a long training. It takes a handful of evaluations of the gradient, three
+    of which compile a program of their own. The findings are, by name:
+
+    - `finite`: loss and gradient are;
+    - `repeatable`: evaluated again, the loss is the same;
+    - `mean`: the batch taken twice has the same loss and gradient. A sum over the examples, or over
+      a number written into the loss, has twice as much;
+    - `order`: so has the batch in another order;
+    - `pieces`: so have, in the mean, the pieces that `groups` and `micro_batches` cut the batch
+      into (where it is captured in one, as few equal ones as can be);
+    - `gradient`: `value_and_grad` gives the gradient of `jax.grad`;
+    - `aux`: what is put together from the pieces is that of the whole batch;
+    - `reached`: every parameter has a gradient;
+    - `statistics`: those of all layers are finite, and none is zero.
+
+    Two outcomes are the same if loss and gradient differ by less than the square root of the
+    rounding unit of the coarsest floating type that the loss computes in, relative to their norms.
+    With a loss that depends on a key `mean`, `order`, `pieces` and `aux` are not tried: other
+    batches draw other numbers. BatchNorm does not hold in `pieces` (and `aux`), as it should be.
+
+    Args:
+      params: as given to `capture`, but arrays.
+      *args: as given to `capture`, but arrays: a batch.
+      key: for `fisher="sampled"`; by default `jax.random.key(0)`.
+
+    Returns:
+      The findings, tuples `(name, holds, text)`; `holds` is None where nothing could be tried.
+
+    Raises:
+      ValueError: as `value_and_grad`; under `jax.jit`.
+
+    Example:
+      >>> import fop_optax, jax.numpy as jnp
+      >>> loss_fn = lambda params, x: jnp.sum((x @ params["w"]) ** 2)  # a sum, not a mean
+      >>> params, x = {"w": jnp.ones((3, 2))}, jnp.arange(24.0).reshape(8, 3)
+      >>> captured = fop_optax.capture(loss_fn, params, x)
+      >>> findings = captured.check(params, x)  # doctest: +ELLIPSIS
+      holds: The loss, 3.9...e+04, and its gradient are finite.
+      ...
+      does not hold: The loss is a sum over the examples, ... Take `jnp.mean` over the examples.
+      ...
+      >>> [finding.name for finding in findings if finding.holds is False]
+      ['mean', 'pieces']
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, args))):
+      raise ValueError(
+        "`captured.check` evaluates the loss and prints: call it outside of `jax.jit`, once before"
+        " training."
+      )
+    signature, chunks = self._inputs(params, args)
+    if self._spec.fisher == "sampled" and key is None:
+      key = jax.random.key(0)
+    value, grads, stats = jax.jit(self.value_and_grad)(params, *args, key=key)
+    loss, aux = value if self._spec.has_aux else (value, ())
+    check = Check(
+      signature=signature,
+      params=jax.tree.leaves(params),
+      chunks=chunks,
+      layers=self.layers,
+      aux_roles=self._aux_roles,
+      captured=Outcome(loss, jax.tree.leaves(grads), aux),
+      factors=stats.factors,
+    )
+    findings = check.findings()
+    for finding in findings:
+      print(finding)
+    return findings
+
+  def _inputs(self, params, args):
+    """The loss with the roles of its arguments, and the batch as it will be cut."""
+    spec = self._spec
+    if len(args) != spec.arguments:
+      raise ValueError(
+        f"The loss got {len(args)} arguments after params, but {spec.arguments} in"
+        " `fop_optax.capture(loss, params, *args)`. Pass the same ones, in their order."
+      )
+    arguments = classify(args, spec.batch_argnums, spec.numbers)
+    signature = Signature(spec.loss_fn, spec.has_aux, jax.tree.structure(params), arguments)
+    leaves = jax.tree.leaves(args)
+    chunks = batches.Chunks(arguments, leaves, self.layers.groups, spec.micro_batches, spec.every)
+    chunks.size  # noqa: B018  raises if the batch cannot be divided
+    return signature, chunks
 
   def _with_statistics(self, signature, leaves, chunks, zeros, refresh):
     """The backward pass with statistics for the inputs at hand, if their layers are ours."""
@@ -322,7 +418,7 @@ def _check_params(leaves, paths):
         f"params{path} is a {type(leaf).__name__}, not an array. Split the tree first, for example"
         " `params, static = equinox.partition(model, equinox.is_inexact_array)`."
       )
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
       raise ValueError(
         f"params{path} is {leaf.dtype}{list(leaf.shape)}: only floating arrays have gradients. Hand"
         " it to the loss in a further argument, and leave that out of `batch_argnums`."
