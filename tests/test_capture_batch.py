@@ -76,6 +76,91 @@ def test_each_chunk_has_its_own_key(make):
   np.testing.assert_array_equal(data(same), data(key))  # what went in comes out
 
 
+@pytest.mark.parametrize("options", [{}, {"batch_argnums": (0, 1)}])
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_keys_one_an_example_are_data(make, options):
+  params, x, _ = inputs()
+  noise = jax.vmap(lambda key: jax.random.normal(key, (D,)))
+  loss = lambda p, x, keys: jnp.mean((noise(keys) * x @ p["w"]) ** 2)
+  keys = jax.random.split(make(0), N)
+  captured = fop_optax.capture(loss, params, x, keys, groups=2, **options)
+  value, _, _ = captured.value_and_grad(params, x, keys, refresh=False)
+  np.testing.assert_allclose(value, loss(params, x, keys), rtol=1e-6)
+
+
+def test_two_numbers_in_the_form_of_a_key_are_none():
+  params, x, _ = inputs()
+  size, key = jnp.array([5, 7], jnp.uint32), jax.random.PRNGKey(0)
+
+  @jax.jit
+  def loss(p, x, size, key):
+    noise = jax.random.normal(key, x.shape)
+    return jnp.mean(((x + noise) @ p["w"]) ** 2) * size[0].astype("float32")
+
+  captured = fop_optax.capture(loss, params, x, size, key, groups=2, batch_argnums=0)
+  value, _, _ = captured.value_and_grad(params, x, size, key, refresh=False)
+  each = [loss(params, x[i::2], size, jax.random.fold_in(key, i)) for i in range(2)]
+  np.testing.assert_allclose(value, np.mean(each), rtol=1e-6)
+
+  weighted = lambda p, x, size: jnp.mean((x @ p["w"])[:, 0] * size.astype("float32"))
+  for options in ({}, {"batch_argnums": (0, 1)}):  # a batch of two
+    captured = fop_optax.capture(weighted, params, x[:2], size, groups=2, **options)
+    value, _, _ = captured.value_and_grad(params, x[:2], size, refresh=False)
+    np.testing.assert_allclose(value, weighted(params, x[:2], size), rtol=1e-5)
+  with pytest.raises(ValueError, match=r"args\[1\]: 2.*batch_argnums=0"):
+    fop_optax.capture(weighted, params, x, size)
+
+
+@pytest.mark.parametrize("captured_weak, weak", [(True, True), (True, False), (False, True)])
+def test_weak_types_make_no_difference(captured_weak, weak):
+  params, x, y = inputs()
+  scales = {True: jnp.full(D, 0.5), False: jnp.full(D, 0.5, "float32")}
+  assert scales[True].weak_type
+  assert not scales[False].weak_type
+  loss = lambda p, x, y: cross_entropy(p, x.astype("bfloat16") * p["scale"], y)
+  captured = fop_optax.capture(loss, params | {"scale": scales[captured_weak]}, x, y, groups=2)
+  params |= {"scale": scales[weak]}
+  value, grads, stats = captured.value_and_grad(params, x, y)
+  np.testing.assert_allclose(value, loss(params, x, y), rtol=1e-6)  # promoted as the loss does it
+  assert grads["scale"].dtype == jnp.float32
+  assert np.any(stats.factors[0].A)
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"groups": 2, "micro_batches": 2}])
+def test_complex_and_8_bit_leaves_have_their_gradients_and_no_layer(options):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), "float32")
+  params = {
+    "complex": draw(D, C) + 1j * draw(D, C),
+    "eight": draw(D, D).astype(jnp.float8_e5m2),
+    "imaginary": draw(D, C),
+    "real": draw(D, C),
+    "w": draw(D, D),
+  }
+
+  def loss(p, x, y):
+    h = jnp.tanh(x @ p["w"]) @ p["eight"].astype("float32")
+    both = jnp.abs(h @ (p["real"] + 1j * p["imaginary"]))  # of real parameters, but complex
+    return fop_optax.softmax_cross_entropy(jnp.abs(h @ p["complex"]) + both, y)
+
+  _, x, y = inputs()
+  captured = fop_optax.capture(loss, params, x, y, **options)
+  assert [layer.path for layer in captured.layers] == ["['w']"]
+  assert captured.fallbacks["['complex']"] == "complex64: curvature is of real parameters"
+  assert captured.fallbacks["['eight']"].startswith("float8_e5m2: curvature is of parameters with")
+  assert "cast to a type that is not real floating at " in captured.fallbacks["['real']"]
+  _, grads, stats = captured.value_and_grad(params, x, y)
+  assert jax.tree.map(lambda g: g.dtype, grads) == jax.tree.map(lambda p: p.dtype, params)
+  for name, expected in jax.grad(loss)(params, x, y).items():
+    rounding = 0.3 if name == "eight" else 1e-5
+    ours, theirs = (np.asarray(g).astype(complex) for g in (grads[name], expected))
+    np.testing.assert_allclose(ours, theirs, rtol=rounding, atol=1e-5)
+  tx = fop_optax.fop(0.1, captured.layers) if options else fop_optax.kfac(0.1, captured.layers)
+  updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
+  assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda p: p.dtype, params)
+  assert all(np.any(np.asarray(u).astype(complex)) for u in jax.tree.leaves(updates))
+
+
 def test_state_beside_the_batch_is_named_by_batch_argnums():
   params, x, y = inputs()
   state = {"mean": jnp.zeros(D), "steps": 0}
@@ -171,9 +256,27 @@ BAD = {
                  r"batch of 5 cannot be divided.*multiple of 2"),
   "empty batch": (lambda: fop_optax.capture(cross_entropy, P, X[:0], Y[:0]), "batch of 0"),
   "different batches": (lambda: fop_optax.capture(cross_entropy, P, X, Y[:4]),
-                        r"leading axes of the arguments differ \(args\[0\]: 8, args\[1\]: 4\)"),
+                        r"leading axes of the arguments differ \(args\[0\]: 8, args\[1\]: 4\).*=0"),
   "batch_argnums": (lambda: fop_optax.capture(cross_entropy, P, X, Y, batch_argnums=2),
-                    r"batch_argnums=\(2,\) names argument 2, but the loss has 2 arguments"),
+                    r"batch_argnums=2 names argument 2, but the loss has 2 arguments"),
+  "negative number": (lambda: fop_optax.capture(cross_entropy, P, X, Y, batch_argnums=-1),
+                      r"batch_argnums=-1 names argument -1, but the loss has 2 arguments"),
+  "flag": (lambda: fop_optax.capture(cross_entropy, P, X, Y, batch_argnums=(0, True)),
+           r"batch_argnums=\(0, True\)\)` takes the number of an argument after params"),
+  "named twice": (lambda: fop_optax.capture(cross_entropy, P, X, Y, batch_argnums=(0, 0)),
+                  r"batch_argnums=\(0, 0\) names an argument twice"),
+  "scalar as batch": (lambda: fop_optax.capture(cross_entropy, P, X, jnp.ones(()),
+                                                batch_argnums=(0, 1)),
+                      r"names argument 1, which has no array with an axis. It cannot be the batch"),
+  "state between": (lambda: fop_optax.capture(cross_entropy, P, X, {"m": Y[:3], "v": X[:2]}, Y),
+                    r"axes .* differ .*args\[1\]\['m'\]: 3.* has 8 examples, write"
+                    r" `capture\(loss, params, \*args, batch_argnums=\(0, 2\)\)`"),
+  "state beside data": (lambda: fop_optax.capture(cross_entropy, P, {"x": X, "m": X[:3]}, Y),
+                        r"batch_argnums=1\)`.*args\[0\] has leaves with 8 and others: make two"),
+  "fewer arguments": (lambda: whole(fop_optax.capture(cross_entropy, P, X, Y), P, X),
+                      r"got 1 arguments after params, but 2 in `fop_optax.capture"),
+  "complex loss": (lambda: fop_optax.capture(lambda p, x, y: 1j * cross_entropy(p, x, y), P, X, Y),
+                   r"returned complex64\[\]. Convert it, or take its real part"),
   "integer parameter": (lambda: fop_optax.capture(cross_entropy, P | {"n": jnp.arange(3)}, X, Y),
                         r"params\['n'\] is int32\[3\]: only floating arrays have gradients"),
   "function in params": (lambda: fop_optax.capture(cross_entropy, P | {"f": jnp.tanh}, X, Y),

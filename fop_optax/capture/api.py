@@ -60,18 +60,26 @@ def capture(
 
   Args:
     loss_fn: `loss_fn(params, *args)`, the mean loss over the batch, or `(loss, aux)`.
-    params: any pytree of floating arrays, or of `jax.ShapeDtypeStruct`.
-    *args: further arguments, or their shapes, with the batch size of training.
+    params: any pytree of floating arrays, or of `jax.ShapeDtypeStruct`. Complex leaves and those
+      of 8 bits are in no layer; their gradients are those of `jax.grad`.
+    *args: further arguments, or their shapes, with the batch size of training. What is no array (a
+      Python number, a string) is handed to the loss as it is: one that changes from step to step
+      should be an array here too, as it is one under `jax.jit`.
     has_aux: whether the loss returns `(loss, aux)`. Of aux, a leaf whose leading axis grows with
       the batch comes back in the batch's order; other floating leaves are averaged over groups.
-    batch_argnums: which of `args` have the batch as leading axis (counted within `args`). By
-      default every array but typed keys, `uint32[2]` keys and scalars.
+    batch_argnums: which of `args` have the batch as leading axis (counted within `args`): all their
+      arrays but scalars, whatever their type, so keys with one an example. Arrays of the others are
+      the same for all examples, but for keys: typed ones, and `uint32[2]` that the loss draws from.
+      These are folded anew for each group and micro-batch. By default all arrays have the batch but
+      keys and scalars; typed keys `[n]` have it if n is the leading axis of another array.
     groups: number of groups the examples are dealt to (example i to group i mod groups), each with
-      a gradient of its own: 1 for K-FAC, 2 or more for FOP. The loss is the mean of the groups'
-      means: with a mask and unequal counts that is not the mean over the whole batch. BatchNorm
-      normalises within a group.
+      a gradient of its own: 1 for K-FAC, 2 or more for FOP. Loss and gradient are the means of the
+      groups'. Those of the whole batch they are but for: normalisation over the batch (BatchNorm's
+      is within a group), random numbers drawn from a key, token masks with unequal counts, examples
+      that interact (pairs, contrasts, a recurrence along the batch), and losses that are no mean
+      over the examples. `Captured.check` tells whether they are.
     micro_batches: number of pieces each group is worked off in, for less memory. Equal to one piece
-      but for BatchNorm and dropout.
+      but for the same.
     fisher: which Fisher matrix the statistics estimate: `"empirical"`, from the labels given;
       `"sampled"`, from labels drawn from the model's output (one more backward pass on refresh);
       `"exact"`, the expectation over them (one for each class). The latter two need a marked loss,
@@ -89,8 +97,8 @@ def capture(
     A `Captured`.
 
   Raises:
-    ValueError: if the arguments do not fit together, no parameter is in a layer, or, with `strict`,
-      any is not.
+    ValueError: if the arguments do not fit together or cannot be cut into the pieces, params are
+      not floating, no parameter is in a layer, or, with `strict`, any is not.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -220,7 +228,8 @@ class Captured:
       `(loss, grads, stats)`, or `((loss, aux), grads, stats)` with `has_aux`.
 
     Raises:
-      ValueError: if the batch cannot be divided, or params or args are not like the captured ones.
+      ValueError: if the batch cannot be divided, or params or args are not like the captured ones,
+        in their number, shapes or layers.
     """
     leaves = self.layers.leaves(params, "params")
     signature, chunks = self._inputs(params, args)

@@ -163,10 +163,10 @@ class Check:
 
   @functools.cached_property
   def _dtype(self) -> Any:
-    """The coarsest floating type that the loss is computed in."""
+    """The coarsest floating type that the loss or its gradient is computed in."""
     jaxpr, _ = _compat.open_jaxpr(jax.make_jaxpr(self._loss)(self.params, self._batch))
     live, _ = flow.relevant(jaxpr, [True] + [False] * (len(jaxpr.outvars) - 1))
-    dtypes = _floating([jaxpr.eqns[index] for index in live]) | {self._whole.loss.dtype}
+    dtypes = _floating(jaxpr.invars[: len(self.params)], [jaxpr.eqns[index] for index in live])
     return max(dtypes, key=lambda dtype: jnp.finfo(dtype).eps)
 
   @functools.cached_property
@@ -384,14 +384,13 @@ def _distance(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
   return difference and difference / max(_norm(ours), _norm(theirs))
 
 
-def _floating(equations: Sequence[Any]) -> set[Any]:
-  """The floating types of what some equations compute."""
-  found = set()
+def _floating(variables: Sequence[Any], equations: Sequence[Any]) -> set[Any]:
+  """The floating types of variables, and of what equations compute."""
+  dtypes = {v.aval.dtype for v in variables if hasattr(v.aval, "dtype")}
+  found = {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)}
   for equation in equations:
-    dtypes = {v.aval.dtype for v in equation.outvars if hasattr(v.aval, "dtype")}
-    found |= {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)}
-    for inner in core.jaxprs_in_params(equation.params):
-      found |= _floating(inner.eqns)
+    inside = [inner.eqns for inner in core.jaxprs_in_params(equation.params)]
+    found |= _floating(equation.outvars, [inner for eqns in inside for inner in eqns])
   return found
 
 
