@@ -107,8 +107,8 @@ def test_two_numbers_in_the_form_of_a_key_are_none():
     captured = fop_optax.capture(weighted, params, x[:2], size, groups=2, **options)
     value, _, _ = captured.value_and_grad(params, x[:2], size, refresh=False)
     np.testing.assert_allclose(value, weighted(params, x[:2], size), rtol=1e-5)
-  with pytest.raises(ValueError, match=r"args\[1\]: 2.*batch_argnums=0"):
-    fop_optax.capture(weighted, params, x, size)
+  with pytest.raises(ValueError, match=r"args\[1\]: 2\).*batch_argnums=0"):
+    fop_optax.capture(loss, params, x, size, key)
 
 
 @pytest.mark.parametrize("captured_weak, weak", [(True, True), (True, False), (False, True)])
@@ -152,9 +152,9 @@ def test_complex_and_8_bit_leaves_have_their_gradients_and_no_layer(options):
   _, grads, stats = captured.value_and_grad(params, x, y)
   assert jax.tree.map(lambda g: g.dtype, grads) == jax.tree.map(lambda p: p.dtype, params)
   for name, expected in jax.grad(loss)(params, x, y).items():
-    rounding = 0.3 if name == "eight" else 1e-5
+    tolerance = 0.25 if name == "eight" else 1e-5  # two bits of mantissa, rounded in each group
     ours, theirs = (np.asarray(g).astype(complex) for g in (grads[name], expected))
-    np.testing.assert_allclose(ours, theirs, rtol=rounding, atol=1e-5)
+    np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
   tx = fop_optax.fop(0.1, captured.layers) if options else fop_optax.kfac(0.1, captured.layers)
   updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
   assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda p: p.dtype, params)
