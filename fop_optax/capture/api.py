@@ -12,7 +12,7 @@ import numpy as np
 
 from fop_optax.capture import auxiliary, flow, layer_table
 from fop_optax.capture import batch as batches
-from fop_optax.capture.arguments import classify
+from fop_optax.capture.arguments import check_params, classify
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
 from fop_optax.capture.check import Check, Finding, Outcome
 from fop_optax.capture.fisher import FISHERS, check_marked
@@ -120,7 +120,7 @@ def capture(
   flat, treedef = jax.tree_util.tree_flatten_with_path(params)
   paths = tuple(layer_table.printable(path) for path, _ in flat)
   leaves, leaves_of_args = [leaf for _, leaf in flat], jax.tree.leaves(args)
-  _check_params(leaves, paths)
+  check_params(leaves, paths)
   signature = Signature(loss_fn, has_aux, treedef, classify(args, batch_argnums))
   signature.args.size(leaves_of_args)
   numbers = raw_numbers(signature, leaves, leaves_of_args)
@@ -299,11 +299,11 @@ class Captured:
       >>> loss_fn = lambda params, x: jnp.sum((x @ params["w"]) ** 2)  # a sum, not a mean
       >>> params, x = {"w": jnp.ones((3, 2))}, jnp.arange(24.0).reshape(8, 3)
       >>> captured = fop_optax.capture(loss_fn, params, x)
-      >>> findings = captured.check(params, x)  # doctest: +ELLIPSIS
-      holds: The loss, 3.9...e+04, and its gradient are finite.
-      ...
-      does not hold: The loss is a sum over the examples, ... Take `jnp.mean` over the examples.
-      ...
+      >>> findings = captured.check(params, x)  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+      holds: The loss, 25848, and its gradient are finite. ...
+      holds: Evaluated again the loss is the same (25848 and 25848).
+      does not hold: The batch taken twice has twice the loss (25848 and 51696, gradients 0.5
+      apart). It is a sum over the examples, or divided by a number written into it: take `jnp.mean` ...
       >>> [finding.name for finding in findings if finding.holds is False]
       ['mean', 'pieces']
     """
@@ -416,19 +416,3 @@ def _every(fraction: float) -> int:
       f"`capture(curvature_fraction={fraction})` takes 1 over a whole number, as 1, 0.5 or 0.25."
     )
   return every
-
-
-def _check_params(leaves, paths):
-  if not leaves:
-    raise ValueError("`capture(loss, params, ...)` got params without leaves.")
-  for leaf, path in zip(leaves, paths, strict=True):
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-      raise ValueError(
-        f"params{path} is a {type(leaf).__name__}, not an array. Split the tree first, for example"
-        " `params, static = equinox.partition(model, equinox.is_inexact_array)`."
-      )
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-      raise ValueError(
-        f"params{path} is {leaf.dtype}{list(leaf.shape)}: only floating arrays have gradients. Hand"
-        " it to the loss in a further argument, and leave that out of `batch_argnums`."
-      )

@@ -1,4 +1,4 @@
-"""The arguments of a loss beside its parameters: which have the batch, and which are keys."""
+"""What is taken in: parameters, and which of the other arguments have the batch or are keys."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -172,6 +172,27 @@ def _argnums(batch_argnums: Any, count: int) -> tuple[int, ...]:
   if len(set(named)) < len(named):
     raise ValueError(f"batch_argnums={batch_argnums} names an argument twice: name each once.")
   return named
+
+
+def check_params(leaves: Sequence[Any], paths: Sequence[str]) -> None:
+  """Checks that the parameters have gradients.
+
+  Raises:
+    ValueError: if there are none, or one is no floating (or complex) array.
+  """
+  if not leaves:
+    raise ValueError("`capture(loss, params, ...)` got params without leaves.")
+  for leaf, path in zip(leaves, paths, strict=True):
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+      raise ValueError(
+        f"params{path} is a {type(leaf).__name__}, not an array. Split the tree first, for example"
+        " `params, static = equinox.partition(model, equinox.is_inexact_array)`."
+      )
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+      raise ValueError(
+        f"params{path} is {leaf.dtype}{list(leaf.shape)}: only floating arrays have gradients. Hand"
+        " it to the loss in a further argument, and leave that out of `batch_argnums`."
+      )
 
 
 def is_typed_key(leaf: Any) -> bool:

@@ -184,7 +184,7 @@ class Check:
     ours, theirs = outcomes
     holds = self._equal(ours, theirs)
     apart = _distance(ours.grads, theirs.grads)
-    numbers = f"({float(ours.loss):.6g} and {float(theirs.loss):.6g}, gradients {apart:.0e} apart)"
+    numbers = f"({float(ours.loss):.6g} and {float(theirs.loss):.6g}, gradients {apart:.1g} apart)"
     text = f"{good} {numbers}." if holds else f"{bad} {numbers}. {advice}"
     return Finding(name, holds, text)
 
@@ -197,7 +197,7 @@ class Check:
       text = (
         f"The loss, {loss:.6g}, and its gradient are finite. Computed in {self._dtype}, what is"
       )
-      text += f" less than {self._tolerance:.0e} apart, relative to its size, counts as the same."
+      text += f" less than {self._tolerance:.1g} apart, relative to its size, counts as the same."
       return Finding("finite", True, text)
     text = f"The loss is {loss:.6g}"
     text += f", and the gradient of {wrong} is not finite" if wrong else ""
