@@ -91,13 +91,14 @@ def sharded_like(array: jax.Array, aval: Any) -> jax.Array:
 def unexported() -> Mapping[str, Any]:
   """Primitives that JAX exports nowhere: each taken once from a function that uses it."""
 
-  def primitives_of(function, shape):
-    jaxpr, _ = open_jaxpr(jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, "float32")))
+  def primitives_of(function, shape, dtype="float32"):
+    jaxpr, _ = open_jaxpr(jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, dtype)))
     return [equation.primitive for equation in jaxpr.eqns]
 
   found = {
     "split": primitives_of(lambda x: jax.lax.split(x, [2, 2]), (4,))[0],
     "optimization_barrier": primitives_of(jax.lax.optimization_barrier, (4,))[0],
+    "random_wrap": primitives_of(jax.random.wrap_key_data, (2,), "uint32")[0],
   }
   pieces = primitives_of(list, (2, 2))
   if len(pieces) == 1:  # from 0.11 one `unstack`; before, slices

@@ -35,7 +35,7 @@ class Explicit(NamedTuple):
   matrices: dict[tuple[str, int], Matrix]  # by name and place in a stack
 
 
-def factors(loss, params, x, y, groups=2, terms=1) -> dict[str, list[tuple]]:
+def factors(loss, params, x, y, groups=1, terms=1) -> dict[str, list[tuple]]:
   """Factors `(A, G)` of each named weight, one pair for each of its stacked matrices.
 
   Args:
@@ -54,7 +54,7 @@ def factors(loss, params, x, y, groups=2, terms=1) -> dict[str, list[tuple]]:
   return out
 
 
-def evaluate(loss_fn, params, x, y, groups=2, terms=1) -> Explicit:
+def evaluate(loss_fn, params, x, y, groups=1, terms=1) -> Explicit:
   """Loss, group gradients and statistics; arguments as of `factors`."""
   each = [_group(loss_fn, params, x[i::groups], y[i::groups], terms) for i in range(groups)]
   matrices = {

@@ -324,8 +324,8 @@ def test_gradients_and_factors(name):
   shapes = {"head": (D, C)} | kind.params
   params = {key: jnp.asarray(draw(*shape, seed=i)) for i, (key, shape) in enumerate(shapes.items())}
   x, y = kind.batch()
-  captured = fop_optax.capture(kind.loss, params, x, y, strict=True)
-  expected = explicit.evaluate(kind.tapped, params, x, y, terms=kind.terms)
+  captured = fop_optax.capture(kind.loss, params, x, y, groups=2, strict=True)
+  expected = explicit.evaluate(kind.tapped, params, x, y, groups=2, terms=kind.terms)
   value_and_grad = jax.jit(captured.value_and_grad, static_argnames="refresh")
   for refresh in (True, False):
     loss, grads, stats = value_and_grad(params, x, y, refresh=refresh)
@@ -373,7 +373,7 @@ def test_any_groups_and_micro_batches_give_the_same_mean(groups, micro_batches):
   capture = lambda **options: fop_optax.capture(mlp, params, x, y, **options)
   value_and_grad = jax.jit(capture(groups=groups, micro_batches=micro_batches).value_and_grad)
   loss, grads, stats = value_and_grad(params, x, y, refresh=jnp.array(True))
-  whole_loss, whole_grads, whole_stats = capture(groups=1).value_and_grad(params, x, y)
+  whole_loss, whole_grads, whole_stats = capture().value_and_grad(params, x, y)
   relative(loss, whole_loss)
   jax.tree.map(relative, grads, whole_grads)
   jax.tree.map(relative, stats.factors, whole_stats.factors)
@@ -395,7 +395,7 @@ def test_kronecker_is_the_dense_fisher_where_every_input_meets_every_output_grad
   t = jnp.asarray(np.stack([np.stack([t] * terms) for _, t in pairs]))
   params = {"w": jnp.zeros((D, K))}  # so that dy = -t / n does not depend on x
   loss = lambda p, x, t: fop_optax.squared_error(x @ p["w"], t)
-  captured = fop_optax.capture(loss, params, x, t, groups=1)
+  captured = fop_optax.capture(loss, params, x, t)
   (A, G) = captured.value_and_grad(params, x, t)[2].factors[0]
   of_term = jax.grad(lambda p, x, t: 0.5 * jnp.sum((x @ p["w"] - t) ** 2))
   g = jax.vmap(of_term, (None, 0, 0))(params, x.reshape(-1, D), t.reshape(-1, K))["w"]

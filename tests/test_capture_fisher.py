@@ -45,7 +45,7 @@ def test_exact_is_kfac_jax(groups, traced):
 
 def test_directions_of_kfac_jax_exact_from_the_loss():
   params, x, y, oracle = inputs()
-  captured = fop_optax.capture(mlp, params, x, y, groups=1, fisher="exact")
+  captured = fop_optax.capture(mlp, params, x, y, fisher="exact")
   _, grads, stats = captured.value_and_grad(params, x, y)
   for key, scaling in (("pi", "factored"), ("exact", "exact")):
     for damping in (0.01, 0.1):
@@ -91,7 +91,7 @@ def test_exact_is_the_gauss_newton_matrix(kind, terms):
 
 def test_micro_batches_and_scanned_layers():
   params, x, y, _ = inputs()
-  whole = fop_optax.capture(mlp, params, x, y, groups=1, fisher="exact")
+  whole = fop_optax.capture(mlp, params, x, y, fisher="exact")
   pieces = fop_optax.capture(mlp, params, x, y, groups=2, micro_batches=3, fisher="exact")
   ours, theirs = (jax.jit(c.value_and_grad)(params, x, y)[2].factors for c in (pieces, whole))
   jax.tree.map(close, ours, theirs)

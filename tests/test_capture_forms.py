@@ -98,7 +98,7 @@ def test_the_seventeen_forms_are_layers(name):
       return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(y)), y])
     return fop_optax.softmax_cross_entropy(logits, y)
 
-  captured = fop_optax.capture(loss, params, x, y)
+  captured = fop_optax.capture(loss, params, x, y, groups=2)
   in_layers = {captured.layers.paths[leaf] for leaf in captured.layers.covered}
   vectors = {"scale", "shift"}  # of a norm: no product, and left to the fallback
   assert in_layers == {f"['{key}']" for key in params if key not in vectors}

@@ -126,8 +126,8 @@ def test_convolution(name, chunk_bytes, monkeypatch):
     h = slow_convolution(conv, jnp.moveaxis(x, 0, batch_axis), p["w"], p["b"].reshape(-1), tap)
     return cross_entropy(examples_first(h), y)
 
-  captured = fop_optax.capture(loss, params, x, y, strict=True, groups=1)
-  check(captured, params, x, y, explicit.evaluate(tapped, params, x, y, groups=1))
+  captured = fop_optax.capture(loss, params, x, y, strict=True)
+  check(captured, params, x, y, explicit.evaluate(tapped, params, x, y))
   assert captured.layers[0].kind == "conv"
 
 
@@ -235,7 +235,7 @@ def test_ids_out_of_range_count_as_the_lookup_treats_them(mode):
     h = jnp.take(p["w"], x, axis=0, mode=mode, fill_value=0.5)
     return fop_optax.softmax_cross_entropy(jnp.tanh(h) @ p["head"], y)
 
-  captured = fop_optax.capture(loss, params, x, y, groups=1)
+  captured = fop_optax.capture(loss, params, x, y)
   _, grads, stats = captured.value_and_grad(params, x, y)
   jax.tree.map(relative, grads, jax.grad(loss)(params, x, y))
   A, G = stats.factors[1]
@@ -355,7 +355,7 @@ def test_experts_of_limited_capacity_have_rows_that_are_no_multiple_of_the_examp
     logits = jnp.einsum("nes,esc->nc", slots, out) * jnp.max(scores, 1, keepdims=True)
     return fop_optax.softmax_cross_entropy(logits, y)
 
-  captured = fop_optax.capture(loss, params, x, y, strict=True, groups=1)
+  captured = fop_optax.capture(loss, params, x, y, strict=True)
   assert [layer.stack for layer in captured.layers] == [1, E]
   _, grads, stats = captured.value_and_grad(params, x, y)
   jax.tree.map(relative, grads, jax.grad(loss)(params, x, y))

@@ -23,7 +23,7 @@ def cross_entropy(logits, y):
   return fop_optax.softmax_cross_entropy(logits, y)
 
 
-def grouped_gradient(loss, params, x, y, groups=2):
+def grouped_gradient(loss, params, x, y, groups):
   """Gradient of the mean over groups of the loss, by `jax.grad`."""
   mean = lambda p: sum(loss(p, x[i::groups], y[i::groups]) for i in range(groups)) / groups
   return jax.jit(jax.grad(mean))(params)
@@ -195,13 +195,13 @@ TRAPS = [
 def test_trap(loss, params, refused):
   params = jax.tree.map(jnp.asarray, params | {"head": draw(D, C)})
   x, y = jnp.asarray(draw(N, D)), jnp.arange(N) % C
-  captured = fop_optax.capture(loss, params, x, y)
+  captured = fop_optax.capture(loss, params, x, y, groups=2)
   for name, why in refused.items():
     reason = captured.fallbacks[f"['{name}']"]
     assert re.search(why, reason), reason
   in_layers = {captured.layers.paths[leaf] for leaf in captured.layers.covered}
   assert in_layers == {f"['{name}']" for name in params if name not in refused}
-  expected = grouped_gradient(loss, params, x, y)
+  expected = grouped_gradient(loss, params, x, y, groups=2)
   value_and_grad = jax.jit(captured.value_and_grad, static_argnames="refresh")
   for refresh in (True, False):
     _, grads, _ = value_and_grad(params, x, y, refresh=refresh)
@@ -261,8 +261,8 @@ def kernel_body(p, x, y):
 def test_bodies_of_shard_map_and_pallas_are_not_looked_into(loss, reason):
   params = {"w": jnp.asarray(W), "head": jnp.asarray(draw(D, C))}
   x, y = jnp.asarray(draw(N, D)), jnp.arange(N) % C
-  captured = fop_optax.capture(loss, params, x, y)
+  captured = fop_optax.capture(loss, params, x, y, groups=2)
   assert re.search(reason, captured.fallbacks["['w']"])
-  expected = grouped_gradient(loss, params, x, y)
+  expected = grouped_gradient(loss, params, x, y, groups=2)
   _, grads, _ = jax.jit(captured.value_and_grad)(params, x, y)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), grads, expected)

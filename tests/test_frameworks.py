@@ -87,7 +87,7 @@ def test_the_same_network_gets_the_same_update(framework, optimizer):
   def update(framework):
     params, apply, back = framework(weights)
     loss = lambda p, x, y: fop_optax.softmax_cross_entropy(apply(p, x), y)
-    captured = fop_optax.capture(loss, params, *batch(), strict=True)
+    captured = fop_optax.capture(loss, params, *batch(), strict=True, groups=2)
     tx = optimizer(0.1, captured.layers)
 
     @jax.jit
@@ -127,7 +127,9 @@ def test_nnx_optimizer_with_batch_norm_and_dropout(optimizer):
     value = fop_optax.softmax_cross_entropy(model(x), y)
     return value, nnx.state(model, nnx.Not(nnx.Param))
 
-  captured = fop_optax.capture(loss, params, rest, *batch(), has_aux=True, batch_argnums=(1, 2))
+  captured = fop_optax.capture(
+    loss, params, rest, *batch(), has_aux=True, batch_argnums=(1, 2), groups=2
+  )
   assert set(captured.fallbacks) == {"['norm']['bias']", "['norm']['scale']"}
   trainer = nnx.Optimizer(model, optimizer(0.05, captured.layers, damping=0.1), wrt=nnx.Param)
 
@@ -151,7 +153,7 @@ def test_linen_loop_and_the_error_of_train_state():
   model, (x, y) = LinenMlp(), batch()
   params = model.init(jax.random.key(0), x)["params"]
   loss = lambda p, x, y: fop_optax.softmax_cross_entropy(model.apply({"params": p}, x), y)
-  captured = fop_optax.capture(loss, params, x, y)
+  captured = fop_optax.capture(loss, params, x, y, groups=2)
   tx = fop_optax.fop(0.1, captured.layers, damping=0.1)
   state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
@@ -203,7 +205,7 @@ def test_linen_batch_norm_dropout_scan_and_attention():
 
   args = (variables["batch_stats"], jax.random.key(2), x, y)
   params = variables["params"]
-  captured = fop_optax.capture(loss, params, *args, has_aux=True, batch_argnums=(2, 3))
+  captured = fop_optax.capture(loss, params, *args, has_aux=True, batch_argnums=(2, 3), groups=2)
   assert set(captured.fallbacks) == {"['BatchNorm_0']['bias']", "['BatchNorm_0']['scale']"}
   assert {layer.stack for layer in captured.layers} == {1, 3}
   (_, (stats, logits)), grads, _ = jax.jit(captured.value_and_grad)(params, *args)
@@ -236,7 +238,7 @@ def test_equinox_attention_and_recurrent_cell():
     return fop_optax.softmax_cross_entropy(jax.vmap(one, (None, 0))(params, x)[:, :C], y)
 
   x, y = batch()
-  captured = fop_optax.capture(loss, params, x, y)
+  captured = fop_optax.capture(loss, params, x, y, groups=2)
   assert list(captured.fallbacks) == ["[1].bias_n"]  # it is multiplied by a gate
   _, grads, stats = jax.jit(captured.value_and_grad)(params, x, y)
   expected = jax.grad(lambda p: sum(loss(p, x[i::2], y[i::2]) for i in range(2)) / 2)(params)

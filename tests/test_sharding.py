@@ -61,7 +61,7 @@ def put(mesh, params, *batch):
 )
 def test_eight_devices_are_one(kind, options):
   params, x, y = inputs()
-  captured = fop_optax.capture(scanned, params, x, y, **options)
+  captured = fop_optax.capture(scanned, params, x, y, **{"groups": 2} | options)
   tx = fop_optax.fop(0.1, captured.layers, damping=0.1)
 
   def step(params, x, y):
@@ -132,13 +132,13 @@ def test_no_all_reduce_of_statistics_in_a_scan():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_a_batch_that_would_change_devices_is_refused(kind):
   params, x, y = inputs()
-  captured = fop_optax.capture(loss, params, x, y)
+  captured = fop_optax.capture(loss, params, x, y, groups=2)
   with (
     jax.set_mesh(mesh_of(kind)),
     pytest.raises(ValueError, match=r"sharded over 8 devices.*groups=2.*multiple of 16"),
   ):
     captured.value_and_grad(*put(mesh_of(kind), params, x[:8], y[:8]))
-  captured = fop_optax.capture(loss, params, x, y, curvature_fraction=0.25)
+  captured = fop_optax.capture(loss, params, x, y, groups=2, curvature_fraction=0.25)
   with (
     jax.set_mesh(mesh_of(kind)),
     pytest.raises(ValueError, match=r"8 devices.*`curvature_fraction=1/4`.*multiple of 64"),

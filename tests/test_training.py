@@ -30,7 +30,7 @@ def test_capture_finds_what_was_computed_by_hand():
 
 def make_step(name, **options):
   params, batch = problems.make_params(), problems.make_batch(64)
-  captured = fop_optax.capture(batch_loss, params, *batch)
+  captured = fop_optax.capture(batch_loss, params, *batch, groups=2)
   tx = getattr(fop_optax, name)(0.1, captured.layers, damping=0.01, **options)
 
   def step(state, batch):
@@ -92,7 +92,7 @@ def test_a_donated_state_and_no_recompilation():
 def test_static_variants_train_like_the_traced_one():
   step, init, batch = make_step("fop", curvature_update_period=3)
   params = problems.make_params()
-  captured = fop_optax.capture(batch_loss, params, *batch)
+  captured = fop_optax.capture(batch_loss, params, *batch, groups=2)
   tx = fop_optax.fop(0.1, captured.layers, damping=0.01, curvature_update_period=3)
 
   @functools.partial(jax.jit, static_argnames="refresh")

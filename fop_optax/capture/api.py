@@ -14,11 +14,13 @@ import numpy as np
 from fop_optax import _compat
 from fop_optax.capture import auxiliary, flow, layer_table
 from fop_optax.capture import batch as batches
+from fop_optax.capture.arguments import check_params, classify
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
+from fop_optax.capture.check import Check, Finding, Outcome
 from fop_optax.capture.fisher import FISHERS, check_marked
 from fop_optax.capture.growth import Growth
 from fop_optax.capture.resolve import resolve
-from fop_optax.capture.trace import Signature, growing, terms_of, trace_twice
+from fop_optax.capture.trace import Signature, growing, raw_numbers, terms_of, trace_twice
 from fop_optax.capture.values import Key
 from fop_optax.layers import Factors, Layers, Stats
 
@@ -35,7 +37,7 @@ def capture(
   *args: Any,
   has_aux: bool = False,
   batch_argnums: int | Sequence[int] | None = None,
-  groups: int = 2,
+  groups: int = 1,
   micro_batches: int = 1,
   fisher: str = "empirical",
   curvature_fraction: float = 1.0,
@@ -60,18 +62,26 @@ def capture(
 
   Args:
     loss_fn: `loss_fn(params, *args)`, the mean loss over the batch, or `(loss, aux)`.
-    params: any pytree of floating arrays, or of `jax.ShapeDtypeStruct`.
-    *args: further arguments, or their shapes, with the batch size of training.
+    params: any pytree of floating arrays, or of `jax.ShapeDtypeStruct`. Complex leaves and those
+      of 8 bits are in no layer; their gradients are those of `jax.grad`.
+    *args: further arguments, or their shapes, with the batch size of training. What is no array (a
+      Python number, a string) is handed to the loss as it is: one that changes from step to step
+      should be an array here too, as it is one under `jax.jit`.
     has_aux: whether the loss returns `(loss, aux)`. Of aux, a leaf whose leading axis grows with
       the batch comes back in the batch's order; other floating leaves are averaged over groups.
-    batch_argnums: which of `args` have the batch as leading axis (counted within `args`). By
-      default every array but typed keys, `uint32[2]` keys and scalars.
+    batch_argnums: which of `args` have the batch as leading axis (counted within `args`): all their
+      arrays but scalars, whatever their type, so keys with one an example. Arrays of the others are
+      the same for all examples, but for keys: typed ones, and `uint32[2]` that the loss draws from.
+      These are folded anew for each group and micro-batch. By default all arrays have the batch but
+      keys and scalars; typed keys `[n]` have it if n is the leading axis of another array.
     groups: number of groups the examples are dealt to (example i to group i mod groups), each with
-      a gradient of its own; 1 suffices for K-FAC, FOP needs at least 2. The loss is the mean of the
-      groups' means: with a mask and unequal counts that is not the mean over the whole batch.
-      BatchNorm normalises within a group.
+      a gradient of its own: 1 for K-FAC, 2 or more for FOP. Loss and gradient are the means of the
+      groups'. Those of the whole batch they are but for: normalisation over the batch (BatchNorm's
+      is within a group), random numbers drawn from a key, token masks with unequal counts, examples
+      that interact (pairs, contrasts, a recurrence along the batch), and losses that are no mean
+      over the examples. `Captured.check` tells whether they are.
     micro_batches: number of pieces each group is worked off in, for less memory. Equal to one piece
-      but for BatchNorm and dropout.
+      but for the same.
     fisher: which Fisher matrix the statistics estimate: `"empirical"`, from the labels given;
       `"sampled"`, from labels drawn from the model's output, for each term by itself (one more
       backward pass on refresh); `"exact"`, the expectation over them. The latter two need a marked
@@ -95,8 +105,8 @@ def capture(
     A `Captured`.
 
   Raises:
-    ValueError: if the arguments do not fit together, no parameter is in a layer, or, with `strict`,
-      any is not.
+    ValueError: if the arguments do not fit together or cannot be cut into the pieces, params are
+      not floating, no parameter is in a layer, or, with `strict`, any is not.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -115,16 +125,30 @@ def capture(
   """
   _check_options(groups, micro_batches, fisher, terms_per_example, max_dim)
   every = _every(curvature_fraction)
-  spec = Spec(
-    loss_fn, has_aux, batch_argnums, micro_batches, terms_per_example, max_dim, fisher, every
-  )
   flat, treedef = jax.tree_util.tree_flatten_with_path(params)
   paths = tuple(layer_table.printable(path) for path, _ in flat)
-  leaves = [leaf for _, leaf in flat]
-  _check_params(leaves, paths)
-  signature = Signature(loss_fn, has_aux, treedef, batches.classify(args, batch_argnums))
+  leaves, leaves_of_args = [leaf for _, leaf in flat], jax.tree.leaves(args)
+  check_params(leaves, paths)
+  signature = Signature(loss_fn, has_aux, treedef, classify(args, batch_argnums))
+  signature.args.size(leaves_of_args)
+  numbers = raw_numbers(signature, leaves, leaves_of_args)
+  if numbers:
+    arguments = classify(args, batch_argnums, numbers)
+    signature = dataclasses.replace(signature, args=arguments)
+  spec = Spec(
+    loss_fn=loss_fn,
+    has_aux=has_aux,
+    arguments=len(args),
+    batch_argnums=batch_argnums,
+    numbers=numbers,
+    micro_batches=micro_batches,
+    terms_per_example=terms_per_example,
+    max_dim=max_dim,
+    fisher=fisher,
+    every=every,
+  )
   shapes = tuple(tuple(leaf.shape) for leaf in leaves)
-  chunks = batches.Chunks(signature.args, jax.tree.leaves(args), groups, micro_batches, every)
+  chunks = batches.Chunks(signature.args, leaves_of_args, groups, micro_batches, every)
   traced, twice = trace_twice(signature, leaves, chunks.leaves, chunks.size)
   uses = growing(traced, twice, chunks.size)
   resolved = resolve(traced.found, uses, shapes, paths, max_dim)
@@ -159,7 +183,9 @@ class Spec:
 
   loss_fn: Callable[..., Any]
   has_aux: bool
+  arguments: int  # number of them, after params
   batch_argnums: int | Sequence[int] | None
+  numbers: frozenset[int]  # leaves of arguments in the form of keys that are none
   micro_batches: int
   terms_per_example: int | None
   max_dim: int
@@ -220,24 +246,16 @@ class Captured:
       `(loss, grads, stats)`, or `((loss, aux), grads, stats)` with `has_aux`.
 
     Raises:
-      ValueError: if the batch cannot be divided, params or args are not like the captured ones, or
-        `loss_scale` is no positive number.
+      ValueError: if the batch cannot be divided, params or args are not like the captured ones, in
+        their number, shapes or layers, or `loss_scale` is no positive number.
     """
     _check_scale(loss_scale)
     leaves = self.layers.leaves(params, "params")
-    arguments = batches.classify(args, self._spec.batch_argnums)
-    signature = Signature(
-      self._spec.loss_fn, self._spec.has_aux, jax.tree.structure(params), arguments
-    )
-    spec, leaves_of_args = self._spec, jax.tree.leaves(args)
+    signature, chunks = self._inputs(params, args)
     # in `shard_map` the gradient is that of the device, as it is without a check of types: AD would
     # add up cotangents of what all devices share, but could not divide them by their number
-    axes = _compat.varying(arguments.dynamic(leaves_of_args))
+    axes = _compat.varying(signature.args.dynamic(chunks.leaves))
     leaves = _compat.vary(leaves, axes)
-    chunks = batches.Chunks(
-      arguments, leaves_of_args, self.layers.groups, spec.micro_batches, spec.every
-    )
-    chunks.size  # noqa: B018  raises if the batch cannot be divided
     static = isinstance(refresh, (bool, np.bool_))
     shards = chunks.shards
     if static and (chunks.count == 1 or not refresh):
@@ -267,8 +285,94 @@ class Captured:
     if not self._spec.has_aux:
       return loss, grads, stats
     auxes = [result.aux for result in results]
-    aux = auxiliary.merge(self._aux_roles, auxes, arguments.dynamic(chunks.leaves))
+    aux = auxiliary.merge(self._aux_roles, auxes, signature.args.dynamic(chunks.leaves))
     return (loss, aux), grads, stats
+
+  def check(self, params: PyTree, *args: Any, key: jax.Array | None = None) -> tuple[Finding, ...]:
+    """Evaluates on one batch what capture assumes of the loss, and prints what holds.
+
+    To be run once before a long training. It takes a handful of evaluations of the gradient, three
+    of which compile a program of their own. The findings are, by name:
+
+    - `finite`: loss and gradient are;
+    - `repeatable`: evaluated again, the loss is the same;
+    - `mean`: the batch taken twice has the same loss and gradient. A sum over the examples, or over
+      a number written into the loss, has twice as much;
+    - `order`: so has the batch in another order;
+    - `pieces`: so have, in the mean, the pieces that `groups` and `micro_batches` cut the batch
+      into (where it is captured in one, as few equal ones as can be);
+    - `gradient`: `value_and_grad` gives the gradient of `jax.grad`;
+    - `aux`: what is put together from the pieces is that of the whole batch;
+    - `reached`: every parameter has a gradient;
+    - `statistics`: those of all layers are finite, and none is zero.
+
+    Two outcomes are the same if loss and gradient differ by less than the square root of the
+    rounding unit of the coarsest floating type that the loss computes in, relative to their norms.
+    With a loss that depends on a key `mean`, `order`, `pieces` and `aux` are not tried: other
+    batches draw other numbers. BatchNorm does not hold in `pieces` (and `aux`), as it should be.
+
+    Args:
+      params: as given to `capture`, but arrays.
+      *args: as given to `capture`, but arrays: a batch.
+      key: for `fisher="sampled"`; by default `jax.random.key(0)`.
+
+    Returns:
+      The findings, tuples `(name, holds, text)`; `holds` is None where nothing could be tried.
+
+    Raises:
+      ValueError: as `value_and_grad`; under `jax.jit`.
+
+    Example:
+      >>> import fop_optax, jax.numpy as jnp
+      >>> loss_fn = lambda params, x: jnp.sum((x @ params["w"]) ** 2)  # a sum, not a mean
+      >>> params, x = {"w": jnp.ones((3, 2))}, jnp.arange(24.0).reshape(8, 3)
+      >>> captured = fop_optax.capture(loss_fn, params, x)
+      >>> findings = captured.check(params, x)  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+      holds: The loss, 25848, and its gradient are finite. ...
+      holds: Evaluated again the loss is the same (25848 and 25848).
+      does not hold: The batch taken twice has twice the loss (25848 and 51696, gradients 0.5
+      apart). It is a sum over the examples, or divided by a number written into it: ...
+      >>> [finding.name for finding in findings if finding.holds is False]
+      ['mean', 'pieces']
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, args))):
+      raise ValueError(
+        "`captured.check` evaluates the loss and prints: call it outside of `jax.jit`, once before"
+        " training."
+      )
+    signature, chunks = self._inputs(params, args)
+    if self._spec.fisher == "sampled" and key is None:
+      key = jax.random.key(0)
+    value, grads, stats = jax.jit(self.value_and_grad)(params, *args, key=key)
+    loss, aux = value if self._spec.has_aux else (value, ())
+    check = Check(
+      signature=signature,
+      params=jax.tree.leaves(params),
+      chunks=chunks,
+      layers=self.layers,
+      aux_roles=self._aux_roles,
+      captured=Outcome(loss, jax.tree.leaves(grads), aux),
+      factors=stats.factors,
+    )
+    findings = check.findings()
+    for finding in findings:
+      print(finding)
+    return findings
+
+  def _inputs(self, params, args):
+    """The loss with the roles of its arguments, and the batch as it will be cut."""
+    spec = self._spec
+    if len(args) != spec.arguments:
+      raise ValueError(
+        f"The loss got {len(args)} arguments after params, but {spec.arguments} in"
+        " `fop_optax.capture(loss, params, *args)`. Pass the same ones, in their order."
+      )
+    arguments = classify(args, spec.batch_argnums, spec.numbers)
+    signature = Signature(spec.loss_fn, spec.has_aux, jax.tree.structure(params), arguments)
+    leaves = jax.tree.leaves(args)
+    chunks = batches.Chunks(arguments, leaves, self.layers.groups, spec.micro_batches, spec.every)
+    chunks.size  # noqa: B018  raises if the batch cannot be divided
+    return signature, chunks
 
   def _with_statistics(self, signature, leaves, chunks, zeros, refresh, loss_scale):
     """The backward pass with statistics for the inputs at hand, if their layers are ours."""
@@ -355,19 +459,3 @@ def _every(fraction: float) -> int:
       f"`capture(curvature_fraction={fraction})` takes 1 over a whole number, as 1, 0.5 or 0.25."
     )
   return every
-
-
-def _check_params(leaves, paths):
-  if not leaves:
-    raise ValueError("`capture(loss, params, ...)` got params without leaves.")
-  for leaf, path in zip(leaves, paths, strict=True):
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-      raise ValueError(
-        f"params{path} is a {type(leaf).__name__}, not an array. Split the tree first, for example"
-        " `params, static = equinox.partition(model, equinox.is_inexact_array)`."
-      )
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-      raise ValueError(
-        f"params{path} is {leaf.dtype}{list(leaf.shape)}: only floating arrays have gradients. Hand"
-        " it to the loss in a further argument, and leave that out of `batch_argnums`."
-      )

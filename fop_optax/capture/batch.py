@@ -1,4 +1,4 @@
-"""Which arguments have the batch, how it is cut into chunks, and how results are put together.
+"""How the batch is cut into chunks, and how their results are put together.
 
 Example `i` belongs to group `i mod groups`, and within it to one of `micro_batches` chunks: a
 reshape `[B] -> [B / chunks, chunks]`, which leaves a sharded batch axis sharded.
@@ -15,106 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fop_optax import _compat
+from fop_optax.capture.arguments import Arguments, is_typed_key
 from fop_optax.layers import Factors
 
 PyTree = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-  """The arguments of a loss beside its parameters, as leaves.
-
-  Attributes:
-    treedef: of the tuple of arguments.
-    roles: for each leaf `"batch"`, `"key"` (folded anew for each chunk), `"array"`, or `"static"`.
-    paths: printable path of each leaf.
-  """
-
-  treedef: Any
-  roles: tuple[str, ...]
-  paths: tuple[str, ...]
-
-  def dynamic(self, leaves: Sequence[Any]) -> list[Any]:
-    """The leaves that are traced."""
-    return [leaf for leaf, role in zip(leaves, self.roles, strict=True) if role != "static"]
-
-  @property
-  def batch(self) -> list[bool]:
-    """For each traced leaf, whether it differs between chunks."""
-    return [role in ("batch", "key") for role in self.roles if role != "static"]
-
-  def rebuild(self, dynamic: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """The tuple of arguments, its traced leaves replaced by `dynamic`."""
-    traced = iter(dynamic)
-    full = [
-      leaf if role == "static" else next(traced)
-      for leaf, role in zip(leaves, self.roles, strict=True)
-    ]
-    return jax.tree.unflatten(self.treedef, full)
-
-  def size(self, leaves: Sequence[Any]) -> int:
-    """The batch size.
-
-    Raises:
-      ValueError: if there is no batch, or leading axes differ.
-    """
-    sizes = {
-      path: leaf.shape[0]
-      for leaf, role, path in zip(leaves, self.roles, self.paths, strict=True)
-      if role == "batch"
-    }
-    if not sizes:
-      raise ValueError(
-        "No argument of the loss has a batch axis. Pass the batch as an argument instead of closing"
-        " over it: `capture(loss, params, x, y)` for `loss(params, x, y)`."
-      )
-    if len(set(sizes.values())) > 1:
-      listed = ", ".join(f"{path}: {size}" for path, size in sizes.items())
-      raise ValueError(
-        f"The leading axes of the arguments differ ({listed}), so they cannot all be the batch."
-        " Name the arguments that have it: `capture(loss, params, *args, batch_argnums=(0, 1))`"
-        " counts within `args`; state, keys and constants are left out."
-      )
-    return next(iter(sizes.values()))
-
-  def resized(self, leaves: Sequence[Any], size: int) -> list[Any]:
-    """Shapes of the traced leaves with a batch of `size`."""
-    out = []
-    for leaf, role in zip(leaves, self.roles, strict=True):
-      if role != "static":
-        shape = (size, *leaf.shape[1:]) if role == "batch" else leaf.shape
-        out.append(jax.ShapeDtypeStruct(shape, leaf.dtype))
-    return out
-
-
-def classify(args: tuple[Any, ...], batch_argnums: int | Sequence[int] | None) -> Arguments:
-  """Finds the leaves with the batch axis: by default all arrays but keys and scalars.
-
-  Raises:
-    ValueError: if `batch_argnums` names no argument, or one with a scalar.
-  """
-  implied = batch_argnums is None
-  numbers = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums or ())
-  for number in numbers:
-    if not 0 <= number < len(args):
-      raise ValueError(
-        f"batch_argnums={numbers} names argument {number}, but the loss has"
-        f" {len(args)} arguments after params (counted from 0)."
-      )
-  flat, treedef = jax.tree_util.tree_flatten_with_path(args)
-  roles = []
-  for path, leaf in flat:
-    explicit = path[0].idx in numbers
-    if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-      roles.append("static")
-    elif _is_key(leaf) and not (explicit and _keys(leaf)):
-      roles.append("key")
-    elif (explicit or implied) and leaf.ndim > 0:
-      roles.append("batch")
-    else:
-      roles.append("array")
-  paths = tuple("args" + jax.tree_util.keystr(path) for path, _ in flat)
-  return Arguments(treedef, tuple(roles), paths)
 
 
 class Shards(NamedTuple):
@@ -156,20 +60,9 @@ def _automatic(leaf: Any) -> Shards:
   return Shards(mesh, tuple(wide)) if automatic and len(wide) == 1 else Shards()
 
 
-def _is_key(leaf: Any) -> bool:
-  typed = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-  return typed or (leaf.dtype == jnp.uint32 and leaf.shape == (2,))
-
-
-def _keys(leaf: Any) -> bool:
-  """Whether `leaf` can be an array of keys, one an example."""
-  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) and leaf.ndim > 0
-
-
-def _fold_in(key: jax.Array, data: Any) -> jax.Array:
+def fold_in(key: jax.Array, data: Any) -> jax.Array:
   fold = jax.random.fold_in
-  batched = key.ndim - (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1)
-  for _ in range(batched):
+  for _ in range(key.ndim if is_typed_key(key) else 0):
     fold = jax.vmap(fold, (0, None))
   return fold(key, data)
 
@@ -219,7 +112,7 @@ class Chunks:
       raise ValueError(
         f"The batch of {batch} cannot be divided into groups={self.groups} times micro_batches="
         f"{self.micro_batches}. Drop or pad the last examples to a multiple of {self.count}, or"
-        " capture with other numbers (`groups=1` suffices for K-FAC)."
+        " capture with other numbers (K-FAC needs no groups)."
       )
     unit = self.count * self.every
     if batch % unit:
@@ -258,7 +151,7 @@ class Chunks:
         shape = (self.size, self.micro_batches, self.groups, *leaf.shape[1:])
         leaf = leaf.reshape(shape)[:, micro, group]
       elif role == "key" and self.count > 1:
-        leaf = _fold_in(leaf, group + self.groups * micro)
+        leaf = fold_in(leaf, group + self.groups * micro)
       if role != "static":
         out.append(leaf)
     return out
@@ -275,7 +168,7 @@ class Chunks:
       backward = jax.jit(backward)
 
     def one(group, micro):
-      own = None if key is None else _fold_in(key, group + self.groups * micro)
+      own = None if key is None else fold_in(key, group + self.groups * micro)
       return backward(self.chunk(group, micro), own)
 
     def every(micro):
@@ -291,13 +184,13 @@ class Chunks:
 
     def step(total, micro):
       results = every(micro)
-      sums = jax.tree.map(_wide, [r._replace(aux=()) for r in results])
+      sums = jax.tree.map(wide, [r._replace(aux=()) for r in results])
       return jax.tree.map(jnp.add, total, sums), [r.aux for r in results]
 
     pieces = jnp.arange(self.micro_batches)
     like = jax.eval_shape(lambda: every(pieces[0]))
     like = [r._replace(aux=()) for r in like]
-    zeros = jax.tree.map(lambda a: _wide(jnp.zeros(a.shape, a.dtype)), like)
+    zeros = jax.tree.map(lambda a: wide(jnp.zeros(a.shape, a.dtype)), like)
     zeros = _compat.vary(zeros, _compat.varying(self.arguments.dynamic(self.leaves)))
     unroll = 1 if loops.micro_batches else self.micro_batches
     sums, auxes = jax.lax.scan(step, zeros, pieces, unroll=unroll)
@@ -316,18 +209,20 @@ class Result(NamedTuple):
 
 def mean(arrays: Sequence[jax.Array]) -> jax.Array:
   """The mean of some arrays, summed in float32 or better."""
-  total = functools.reduce(jnp.add, map(_wide, arrays))
+  total = functools.reduce(jnp.add, map(wide, arrays))
   return (total / len(arrays)).astype(arrays[0].dtype)
 
 
 def contrasts(arrays: Sequence[jax.Array]) -> list[jax.Array]:
   """`c_i = sqrt(2) sum_j H_ij g_j`, `H` the Helmert matrix: two groups give `g_1 - g_2`."""
-  wide, out = list(map(_wide, arrays)), []
-  for i in range(1, len(wide)):  # row i of H: the mean of the first i less the next one, normalised
-    difference = sum(wide[:i]) / i - wide[i]
+  group, out = list(map(wide, arrays)), []
+  for i in range(1, len(group)):  # row i of H: the mean of the first i less the next, normalised
+    difference = sum(group[:i]) / i - group[i]
     out.append((difference * np.sqrt(2 * i / (i + 1))).astype(arrays[0].dtype))
   return out
 
 
-def _wide(array: jax.Array) -> jax.Array:
-  return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+def wide(array: jax.Array) -> jax.Array:
+  """`array` in float32, or in its own better (or complex) precision."""
+  # promote_types refuses 8-bit floats
+  return array.astype(jnp.float32) if jnp.finfo(array.dtype).bits < 32 else array

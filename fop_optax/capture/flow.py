@@ -218,6 +218,29 @@ def scan_terms(
     outputs[:carry] = carried
 
 
+def reaches(jaxpr: Any, flags: Sequence[bool], primitive: Any) -> bool:
+  """Whether what depends on the inputs that are flagged is an operand of `primitive`."""
+  flagged = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
+  for equation in jaxpr.eqns:
+    operands = [_is_variable(v) and v in flagged for v in equation.invars]
+    if any(operands) and _equation_reaches(equation, operands, primitive):
+      return True
+    for v, flag in zip(equation.outvars, _equation_depends(equation, operands), strict=True):
+      if flag:
+        flagged.add(v)
+  return False
+
+
+def _equation_reaches(equation: Any, flags: Sequence[bool], primitive: Any) -> bool:
+  if equation.primitive in INLINED:
+    return reaches(_compat.open_jaxpr(inner_jaxpr(equation))[0], flags, primitive)
+  if equation.primitive is primitives.scan_p:
+    body, _ = _compat.open_jaxpr(equation.params["jaxpr"])
+    return reaches(body, scan_depends(equation, flags)[0], primitive)
+  inside = core.jaxprs_in_params(equation.params)  # of other equations, any of their operands may
+  return equation.primitive is primitive or any(contains(inner, primitive) for inner in inside)
+
+
 def contains(jaxpr: Any, primitive: Any) -> bool:
   """Whether `primitive` stands anywhere in a jaxpr."""
   return any(

@@ -21,6 +21,15 @@ from fop_optax.capture import values
 Steps = list[views.View]  # for each output of an equation, the steps from its one operand
 
 
+def unsuited(dtype: Any) -> str:
+  """Why a parameter of this type can be in no layer; empty if it can."""
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    return f"{dtype}: curvature is of real parameters"
+  if jnp.finfo(dtype).bits < 16:
+    return f"{dtype}: curvature is of parameters with 16 bits or more"
+  return ""
+
+
 def _unchanged(equation: Any) -> Steps:
   return [()] * len(equation.outvars)
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture import batch as batches
+from fop_optax.capture import flow
+from fop_optax.capture.arguments import Arguments, is_raw_key, type_of
 from fop_optax.capture.growth import Growth, compare
 from fop_optax.capture.values import Key, Use
 from fop_optax.capture.walk import Found, walk
@@ -48,7 +49,7 @@ class Signature:
   loss_fn: Callable[..., Any]
   has_aux: bool
   params: Any
-  args: batches.Arguments
+  args: Arguments
 
   def call(self, params: Sequence[Any], args: Sequence[Any], chunk: Sequence[Any]) -> Any:
     """`(loss, aux)` of one chunk, from leaves; `args` gives those that are not traced.
@@ -71,9 +72,10 @@ class Signature:
       )
     loss = jnp.asarray(loss)
     if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+      remedy = "Take the mean over the batch" if loss.shape else "Convert it, or take its real part"
       raise ValueError(
         f"The loss must return a floating scalar, but it returned {loss.dtype}{list(loss.shape)}."
-        " Take the mean over the batch."
+        f" {remedy}."
       )
     return loss, aux
 
@@ -118,21 +120,39 @@ def trace_twice(
   size: int,
   chunk: Sequence[Any] | None = None,
 ) -> tuple[Traced, Traced | None]:
-  """Traces on shapes of `size` and of twice as many examples; None where that cannot be traced.
+  """Traces on types of `size` and of twice as many examples; None where that cannot be traced.
 
   The first is traced on `chunk` and on the parameters themselves, if it is given.
   """
-  shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in params]
+  types = list(map(type_of, params))
   if chunk is None:
-    program = signature.program(shapes, args, signature.args.resized(args, size))
+    program = signature.program(types, args, signature.args.resized(args, size))
   else:
     program = signature.program(params, args, chunk)
   try:
-    twice = signature.program(shapes, args, signature.args.resized(args, 2 * size))
+    twice = signature.program(types, args, signature.args.resized(args, 2 * size))
   except Exception:  # of any kind: the user's loss takes one size only
     return signature.walked(program, params, None), None
   growth = compare(program.jaxpr, twice.jaxpr)
   return signature.walked(program, params, growth), signature.walked(twice, params, growth)
+
+
+def raw_numbers(signature: Signature, params: Sequence[Any], args: Sequence[Any]) -> frozenset[int]:
+  """Indices of the leaves `uint32[2]` that look like raw keys but are numbers to the loss."""
+  inputs = [index for index, role in enumerate(signature.args.roles) if role != "static"]
+  raw = [i for i in inputs if signature.args.roles[i] == "key" and is_raw_key(args[i])]
+  if not raw:
+    return frozenset()
+  types = [[type_of(leaf) for leaf in params], [type_of(args[i]) for i in inputs]]
+  whole = jax.make_jaxpr(lambda params, chunk: signature.call(params, args, chunk))
+  jaxpr, _ = _compat.open_jaxpr(whole(*types))
+  wrap = _compat.unexported()["random_wrap"]
+
+  def is_number(index):
+    flags = [False] * len(params) + [i == index for i in inputs]
+    return any(flow.depends(jaxpr, flags)) and not flow.reaches(jaxpr, flags, wrap)
+
+  return frozenset(filter(is_number, raw))
 
 
 def growing(traced: Traced, twice: Traced | None, size: int) -> dict[Key, Use]:

@@ -48,6 +48,8 @@ _WHOLE = {
   primitives.custom_vjp_call_p: "it goes into a function with a rule of its own (`custom_vjp`)",
   primitives.dynamic_slice_p: "it is sliced at a traced index; scan over the slices instead",
   primitives.concatenate_p: "it is joined with other arrays before it is used (`concatenate`)",
+  primitives.convert_element_type_p: "it is cast to a type that is not real floating",
+  primitives.complex_p: "it becomes a part of complex numbers",
   primitives.mul_p: "it is multiplied entry by entry, or by a number that is not fixed (`mul`)",
   primitives.div_p: "it is divided entry by entry, or by a number that is not fixed (`div`)",
   primitives.add_p: "it is added to something that is not the output of one layer (`add`)",
@@ -107,6 +109,10 @@ def walk(
   inputs = [
     Value(view=ParamView(leaf, (), shape), tainted=True) for leaf, shape in enumerate(shapes)
   ]
+  for leaf, variable in enumerate(jaxpr.invars[: len(shapes)]):
+    why = rules.unsuited(variable.aval.dtype)
+    if why:
+      found.refused[leaf], inputs[leaf] = why, Value(tainted=True)
   inputs += [Value(batch=flag) for flag in batch]
   aux = len(jaxpr.outvars) - 1
   needed, affine = [True] + [False] * aux, [True] + [None] * aux

@@ -120,7 +120,8 @@ def kfac_per_example(
   in the state.
 
   A step whose gradients (with `curvature="exact"` their squares) or update are not finite is
-  skipped and counted, momentum and weight decay with it. Batches may differ in size from step to step.
+  skipped and counted, momentum and weight decay with it. Batches may differ in size from step to
+  step.
 
   What optax puts around it sees `[B, *param]`: leaves that `optax.masked` or `optax.partition` keep
   from it go on as they came. Average those first, with
