@@ -79,4 +79,7 @@ def unexported() -> Mapping[str, Any]:
   pieces = primitives_of(list, (2, 2))
   if len(pieces) == 1:  # from 0.11 one `unstack`; before, slices
     found["unstack"] = pieces[0]
+  stacked = primitives_of(lambda x: jax.numpy.stack([x, x]), (4,))
+  if len(stacked) == 1:  # from 0.10.2 one `stack`; before, broadcasts and a `concatenate`
+    found["stack"] = stacked[0]
   return found

@@ -13,6 +13,7 @@ step                                    meaning
 ``("transpose", permutation)``          axes permuted
 ``("rev", axes)``                       axes reversed
 ``("slice", start, limit, strides)``    strided rectangle
+``("take", axis, indices)``             the places along an axis, in this order
 ``("scan", length)``                    the leading axis is one that `jax.lax.scan` goes over;
                                         the steps that follow act on its slices
 ``("stack",)``                          ends all scans: their axes and the slices' leading one
@@ -20,12 +21,13 @@ step                                    meaning
 ======================================  ==========================================================
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
 import jax
 from jax import lax
+import jax.numpy as jnp
 import numpy as np
 
 Step = tuple[Any, ...]
@@ -87,6 +89,17 @@ def full_slice(shape: tuple[int, ...]) -> Step:
   return ("slice", (0,) * len(shape), tuple(shape), (1,) * len(shape))
 
 
+def repeats(view: View) -> bool:
+  """Whether a view has steps that repeat entries."""
+  return any(step[0] == "take" and len(set(step[2])) < len(step[2]) for step in view)
+
+
+def window(shape: tuple[int, ...], start: Sequence[int], sizes: tuple[int, ...]) -> Step:
+  """The slice of `sizes` that `jax.lax.dynamic_slice` takes: starts are clipped."""
+  first = tuple(max(min(i, n - k), 0) for i, n, k in zip(start, shape, sizes, strict=True))
+  return ("slice", first, tuple(map(int.__add__, first, sizes)), (1,) * len(shape))
+
+
 def index_map(view: View, shape: tuple[int, ...]) -> np.ndarray:
   """Which entry of the leaf (row-major) stands at each place of the view."""
   return replay(view, np.arange(math.prod(shape)).reshape(shape))
@@ -111,10 +124,14 @@ _LAX: dict[str, Callable[..., jax.Array]] = {
   "transpose": lambda leaf, levels, perm: lax.transpose(leaf, _permutation(levels, perm)),
   "rev": lambda leaf, levels, axes: lax.rev(leaf, tuple(levels + axis for axis in axes)),
   "slice": _lax_slice,
+  "take": lambda leaf, levels, axis, indices: jnp.take(
+    leaf, np.array(indices), axis=levels + axis, mode="clip"
+  ),
 }
 _NUMPY: dict[str, Callable[..., np.ndarray]] = {
   "reshape": lambda leaf, levels, shape: leaf.reshape(leaf.shape[:levels] + shape),
   "transpose": lambda leaf, levels, perm: leaf.transpose(_permutation(levels, perm)),
   "rev": lambda leaf, levels, axes: np.flip(leaf, tuple(levels + axis for axis in axes)),
   "slice": _numpy_slice,
+  "take": lambda leaf, levels, axis, indices: np.take(leaf, indices, axis=levels + axis),
 }

@@ -100,6 +100,55 @@ def viewed(view: values.ParamView, taken: views.View, shape: tuple[int, ...]) ->
   return dataclasses.replace(view, steps=view.steps + taken, shape=shape, vector=vector)
 
 
+def shifted_after(
+  shifted: values.Shifted, taken: views.View, shape: tuple[int, ...]
+) -> values.Shifted | None:
+  """A sum of a view and something else, of `shape`, after the steps `taken`; None if it is none."""
+  after = repeated_after(shifted.view.shape, shape, taken)
+  return shifted._replace(view=viewed(shifted.view, *after)) if after else None
+
+
+def repeated_after(
+  core: tuple[int, ...], shape: tuple[int, ...], taken: views.View
+) -> tuple[views.View, tuple[int, ...]] | None:
+  """A view repeated from `core` to `shape` after the steps `taken`: its own steps, and new core.
+
+  Transposes and reshapes that keep axes of repeats apart from axes of entries; None for others.
+  """
+  own: list[views.Step] = []
+  for name, *args in taken:
+    if name == "transpose":
+      core, shape = (tuple(sizes[axis] for axis in args[0]) for sizes in (core, shape))
+    elif name == "reshape" and (regrouped := _regrouped(core, shape, args[0])):
+      core, shape = regrouped, args[0]
+      args = [core]
+    else:
+      return None
+    own.append((name, *args))
+  return tuple(own), core
+
+
+def _regrouped(
+  core: tuple[int, ...], shape: tuple[int, ...], new: tuple[int, ...]
+) -> tuple[int, ...] | None:
+  """`core` where `shape`, to which it is repeated, is reshaped to `new`; None if they mix."""
+  left = [(size, ours != size) for ours, size in zip(core, shape, strict=True) if size > 1]
+  out = []
+  for size in new:
+    rest, kinds = size, set()
+    while rest > 1:
+      first, repeated = left.pop(0)
+      kinds.add(repeated)
+      if first % rest == 0 and first > rest:  # split: the inner part comes next
+        left.insert(0, (first // rest, repeated))
+        first = rest
+      if rest % first or len(kinds) > 1:
+        return None
+      rest //= first
+    out.append(1 if True in kinds else size)
+  return tuple(out)
+
+
 def parts_after(
   parts: tuple[values.Part, ...], taken: views.View, shape: tuple[int, ...]
 ) -> tuple[values.Part, ...] | None:

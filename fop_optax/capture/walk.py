@@ -21,7 +21,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 import jax.numpy as jnp
 
-from fop_optax import _compat
+from fop_optax import _compat, views
 from fop_optax.capture import biases, flow, repeated, rules
 from fop_optax.capture.growth import Growth
 from fop_optax.capture.kinds import convolution, dense, lookup, table
@@ -35,8 +35,10 @@ from fop_optax.capture.values import (
   ParamView,
   Part,
   Path,
+  Shifted,
   Use,
   Value,
+  Window,
 )
 from fop_optax.layers import Bias
 from fop_optax.losses import NORMAL, SOFTMAX
@@ -68,6 +70,7 @@ class Found:
   """What a walk leaves behind.
 
   Attributes:
+    shapes: of the parameters.
     uses: products in which a parameter is the weight, by key.
     biases: additions of a parameter to the output of such a product.
     refused: for each parameter with a use that is not understood, the first reason.
@@ -75,14 +78,20 @@ class Found:
     marks: the marked losses.
     meetings: where a product with a constant meets the batch: the equation, the operand, and along
       which axis of the output it is repeated. None: nowhere, one row of it is as good as another.
+    as_weight: for sums of a parameter and what depends on the batch, which are tables if they are
+      rows, the products of which they are the weight;
+    as_rows: and the other equations that they enter.
   """
 
+  shapes: Sequence[tuple[int, ...]]
   uses: dict[Key, Use] = dataclasses.field(default_factory=dict)
   biases: list[BiasUse] = dataclasses.field(default_factory=list)
   refused: dict[int, str] = dataclasses.field(default_factory=dict)
   apart: dict[int, str] = dataclasses.field(default_factory=dict)
   marks: list[Mark] = dataclasses.field(default_factory=list)
   meetings: dict[Path, dict[int, int | None]] = dataclasses.field(default_factory=dict)
+  as_weight: dict[Key, set[Path]] = dataclasses.field(default_factory=dict)
+  as_rows: dict[Key, set[Path]] = dataclasses.field(default_factory=dict)
 
 
 def walk(
@@ -101,9 +110,10 @@ def walk(
     batch: for each further argument, whether it differs between examples.
     growth: which axes of its variables grow with the batch, if that is known.
   """
-  found = Found()
+  found = Found(shapes)
   inputs = [
-    Value(view=ParamView(leaf, (), shape), tainted=True) for leaf, shape in enumerate(shapes)
+    Value(view=ParamView(leaf, (), shape), tainted=True, leaves=frozenset((leaf,)))
+    for leaf, shape in enumerate(shapes)
   ]
   inputs += [Value(batch=flag) for flag in batch]
   aux = len(jaxpr.outvars) - 1
@@ -112,7 +122,27 @@ def walk(
   frame.run(inputs, consts)
   for leaf, why in frame.pending:
     found.apart.setdefault(leaf, why)
+  _settle_sums(found)
   return found
+
+
+def _settle_sums(found: Found) -> None:
+  """Leaves of each sum of a parameter and what depends on the batch the use that it is.
+
+  The weight of products, unless another sum of the same parameter is a table: then a table.
+  """
+  tables = {
+    use.leaf
+    for key, use in found.uses.items()
+    if use.product.kind == "table" and key not in found.as_weight
+  }
+  for key, products in found.as_weight.items():
+    use = found.uses[key]
+    if key in found.as_rows:
+      why = "it is added to what depends on the batch, and then both a weight and something else"
+      found.refused.setdefault(use.leaf, f"{why} at {use.source}" if use.source else why)
+    for unused in map(Key, products) if use.leaf in tables else [key]:
+      del found.uses[unused]
 
 
 @dataclasses.dataclass
@@ -162,7 +192,9 @@ class _Frame:
         return Value(constant=Constant(lambda: atom.val))
       value = env[atom]
       if value.linears and atom in self.shared:
-        return dataclasses.replace(value, linears=())
+        value = dataclasses.replace(value, linears=())
+      if value.shifted and not value.shifted.own and atom in self.shared:
+        value = dataclasses.replace(value, shifted=None)  # activations are read more than once
       return value
 
     for index, equation in enumerate(self.jaxpr.eqns):
@@ -184,23 +216,36 @@ class _Frame:
     outputs = None
     if index in self.live:
       outputs = _rules().get(equation.primitive, _Frame._whole)(self, index, equation, operands)
+    if equation.primitive not in flow.INLINED or outputs is None:
+      self._read_sums(index, operands, outputs or ())
     if nested and outputs is not None:
       self.pending |= self.new
       return outputs
     plain = self._plain(equation, operands)
     self.pending |= plain.pending
     outputs = outputs or [Value()] * len(equation.outvars)
+    leaves = frozenset().union(*(operand.leaves for operand in operands))
     return [
       dataclasses.replace(
         value,
         batch=plain.batch or grown,
         tainted=plain.tainted,
         constant=plain.constant,
+        leaves=leaves,
         products=frozenset() if grown else plain.products,
         pending=plain.pending if variable in self.wanted and not grown else frozenset(),
       )
       for value, variable, grown in zip(outputs, equation.outvars, grows, strict=True)
     ]
+
+  def _read_sums(self, index: int, operands: Sequence[Value], outputs: Sequence[Value]) -> None:
+    """Notes where sums of a parameter and what depends on the batch are no weights."""
+    kept = {output.shifted.table for output in outputs if output.shifted}
+    here = (*self.path, index)
+    for operand in operands if index in self.live else ():
+      key = operand.shifted.table if operand.shifted else None
+      if key and key not in kept and here not in self.found.as_weight.get(key, ()):
+        self.found.as_rows.setdefault(key, set()).add(here)
 
   def _plain(self, equation: Any, operands: Sequence[Value]) -> Value:
     """What is known of an output by its operands alone."""
@@ -283,8 +328,10 @@ class _Frame:
     self._refuse(equation, operands, why)
 
   def _join(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
-    """Parameters joined along an axis: each is a part of the weight."""
+    """Parameters joined along an axis: each is a part of the weight, or a token of the batch."""
     variables, axis = equation.invars, int(equation.params["dimension"])
+    if not self.free:
+      return self._tokens(index, equation, operands, axis)
     views = [operand.view for operand in operands if operand.view]
     if (
       len(views) < len(operands)
@@ -297,6 +344,33 @@ class _Frame:
       parts.append(Part(view, axis, start, view.shape[axis]))
       start += view.shape[axis]
     return [Value(parts=tuple(parts))]
+
+  def _stack(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
+    """Tokens joined to the batch along a new axis."""
+    if not self.free:
+      return self._tokens(index, equation, operands, int(equation.params["axis"]))
+    return self._whole(index, equation, operands)
+
+  def _tokens(
+    self, index: int, equation: Any, operands: Sequence[Value], axis: int
+  ) -> list[Value] | None:
+    """Parameters joined to what depends on the batch: tables, each a part of the whole."""
+    start, rank = 0, len(equation.outvars[0].aval.shape)
+    for i, (operand, variable) in enumerate(zip(operands, equation.invars, strict=True)):
+      shape, view, found = tuple(variable.aval.shape), operand.view, None
+      if len(shape) < rank:  # a stack
+        shape = (*shape[:axis], 1, *shape[axis:])
+        core_shape = (*view.shape[:axis], 1, *view.shape[axis:]) if view else ()
+        view = rules.viewed(view, (("reshape", core_shape),), core_shape) if view else None
+      if view:
+        cut = Window(axis, start, shape[axis])
+        found = table.match(shape, i, view, self.found.shapes[view.leaf], cut)
+      if found:
+        self._use(index, equation, *found, i)
+      else:
+        self._refuse(equation, [operand], _WHOLE[primitives.concatenate_p])
+      start += shape[axis]
+    return None
 
   def _move(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """Casts, reshapes, transposes, slices: views stay views."""
@@ -312,13 +386,15 @@ class _Frame:
       return self._refuse(equation, operands, _WHOLE[primitives.concatenate_p])
     before = tuple(equation.invars[0].aval.shape)
     if value.view and self._repeated(equation.invars[0], value.view):
-      if any(taken):
+      after = [rules.repeated_after(value.view.shape, before, step) for step in taken]
+      if None in after:
         return self._refuse(equation, operands, _REPEATED)
-      shapes = [value.view.shape]
+      taken, shapes = zip(*after, strict=True)
     return [
       Value(
         view=rules.viewed(value.view, step, shape) if value.view else None,
         linears=_each(value.linears, lambda linear, step=step: biases.after(linear, step, before)),
+        shifted=rules.shifted_after(value.shifted, step, before) if value.shifted else None,
       )
       for step, shape in zip(taken, shapes, strict=True)
     ]
@@ -380,15 +456,37 @@ class _Frame:
     return self._product(index, equation, operands, convolution.match)
 
   def _gather(self, index: int, equation: Any, operands: Sequence[Value]):
-    """Looking up rows of a weight is a use of a layer."""
+    """Looking up rows of a weight is a use of a layer; at constant indices it is a view."""
+    view, indices = operands[0].view, operands[1].constant
+    shape = tuple(equation.outvars[0].aval.shape)
+    # the same indices in every example are a lookup
+    if view and indices and self.free and not self._repeated(equation.invars[0], view):
+      matching = lookup.match(equation, 0)
+      steps = (
+        None if isinstance(matching, str) else lookup.selection(matching, indices.value, shape)
+      )
+      if steps:
+        return [Value(view=rules.viewed(view, steps, shape))]
     return self._product(index, equation, operands, lookup.match)
+
+  def _dynamic_slice(self, index: int, equation: Any, operands: Sequence[Value]):
+    """A window of a weight: looked up at an index that depends on the batch, else a view."""
+    source, *starts = operands
+    if any(start.batch for start in starts):
+      return self._product(index, equation, [source, Value(batch=True)], lookup.match_slice)
+    view, known = source.view, [start.constant for start in starts if start.constant]
+    if view is None or len(known) < len(starts) or self._repeated(equation.invars[0], view):
+      return self._whole(index, equation, operands)
+    sizes = tuple(equation.outvars[0].aval.shape)
+    step = views.window(view.shape, [int(start.value) for start in known], sizes)
+    return [Value(view=rules.viewed(view, (step,), sizes))]
 
   def _product(
     self, index: int, equation: Any, operands: Sequence[Value], match: Callable
   ) -> list[Value] | None:
     weights = [side for side in (0, 1) if operands[side].views]
     if not weights:
-      return None
+      return self._shifted(index, equation, operands) if match is dense.match else None
     if len(weights) == 2:
       return self._refuse(equation, operands, "it is multiplied with another parameter")
     (side,) = weights
@@ -403,11 +501,32 @@ class _Frame:
         uses.append(self._use(index, equation, match(equation, side, part), part.view, number))
       beside = tuple(linear for linear in uses if linear.window)
       return [Value(linears=beside or (min(uses, key=_order),))]
-    if view is None or self._repeated(equation.invars[side], view):
+    if view is None or self._repeated(equation.invars[side], view) or views.repeats(view.steps):
       return self._refuse(equation, operands, _REPEATED)
     matching = match(equation, side)
     if isinstance(matching, str):
       return self._refuse(equation, operands, matching)
+    return [Value(linears=(self._use(index, equation, matching, view),))]
+
+  def _shifted(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
+    """A product with a parameter plus something that depends on the batch: `x (w + u)`.
+
+    If both are activations, the sum is one of a table: of `u` that has nothing to do with `w` that
+    is assumed, unless the rows of the sum are contracted, which makes them inputs.
+    """
+    sums = [(side, sum_) for side in (0, 1) if (sum_ := operands[side].shifted)]
+    if len(sums) != 1 or not operands[1 - sums[0][0]].batch:
+      return None
+    ((side, (key, view, own)),) = sums
+    shape = tuple(equation.invars[side].aval.shape)
+    contract, stacked = (axes[side] for axes in equation.params["dimension_numbers"])
+    repeated = {axis for axis, size in enumerate(view.shape) if size != shape[axis]}
+    columns = max(axis for axis, size in enumerate(view.shape) if size > 1)
+    moved = view.steps != self.found.uses[key].view[: len(view.steps)]
+    if not repeated <= set(stacked) or not (own or not (moved or columns in contract)):
+      return None
+    self.found.as_weight.setdefault(key, set()).add((*self.path, index))
+    matching = dense.match(equation, side, own=view.shape)
     return [Value(linears=(self._use(index, equation, matching, view),))]
 
   def _use(
@@ -448,23 +567,29 @@ class _Frame:
     ]
     holders = [operand for operand in operands if operand.views]
     if not holders:  # of two products' outputs, the choice must not depend on the spelling
-      return [Value(linears=min(sums, key=lambda linears: _order(linears[0])) if sums else ())]
+      linears = min(sums, key=lambda linears: _order(linears[0])) if sums else ()
+      shifted = [operand.shifted for operand in operands if operand.shifted]
+      return [Value(linears=linears, shifted=shifted[0] if len(shifted) == 1 else None)]
     if len(holders) == 2:
       return self._whole(index, equation, operands)
     (holder,) = holders
     why = self._bias(holder, sums[0], shape) if sums else _WHOLE[equation.primitive]
     if why:
       view, side = holder.view, int(bool(operands[1].views))
-      matching = table.match(equation, side, view) if view and not self.free else None
-      if view is None or matching is None:
+      found = None
+      if view and not self.free:
+        found = table.match(shape, side, view, self.found.shapes[view.leaf], None)
+      if view is None or found is None:
         return self._refuse(equation, operands, why)
-      self._use(index, equation, matching, view)
+      use = self._use(index, equation, *found).use
+      own = view.leaf in operands[1 - side].leaves
+      return [Value(shifted=Shifted(use, view, own))]
     return [Value()]
 
   def _bias(self, holder: Value, linears: Sequence[Linear], shape: tuple[int, ...]) -> str:
     """Joins what is added to a product's output of `shape` to its layer, or says why not."""
     pieces = holder.parts or holder.views
-    if any(len(view.shape) != len(shape) for view in holder.views):  # a scalar
+    if any(len(view.shape) != len(shape) or views.repeats(view.steps) for view in holder.views):
       return _WHOLE[primitives.add_p]
     found = biases.joints(linears, pieces, shape)
     if isinstance(found, str):
@@ -536,7 +661,7 @@ class _Frame:
     )
     inputs = []
     for i, operand in enumerate(operands):
-      value = Value(flags[i], tainted=tainted[i])
+      value = Value(flags[i], tainted=tainted[i], leaves=operand.leaves)
       if not flags[i]:
         value = dataclasses.replace(value, products=operand.products, pending=operand.pending)
       if i < consts:
@@ -564,10 +689,16 @@ class _Frame:
     self._refuse(equation, leaving, "it leaves a `scan` as an output")
     self._leave(equation, equation.outvars, outputs, flags)
     plain = self._plain(equation, [*operands, *outputs])
+    leaves = frozenset().union(*(value.leaves for value in (*operands, *outputs)))
     return [
-      Value(flag, tainted=plain.tainted)
+      Value(flag, tainted=plain.tainted, leaves=leaves)
       if flag
-      else Value(tainted=plain.tainted, products=out.products, pending=out.pending | self.new)
+      else Value(
+        tainted=plain.tainted,
+        leaves=leaves,
+        products=out.products,
+        pending=out.pending | self.new,
+      )
       for flag, out in zip(batch, outputs, strict=True)
     ]
 
@@ -660,6 +791,8 @@ def _rules() -> dict[Any, Callable[..., list[Value] | None]]:
     primitives.dot_general_p: _Frame._dot,
     primitives.conv_general_dilated_p: _Frame._convolution,
     primitives.gather_p: _Frame._gather,
+    primitives.dynamic_slice_p: _Frame._dynamic_slice,
+    **{p: _Frame._stack for name, p in _compat.unexported().items() if name == "stack"},
     **dict.fromkeys((primitives.add_p, primitives.sub_p), _Frame._add),
     **dict.fromkeys((primitives.mul_p, primitives.div_p, primitives.neg_p), _Frame._scale),
     **dict.fromkeys(flow.INLINED, _Frame._inline),

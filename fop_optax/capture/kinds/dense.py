@@ -74,8 +74,13 @@ class Dense:
     return moments.second_moment(_cut(dy, self.y_cut), roles, diagonal, dtype)
 
 
-def match(equation: Any, weight: int, part: Part | None = None) -> Matching:
-  """What a `dot_general` with this weight operand, or with a part of it, is as a layer."""
+def match(
+  equation: Any, weight: int, part: Part | None = None, own: tuple[int, ...] = ()
+) -> Matching:
+  """What a `dot_general` with this weight operand, or with a part of it, is as a layer.
+
+  `own` is the operand's shape with 1 on stacked axes along which it is repeated: rows.
+  """
   contract, batch = equation.params["dimension_numbers"]
   x, w = equation.invars[1 - weight].aval, equation.invars[weight].aval
   (w_in, x_in), (w_stack, x_stack) = (
@@ -87,19 +92,21 @@ def match(equation: Any, weight: int, part: Part | None = None) -> Matching:
   rows, out = range(n_stack, n_stack + n_rows), range(n_stack + n_rows, n_stack + n_rows + n_out)
   if weight == 0:
     out, rows = range(n_stack, n_stack + n_out), range(n_stack + n_out, n_stack + n_out + n_rows)
-  stack_order = sorted(range(n_stack), key=lambda i: w_stack[i])
+  repeated = [i for i in range(n_stack) if own and own[w_stack[i]] != w.shape[w_stack[i]]]
+  stack_order = sorted(set(range(n_stack)) - set(repeated), key=lambda i: w_stack[i])
+  x_rows = (*(x_stack[i] for i in repeated), *x_rows)
   product = Dense(
     weight=weight,
     x_rows=x_rows,
     x_stack=tuple(x_stack[i] for i in stack_order),
     x_in=tuple(axis for _, axis in sorted(zip(w_in, x_in, strict=True))),
-    y_rows=tuple(rows),
+    y_rows=(*repeated, *rows),
     y_stack=tuple(stack_order),
     y_out=tuple(out),
   )
   if part:
     product = _part(product, part, w_stack, w_in, w_out)
-  w_shape = part.view.shape if part else w.shape
+  w_shape = part.view.shape if part else own or w.shape
   groups = [sorted(w_stack), sorted(w_in), list(w_out)]
   stack, inputs, outputs = (math.prod(w_shape[axis] for axis in group) for group in groups)
   order = tuple(axis for group in groups for axis in group)
