@@ -109,4 +109,7 @@ def unexported() -> Mapping[str, Any]:
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   found["reshard"] = primitives_of(lambda x: jax.reshard(x, whole), (4,))[0]
+  stacked = primitives_of(lambda x: jax.numpy.stack([x, x]), (4,))
+  if len(stacked) == 1:  # from 0.10.2 one `stack`; before, broadcasts and a `concatenate`
+    found["stack"] = stacked[0]
   return found

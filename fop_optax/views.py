@@ -111,6 +111,12 @@ def full_slice(shape: tuple[int, ...]) -> Step:
   return ("slice", (0,) * len(shape), tuple(shape), (1,) * len(shape))
 
 
+def window(shape: tuple[int, ...], start: Sequence[int], sizes: tuple[int, ...]) -> Step:
+  """The slice of `sizes` that `jax.lax.dynamic_slice` takes: starts are clipped."""
+  first = tuple(max(min(i, n - k), 0) for i, n, k in zip(start, shape, sizes, strict=True))
+  return ("slice", first, tuple(map(int.__add__, first, sizes)), (1,) * len(shape))
+
+
 def runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[slice, slice]]:
   """The finest runs of axes that a reshape from `old` to `new` sizes maps to one another."""
   out, a, c = [], 0, 0

@@ -12,13 +12,15 @@ import jax
 from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
+import jax.numpy as jnp
 
 from fop_optax import _compat
 from fop_optax.capture import flow, repeated
 from fop_optax.capture.growth import NESTED
+from fop_optax.capture.kinds.table import Table
 from fop_optax.capture.resolve import Resolved
 from fop_optax.capture.statistics import Moments, form_moments
-from fop_optax.capture.values import Key, Path, Use
+from fop_optax.capture.values import Key, Path, Product, Use
 
 # For each use zeros, [stack, ...] of what is left of its stack; for each mark those of its terms.
 Probes = dict[Key, Any]
@@ -96,7 +98,7 @@ class Evaluation:
   def _product(self, jaxpr, equation, operands, keys, probes):
     """A product, or a sum with a table, that forms statistics in its backward pass."""
     use = self.uses[keys[0]]
-    x = operands[1 - use.product.weight]
+    x = _rows_operand(use.product, operands)
     (y,) = repeated.evaluate(jaxpr, equation, operands, None)
     moments, zeros = [self.moments[key] for key in keys], [probes[key] for key in keys]
     if not use.repeats:
@@ -148,6 +150,14 @@ class Evaluation:
       unroll=params["unroll"],
     )
     return [*carry, *stacked], marked
+
+
+def _rows_operand(product: Product, operands: Sequence[Any]) -> Any:
+  """What a product's weight meets: the other operand, of a `dynamic_slice` all of its indices."""
+  if isinstance(product, Table):
+    return jnp.zeros((), jnp.int32)
+  others = [operand for side, operand in enumerate(operands) if side != product.weight]
+  return others[0] if len(others) == 1 else jnp.stack([jnp.asarray(index) for index in others])
 
 
 def _unstack(probe: jax.Array, length: int) -> jax.Array:

@@ -134,14 +134,32 @@ def moved(view: values.ParamView, taken: views.View, before: tuple[int, ...]) ->
   repetition becomes a step.
   """
   for step in taken:
-    sizes = views.shape_of((step,), before)
-    own = _repeated_after(step, view.shape, before, sizes)
-    if own is None:
-      view, own = written_out(view, before), sizes
-    if step[0] == "reshape":
-      step = ("reshape", own)
-    view, before = viewed(view, (step,), own), sizes
+    after = views.shape_of((step,), before)
+    view = _kept(view, step, before, after) or viewed(written_out(view, before), (step,), after)
+    before = after
   return view
+
+
+def shifted_after(
+  shifted: values.Shifted, taken: views.View, before: tuple[int, ...]
+) -> values.Shifted | None:
+  """A sum of a view and something else, of shape `before`, after `taken`; None if it is none."""
+  view: values.ParamView | None = shifted.view
+  for step in taken:
+    after = views.shape_of((step,), before)
+    view = view and _kept(view, step, before, after)
+    before = after
+  return shifted._replace(view=view) if view else None
+
+
+def _kept(
+  view: values.ParamView, step: views.Step, before: tuple[int, ...], after: tuple[int, ...]
+) -> values.ParamView | None:
+  """`view` after a step that leaves the axes whole along which entries are repeated, else None."""
+  own = _repeated_after(step, view.shape, before, after)
+  if own is None:
+    return None
+  return viewed(view, (("reshape", own) if step[0] == "reshape" else step,), own)
 
 
 def _repeated_after(
@@ -243,11 +261,22 @@ def gathered(equation: Any, indices: np.ndarray) -> views.View | None:
   order = np.argsort([*lead, *windows])
   return (
     ("slice", tuple(low), tuple(high), (1,) * len(shape)),
-    ("take", axis, tuple(chosen.ravel().tolist())),
+    _chosen(axis, chosen.ravel(), [end - start for start, end in zip(low, high, strict=True)]),
     ("transpose", (axis, *rest)),
     ("reshape", (*chosen.shape, *(sizes[i] for i in rest))),
     ("transpose", tuple(order.tolist())),
   )
+
+
+def _chosen(axis: int, indices: np.ndarray, shape: Sequence[int]) -> views.Step:
+  """Places along an axis as a step: a slice if they are evenly spaced."""
+  first, n = int(indices[0]), len(indices)
+  stride = int(indices[1]) - first if n > 1 else 1
+  if stride <= 0 or not np.array_equal(indices, first + stride * np.arange(n)):
+    return ("take", axis, tuple(indices.tolist()))
+  edges = [(0, size, 1) for size in shape]
+  edges[axis] = (first, int(indices[-1]) + 1, stride)
+  return ("slice", *zip(*edges, strict=True))
 
 
 def parts_after(

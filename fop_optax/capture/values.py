@@ -117,6 +117,18 @@ class Constant:
     return first if np.isfinite(first) and np.all(value == value.flat[0]) else None
 
 
+class Shifted(NamedTuple):
+  """A variable that is a view of a parameter plus something that depends on the batch.
+
+  `table` is the sum as a use, which it is unless the variable is the weight of a product. `own`
+  says that what is added depends on the parameter itself.
+  """
+
+  table: Key
+  view: ParamView
+  own: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Value:
   """What is known of a variable.
@@ -129,6 +141,8 @@ class Value:
       side.
     tainted: whether a gradient that comes to it may go on to a parameter.
     constant: set if it is known without running the loss.
+    shifted: set if it is a view of a parameter plus something that depends on the batch.
+    leaves: parameters that it depends on.
     products: where it does not depend on the batch, the products of a weight with a constant that
       it is made of.
     pending: where it does not depend on the batch, parameters that it is made of in another way,
@@ -142,6 +156,8 @@ class Value:
   linears: tuple[Linear, ...] = ()
   tainted: bool = False
   constant: Constant | None = None
+  shifted: Shifted | None = None
+  leaves: frozenset[int] = frozenset()
   products: frozenset[Key] = frozenset()
   pending: frozenset[tuple[int, str]] = frozenset()
 

@@ -36,8 +36,10 @@ from fop_optax.capture.values import (
   ParamView,
   Part,
   Path,
+  Shifted,
   Use,
   Value,
+  Window,
 )
 from fop_optax.layers import Bias
 
@@ -78,6 +80,9 @@ class Found:
     marks: the marked losses.
     meetings: where a product with a constant meets the batch: the equation, the operand, and along
       which axis of the output it is repeated. None: nowhere, one row of it is as good as another.
+    as_weight: for sums of a parameter and what depends on the batch, which are tables if they are
+      rows, the products of which they are the weight;
+    as_rows: and the other equations that they enter.
   """
 
   shapes: Sequence[tuple[int, ...]]
@@ -87,6 +92,8 @@ class Found:
   apart: dict[int, str] = dataclasses.field(default_factory=dict)
   marks: list[Mark] = dataclasses.field(default_factory=list)
   meetings: dict[Path, dict[int, int | None]] = dataclasses.field(default_factory=dict)
+  as_weight: dict[Key, set[Path]] = dataclasses.field(default_factory=dict)
+  as_rows: dict[Key, set[Path]] = dataclasses.field(default_factory=dict)
 
 
 def walk(
@@ -107,7 +114,8 @@ def walk(
   """
   found = Found(shapes)
   inputs = [
-    Value(view=ParamView(leaf, (), shape), tainted=True) for leaf, shape in enumerate(shapes)
+    Value(view=ParamView(leaf, (), shape), tainted=True, leaves=frozenset((leaf,)))
+    for leaf, shape in enumerate(shapes)
   ]
   for leaf, variable in enumerate(jaxpr.invars[: len(shapes)]):
     why = rules.unsuited(variable.aval.dtype)
@@ -120,7 +128,27 @@ def walk(
   frame.run(inputs, consts)
   for leaf, why in frame.pending:
     found.apart.setdefault(leaf, why)
+  _settle_sums(found)
   return found
+
+
+def _settle_sums(found: Found) -> None:
+  """Leaves of each sum of a parameter and what depends on the batch the use that it is.
+
+  The weight of products, unless another sum of the same parameter is a table: then a table.
+  """
+  tables = {
+    use.leaf
+    for key, use in found.uses.items()
+    if use.product.kind == "table" and key not in found.as_weight
+  }
+  for key, products in found.as_weight.items():
+    use = found.uses[key]
+    if key in found.as_rows:
+      why = "it is added to what depends on the batch, and then both a weight and something else"
+      found.refused.setdefault(use.leaf, f"{why} at {use.source}" if use.source else why)
+    for unused in map(Key, products) if use.leaf in tables else [key]:
+      del found.uses[unused]
 
 
 @dataclasses.dataclass
@@ -170,7 +198,9 @@ class _Frame:
         return Value(constant=Constant(lambda: atom.val))
       value = env[atom]
       if value.linears and atom in self.shared:
-        return dataclasses.replace(value, linears=())
+        value = dataclasses.replace(value, linears=())
+      if value.shifted and not value.shifted.own and atom in self.shared:
+        value = dataclasses.replace(value, shifted=None)  # activations are read more than once
       return value
 
     for index, equation in enumerate(self.jaxpr.eqns):
@@ -192,23 +222,36 @@ class _Frame:
     outputs = None
     if index in self.live:
       outputs = _rules().get(equation.primitive, _Frame._whole)(self, index, equation, operands)
+    if equation.primitive not in flow.INLINED or outputs is None:
+      self._read_sums(index, operands, outputs or ())
     if nested and outputs is not None:
       self.pending |= self.new
       return outputs
     plain = self._plain(equation, operands)
     self.pending |= plain.pending
     outputs = outputs or [Value()] * len(equation.outvars)
+    leaves = frozenset().union(*(operand.leaves for operand in operands))
     return [
       dataclasses.replace(
         value,
         batch=plain.batch or grown,
         tainted=plain.tainted,
         constant=plain.constant,
+        leaves=leaves,
         products=frozenset() if grown else plain.products,
         pending=plain.pending if variable in self.wanted and not grown else frozenset(),
       )
       for value, variable, grown in zip(outputs, equation.outvars, grows, strict=True)
     ]
+
+  def _read_sums(self, index: int, operands: Sequence[Value], outputs: Sequence[Value]) -> None:
+    """Notes where sums of a parameter and what depends on the batch are no weights."""
+    kept = {output.shifted.table for output in outputs if output.shifted}
+    here = (*self.path, index)
+    for operand in operands if index in self.live else ():
+      key = operand.shifted.table if operand.shifted else None
+      if key and key not in kept and here not in self.found.as_weight.get(key, ()):
+        self.found.as_rows.setdefault(key, set()).add(here)
 
   def _plain(self, equation: Any, operands: Sequence[Value]) -> Value:
     """What is known of an output by its operands alone."""
@@ -292,8 +335,10 @@ class _Frame:
     self._refuse(equation, operands, why)
 
   def _join(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
-    """Parameters joined along an axis: each is a part of the weight."""
+    """Parameters joined along an axis: each is a part of the weight, or a token of the batch."""
     variables, axis = equation.invars, int(equation.params["dimension"])
+    if not self.free:
+      return self._tokens(index, equation, operands, axis)
     pieces = [
       rules.written_out(operand.view, tuple(variable.aval.shape))
       for operand, variable in zip(operands, variables, strict=True)
@@ -308,6 +353,33 @@ class _Frame:
       parts.append(Part(view, axis, start, view.shape[axis]))
       start += view.shape[axis]
     return [Value(parts=tuple(parts))]
+
+  def _stack(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
+    """Tokens joined to the batch along a new axis."""
+    if not self.free:
+      return self._tokens(index, equation, operands, int(equation.params["axis"]))
+    return self._whole(index, equation, operands)
+
+  def _tokens(
+    self, index: int, equation: Any, operands: Sequence[Value], axis: int
+  ) -> list[Value] | None:
+    """Parameters joined to what depends on the batch: tables, each a part of the whole."""
+    start, rank = 0, len(equation.outvars[0].aval.shape)
+    for i, (operand, variable) in enumerate(zip(operands, equation.invars, strict=True)):
+      shape, view, found = tuple(variable.aval.shape), operand.view, None
+      if len(shape) < rank:  # a stack
+        shape = (*shape[:axis], 1, *shape[axis:])
+        core_shape = (*view.shape[:axis], 1, *view.shape[axis:]) if view else ()
+        view = rules.viewed(view, (("reshape", core_shape),), core_shape) if view else None
+      if view:
+        cut = Window(axis, start, shape[axis])
+        found = table.match(shape, i, view, self.found.shapes[view.leaf], cut)
+      if found:
+        self._use(index, equation, *found, i)
+      else:
+        self._refuse(equation, [operand], _WHOLE[primitives.concatenate_p])
+      start += shape[axis]
+    return None
 
   def _move(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
     """Casts, reshapes, transposes, slices: views stay views."""
@@ -326,6 +398,7 @@ class _Frame:
       Value(
         view=rules.moved(value.view, step, before) if value.view else None,
         linears=_each(value.linears, lambda linear, step=step: biases.after(linear, step, before)),
+        shifted=rules.shifted_after(value.shifted, step, before) if value.shifted else None,
       )
       for step in taken
     ]
@@ -404,17 +477,30 @@ class _Frame:
   def _gather(self, index: int, equation: Any, operands: Sequence[Value]):
     """Looking up rows of a weight is a use of a layer; at fixed indices it is a view."""
     view, indices = operands[0].view, operands[1].constant
-    steps = rules.gathered(equation, indices.value) if view and indices else None
+    # the same indices in every example are a lookup
+    steps = rules.gathered(equation, indices.value) if view and indices and self.free else None
     if view and steps:
       return [Value(view=rules.moved(view, steps, tuple(equation.invars[0].aval.shape)))]
     return self._product(index, equation, operands, lookup.match)
+
+  def _dynamic_slice(self, index: int, equation: Any, operands: Sequence[Value]):
+    """A window of a weight: looked up at an index that depends on the batch, else a view."""
+    source, *starts = operands
+    if any(start.batch for start in starts):
+      return self._product(index, equation, [source, Value(batch=True)], lookup.match_slice)
+    view, known = source.view, [start.constant for start in starts if start.constant]
+    if view is None or len(known) < len(starts) or self._repeated(equation.invars[0], view):
+      return self._whole(index, equation, operands)
+    sizes = tuple(equation.outvars[0].aval.shape)
+    step = views.window(view.shape, [int(start.value) for start in known], sizes)
+    return [Value(view=rules.viewed(view, (step,), sizes))]
 
   def _product(
     self, index: int, equation: Any, operands: Sequence[Value], match: Callable
   ) -> list[Value] | None:
     weights = [side for side in (0, 1) if operands[side].views]
     if not weights:
-      return None
+      return self._shifted(index, equation, operands) if match is dense.match else None
     if len(weights) == 2:
       return self._refuse(equation, operands, "it is multiplied with another parameter")
     (side,) = weights
@@ -443,6 +529,27 @@ class _Frame:
     if isinstance(matching, str):
       return self._refuse(equation, operands, matching)
     linear = self._use(index, equation, matching, view)
+    return [Value(linears=(linear,))] if linear else None
+
+  def _shifted(self, index: int, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
+    """A product with a parameter plus something that depends on the batch: `x (w + u)`.
+
+    If both are activations, the sum is one of a table: of `u` that has nothing to do with `w` that
+    is assumed, unless the rows of the sum are contracted, which makes them inputs.
+    """
+    sums = [(side, sum_) for side in (0, 1) if (sum_ := operands[side].shifted)]
+    if len(sums) != 1 or not operands[1 - sums[0][0]].batch:
+      return None
+    ((side, (key, view, own)),) = sums
+    shape = tuple(equation.invars[side].aval.shape)
+    contract, stacked = (axes[side] for axes in equation.params["dimension_numbers"])
+    repeated = {axis for axis, size in enumerate(view.shape) if size != shape[axis]}
+    columns = max(axis for axis, size in enumerate(view.shape) if size > 1)
+    moved = view.steps != self.found.uses[key].view[: len(view.steps)]
+    if not repeated <= set(stacked) or not (own or not (moved or columns in contract)):
+      return None
+    self.found.as_weight.setdefault(key, set()).add((*self.path, index))
+    linear = self._use(index, equation, dense.match(equation, side, own=view.shape), view)
     return [Value(linears=(linear,))] if linear else None
 
   def _use(
@@ -492,7 +599,9 @@ class _Frame:
     ]
     holders = [operand for operand in operands if operand.views]
     if not holders:  # of two products' outputs, the choice must not depend on the spelling
-      return [Value(linears=min(sums, key=lambda linears: _order(linears[0])) if sums else ())]
+      linears = min(sums, key=lambda linears: _order(linears[0])) if sums else ()
+      shifted = [operand.shifted for operand in operands if operand.shifted]
+      return [Value(linears=linears, shifted=shifted[0] if len(shifted) == 1 else None)]
     if len(holders) == 2:
       return self._whole(index, equation, operands)
     (holder,) = holders
@@ -502,17 +611,20 @@ class _Frame:
       return [Value(view=view)]  # x (w + c) has the gradient of x w: none goes through c
     why = self._bias(holder, sums[0], shape) if sums else _WHOLE[equation.primitive]
     if why:
-      side = int(bool(operands[1].views))
-      matching = table.match(equation, side, view) if view and not self.free else None
-      if view is None or matching is None:
+      side, use = int(bool(operands[1].views)), None
+      if view and not self.free:
+        found = table.match(shape, side, view, self.found.shapes[view.leaf], None)
+        use = self._use(index, equation, *found) if found else None
+      if view is None or use is None:
         return self._refuse(equation, operands, why)
-      self._use(index, equation, matching, view)
+      own = view.leaf in operands[1 - side].leaves
+      return [Value(shifted=Shifted(use.use, view, own))]
     return [Value()]
 
   def _bias(self, holder: Value, linears: Sequence[Linear], shape: tuple[int, ...]) -> str:
     """Joins what is added to a product's output of `shape` to its layer, or says why not."""
     pieces = holder.parts or holder.views
-    if any(len(view.shape) != len(shape) for view in holder.views):  # a scalar
+    if any(len(view.shape) != len(shape) or entries.repeats(view.steps) for view in holder.views):
       return _WHOLE[primitives.add_p]
     found = biases.joints(linears, pieces, shape)
     if isinstance(found, str):
@@ -588,7 +700,7 @@ class _Frame:
     )
     inputs = []
     for i, operand in enumerate(operands):
-      value = Value(flags[i], tainted=tainted[i])
+      value = Value(flags[i], tainted=tainted[i], leaves=operand.leaves)
       if not flags[i]:
         value = dataclasses.replace(value, products=operand.products, pending=operand.pending)
       if i < consts:
@@ -612,10 +724,16 @@ class _Frame:
     self._refuse(equation, leaving, "it leaves a `scan` as an output")
     self._leave(equation, equation.outvars, outputs, flags)
     plain = self._plain(equation, [*operands, *outputs])
+    leaves = frozenset().union(*(value.leaves for value in (*operands, *outputs)))
     return [
-      Value(flag, tainted=plain.tainted)
+      Value(flag, tainted=plain.tainted, leaves=leaves)
       if flag
-      else Value(tainted=plain.tainted, products=out.products, pending=out.pending | self.new)
+      else Value(
+        tainted=plain.tainted,
+        leaves=leaves,
+        products=out.products,
+        pending=out.pending | self.new,
+      )
       for flag, out in zip(batch, outputs, strict=True)
     ]
 
@@ -716,6 +834,8 @@ def _rules() -> dict[Any, Callable[..., list[Value] | None]]:
     primitives.dot_general_p: _Frame._dot,
     primitives.conv_general_dilated_p: _Frame._convolution,
     primitives.gather_p: _Frame._gather,
+    primitives.dynamic_slice_p: _Frame._dynamic_slice,
+    **{p: _Frame._stack for name, p in _compat.unexported().items() if name == "stack"},
     **dict.fromkeys((primitives.add_p, primitives.sub_p), _Frame._add),
     **dict.fromkeys((primitives.mul_p, primitives.div_p, primitives.neg_p), _Frame._scale),
     **dict.fromkeys(flow.INLINED, _Frame._inline),
