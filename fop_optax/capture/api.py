@@ -134,6 +134,7 @@ def capture(
   return Captured(
     layers=layers,
     fallbacks=fallbacks,
+    notes=(),
     _spec=spec,
     _aux_roles=roles,
     _found=tuple(traced.found.uses),
@@ -165,10 +166,12 @@ class Captured:
   Attributes:
     layers: the layers, static and hashable: all that an optimizer needs.
     fallbacks: path of each parameter in no layer -> why.
+    notes: what else was found, a sentence each; they stand below the table.
   """
 
   layers: Layers
   fallbacks: Mapping[str, str]
+  notes: tuple[str, ...]
   _spec: Spec
   _aux_roles: tuple[auxiliary.Role, ...]
   _found: tuple[Key, ...]  # uses at the time of capture, and those of them that are layers
@@ -176,7 +179,7 @@ class Captured:
   _loops: batches.Loops
 
   def __str__(self) -> str:
-    return layer_table.table(self.layers, self.fallbacks)
+    return layer_table.table(self.layers, self.fallbacks, self.notes)
 
   def value_and_grad(
     self,
