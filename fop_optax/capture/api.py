@@ -13,6 +13,7 @@ import numpy as np
 from fop_optax.capture import auxiliary, flow, layer_table
 from fop_optax.capture import batch as batches
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
+from fop_optax.capture.examples.assumptions import analyse
 from fop_optax.capture.fisher import FISHERS, check_marked
 from fop_optax.capture.resolve import resolve
 from fop_optax.capture.trace import Signature, growing, terms_of, trace_twice
@@ -119,7 +120,9 @@ def capture(
   traced, twice = trace_twice(signature, leaves, chunks.leaves, chunks.size)
   uses = growing(traced, twice, chunks.size)
   resolved = resolve(traced.found, uses, shapes, paths, max_dim)
-  terms_of(traced.found, chunks.size, terms_per_example)
+  examples = analyse(traced, twice, signature.args, chunks.size)
+  examples.check(groups, micro_batches)
+  terms_of(traced.found, chunks.size, terms_per_example, examples.terms)
   check_marked(fisher, traced.found.marks)
   roles: tuple[auxiliary.Role, ...] = ()
   if chunks.count > 1:
@@ -128,13 +131,16 @@ def capture(
   layers = Layers(resolved.layers, shapes, paths, groups)
   if not resolved.layers or (strict and fallbacks):
     raise ValueError(layer_table.refusal(layers, fallbacks))
+  notes = examples.notes(groups, micro_batches)
+  if terms_per_example is None and not traced.found.marks:
+    notes += examples.terms_note()
   convolutions = flow.contains(traced.jaxpr, primitives.conv_general_dilated_p)
   looping = not (convolutions and jax.default_backend() == "cpu")
   long = len(uses) > _LONG or flow.contains(traced.jaxpr, primitives.scan_p)
   return Captured(
     layers=layers,
     fallbacks=fallbacks,
-    notes=(),
+    notes=tuple(notes),
     _spec=spec,
     _aux_roles=roles,
     _found=tuple(traced.found.uses),
@@ -263,13 +269,15 @@ class Captured:
           if now != then
         )[:2000]
       )
-    terms = terms_of(traced.found, size, self._spec.terms_per_example)
+    examples = analyse(traced, None, signature.args, size)
+    terms = terms_of(traced.found, size, self._spec.terms_per_example, examples.terms)
     backward = WithStatistics(
       traced=traced,
       uses=uses,
       resolved=resolved,
       params=leaves,
       zeros=zeros,
+      rows=examples.rows(uses),
       examples=size,
       terms=terms,
       every=self._spec.every,

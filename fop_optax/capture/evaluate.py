@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from fop_optax import _compat
 from fop_optax.capture import flow
+from fop_optax.capture.examples.values import Piece
 from fop_optax.capture.kinds.table import Table
 from fop_optax.capture.resolve import Resolved
 from fop_optax.capture.statistics import Moments, product_with_moments
@@ -151,9 +152,14 @@ def _unstack(probe: jax.Array, length: int) -> jax.Array:
 
 
 def moments_of(
-  resolved: Resolved, uses: Mapping[Key, Use], examples: int, terms: int, every: int
+  resolved: Resolved,
+  uses: Mapping[Key, Use],
+  rows: Mapping[Key, tuple[Piece, Piece]],
+  examples: int,
+  terms: int,
+  every: int,
 ) -> dict[Key, Moments]:
-  """What each accepted use is to form, of every `every`-th of a chunk's examples.
+  """What each accepted use is to form, of every `every`-th of a chunk's examples, at `rows`.
 
   Normalised by its share: A = sum x x' / (N T) over the N T rows of the layer, G = N R sum dy dy'.
   """
@@ -165,7 +171,7 @@ def moments_of(
       bias=layer.bias is not None,
       diagonal=layer.diagonal[::-1] if place.flipped else layer.diagonal,
       scale=(1 / resolved.rows[place], float(examples * terms)),
-      examples=examples,
+      rows=rows.get(key),
       every=every,
     )
   return out

@@ -17,6 +17,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from fop_optax.capture.examples.values import Piece
 from fop_optax.capture.values import Product
 from fop_optax.layers import Factors
 
@@ -27,14 +28,15 @@ Bilinear = Callable[[jax.Array, jax.Array], jax.Array]
 class Moments:
   """Which statistics a product is to form: with a bias or not, as diagonals or not, times what.
 
-  Of the examples of a chunk every `every`-th counts, `every` times, where an axis of rows has them.
+  Of the examples of a chunk every `every`-th counts, `every` times, where `rows` says at which axis
+  of x and at which of y they lie.
   """
 
   product: Product
   bias: bool
   diagonal: tuple[bool, bool]
   scale: tuple[float, float]
-  examples: int
+  rows: tuple[Piece, Piece] | None
   every: int
 
   def __call__(self, x: jax.Array, dy: jax.Array, like: Factors) -> Factors:
@@ -47,19 +49,17 @@ class Moments:
 
   def _thin(self, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, int]:
     """`x` and `dy` of some of the examples, and how often each is to count."""
-    pairs = [p for p in self.product.row_axes if x.shape[p[0]] % self.examples == 0]
-    if self.every == 1 or not pairs:
+    if self.every == 1 or self.rows is None:
       return x, dy, 1
-    x_axis, y_axis = min(pairs, key=lambda p: x.shape[p[0]])  # the examples alone, if there are
-    return self._some(x, x_axis), self._some(dy, y_axis), self.every
+    return self._some(x, self.rows[0]), self._some(dy, self.rows[1]), self.every
 
-  def _some(self, array: jax.Array, axis: int) -> jax.Array:
+  def _some(self, array: jax.Array, piece: Piece) -> jax.Array:
     """Every `every`-th example along an axis of examples, or of examples times something."""
     # a reshape leaves a sharded axis sharded, which a stride would not
+    axis = piece.axis
     before, after, size = array.shape[:axis], array.shape[axis + 1 :], array.shape[axis]
-    each = size // self.examples
-    split = (self.examples // self.every, self.every, each)
-    part = jax.lax.index_in_dim(array.reshape(*before, *split, *after), 0, axis + 1, keepdims=False)
+    split = (piece.outer, piece.size // self.every, self.every, piece.inner)
+    part = jax.lax.index_in_dim(array.reshape(*before, *split, *after), 0, axis + 2, keepdims=False)
     return part.reshape(*before, size // self.every, *after)
 
 
