@@ -120,7 +120,10 @@ def capture(
   traced, twice = trace_twice(signature, leaves, chunks.leaves, chunks.size)
   uses = growing(traced, twice, chunks.size)
   resolved = resolve(traced.found, uses, shapes, paths, max_dim)
-  examples = analyse(traced, twice, signature.args, chunks.size)
+  if chunks.size == 1 and twice:  # a single example's axis is like any other of size one
+    examples = analyse(*trace_twice(signature, leaves, chunks.leaves, 2), signature.args, 2)
+  else:
+    examples = analyse(traced, twice, signature.args, chunks.size)
   examples.check(groups, micro_batches)
   terms_of(traced.found, chunks.size, terms_per_example, examples.terms)
   check_marked(fisher, traced.found.marks)
@@ -142,6 +145,7 @@ def capture(
     fallbacks=fallbacks,
     notes=tuple(notes),
     _spec=spec,
+    _terms=examples.terms,
     _aux_roles=roles,
     _found=tuple(traced.found.uses),
     _accepted=tuple(uses),
@@ -179,6 +183,7 @@ class Captured:
   fallbacks: Mapping[str, str]
   notes: tuple[str, ...]
   _spec: Spec
+  _terms: int  # R as the loss had it at the time of capture
   _aux_roles: tuple[auxiliary.Role, ...]
   _found: tuple[Key, ...]  # uses at the time of capture, and those of them that are layers
   _accepted: tuple[Key, ...]
@@ -270,7 +275,8 @@ class Captured:
         )[:2000]
       )
     examples = analyse(traced, None, signature.args, size)
-    terms = terms_of(traced.found, size, self._spec.terms_per_example, examples.terms)
+    read = examples.terms if size > 1 else self._terms
+    terms = terms_of(traced.found, size, self._spec.terms_per_example, read)
     backward = WithStatistics(
       traced=traced,
       uses=uses,

@@ -9,7 +9,7 @@ import dataclasses
 import warnings
 
 from fop_optax.capture import batch as batches
-from fop_optax.capture.examples.values import Batch, Cause, Constant, Piece, Value
+from fop_optax.capture.examples.values import Batch, Cause, Constant, Piece, Unknown, Value
 from fop_optax.capture.examples.walk import Product, Walk
 from fop_optax.capture.trace import Traced
 from fop_optax.capture.values import Key, Path, Use
@@ -167,8 +167,10 @@ def analyse(
     traced: the loss on `size` examples.
     twice: the loss on twice as many, if it could be traced.
     arguments: roles of the arguments.
-    size: number of examples.
+    size: number of examples; of a single one nothing is said.
   """
+  if size == 1:
+    return Examples(Unknown(), size, {})
   roles = [role for role in arguments.roles if role != "static"]
   parameters = len(traced.jaxpr.invars) - len(roles)
   inputs: list[Value] = [Constant(active=True)] * parameters

@@ -90,3 +90,29 @@ def _counted(indices: Value, column: int, places: list[int]) -> int | None:
   if isinstance(value, Constant) and value.iota is not None and value.iota < len(places):
     return places[value.iota]
   return None
+
+
+def scatter_axes(equation: Any, indices: Value) -> dict[int, int]:
+  """Axes of the updates of a `scatter` -> those of its operand along which they are written.
+
+  Those of axes along which the indices say where to write are left out, unless they count.
+  """
+  numbers = equation.params["dimension_numbers"]
+  rank = equation.invars[0].aval.ndim
+  window = list(numbers.update_window_dims)
+  places = [axis for axis in range(equation.invars[2].aval.ndim) if axis not in window]
+  taken = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+  kept = [axis for axis in range(rank) if axis not in taken]
+  sizes = [v.aval.shape for v in (equation.invars[0], equation.invars[2])]
+  axes = {
+    own: axis
+    for own, axis in zip(window, kept, strict=True)
+    if sizes[0][axis] == sizes[1][own]  # whole
+  }
+  batching = zip(numbers.scatter_indices_batching_dims, numbers.operand_batching_dims, strict=True)
+  axes |= {places[side]: axis for side, axis in batching}
+  for column, axis in enumerate(numbers.scatter_dims_to_operand_dims):
+    place = _counted(indices, column, places) if axis in numbers.inserted_window_dims else None
+    if place is not None:
+      axes[place] = axis
+  return axes

@@ -221,7 +221,7 @@ def _of_two(left: Batch, right: Batch, axes, partner, sizes, more, source: Sourc
   root = left.moment.root if left.moment and left.moment == right.moment else None
   value = Batch(
     pieces=(*pieces, *gone),
-    summed=left.summed or right.summed,
+    summed=left.summed and right.summed,
     bent=bent,
     degree=_times(left.degree, right.degree),
     active=left.active or right.active,

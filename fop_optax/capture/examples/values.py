@@ -214,6 +214,7 @@ def join(first: Value, second: Value) -> Value:
       first.degree if first.degree == second.degree else None,
       first.active or second.active,
       first.factor or second.factor,
+      count=first.count.added(second.count),
       causes=first.causes | second.causes,
       source=first.source or second.source,
     )

@@ -293,9 +293,6 @@ class _Step:
   def _slice(self, value: Value, level: int) -> Value:
     """What one step of a scan sees of an array that it goes over."""
     if isinstance(value, Batch):
-      piece = value.at(0)
-      if piece and piece.outer * piece.inner > 1:
-        return Unknown(value.causes)
       return axes.remapped(_unnamed(value), lambda axis: axis - 1 if axis else level)
     if isinstance(value, Constant) and 0 not in value.uniform and value.numbers is None:
       value = dataclasses.replace(value, free=True)
@@ -336,6 +333,10 @@ class _Step:
       return sums.reduce_sum(first, params["axes"], shape, self.twice, self.source)
     if name in REDUCTIONS:
       return sums.reduced(first, params["axes"], len(shape), self.source)
+    if name in ("psum", "pmax", "pmin"):
+      return self._collective(name)
+    if name.startswith("scatter"):
+      return self._scatter()
     if name in CUMULATIVE:
       return axes.ordered(self._nonlinear(out), [params["axis"]], self.source)
     if name == "sort":
@@ -389,6 +390,41 @@ class _Step:
     if name == "pad":
       return self._padded(first)
     return None
+
+  def _collective(self, name: str) -> list[Value]:
+    """A sum over axes that `vmap` had given a name; over those of a mesh nothing is known."""
+    named = self.equation.params["axes"]
+    if not all(isinstance(axis, int) for axis in named):
+      return [Unknown(causes_of(self.operands))] * len(self.equation.outvars)
+    out = []
+    for place, value in enumerate(self.operands):
+      shape = tuple(self.equation.invars[place].aval.shape)
+      if name == "psum":
+        twice = tuple(self.twin.invars[place].aval.shape) if self.twin is not None else None
+        out.append(sums.reduce_sum(value, named, shape, twice, self.source))
+      else:
+        out.append(sums.reduced(value, named, len(shape), self.source))
+    return out
+
+  def _scatter(self) -> Value:
+    """Entries written to, or added at, indices: whole ones of each example, or not known."""
+    operand, indices, updates = self.operands
+    if not causes_known(self.operands):
+      return self._constant(self.shape)
+    places = lookup.scatter_axes(self.equation, indices)
+    within = self.equation.invars[1].aval.ndim - 1
+    window = self.equation.params["dimension_numbers"].update_window_dims
+    order = [axis for axis in range(self.equation.invars[2].aval.ndim) if axis not in window]
+    own = operand.pieces if isinstance(operand, Batch) else ()
+    if any(piece.axis >= 0 and piece.axis not in places.values() for piece in own):
+      return Unknown(causes_of(self.operands))
+    written = axes.remapped(updates, places.get)
+    where = axes.remapped(indices, lambda a: places.get(order[a]) if a < within else None)
+    if isinstance(where, Constant):
+      where = Constant(free=True)
+    if isinstance(written, Constant):
+      written = dataclasses.replace(written, free=written.numbers is None)
+    return elementwise(self._site(), "select", [where, operand, written], [self.shape] * 3)
 
   def _cut(self, value: Value, windows: Any, shape: tuple[int, ...]) -> Value:
     for axis, window in windows:
