@@ -403,7 +403,7 @@ def test_kronecker_is_the_dense_fisher_where_every_input_meets_every_output_grad
   relative(np.kron(A[0], G[0]), g.T @ g / len(g))
 
 
-def test_terms_are_known_from_the_mark_or_given():
+def test_terms_are_known_from_the_mark_or_the_mean_or_given():
   params, x = {"w": jnp.asarray(draw(D, C))}, jnp.asarray(draw(N, T, D))
   y = jnp.arange(N * T).reshape(N, T) % C
   marked = lambda p, x, y: fop_optax.softmax_cross_entropy(x @ p["w"], y)
@@ -416,10 +416,10 @@ def test_terms_are_known_from_the_mark_or_given():
   G = lambda loss, **options: (
     fop_optax.capture(loss, params, x, y, **options).value_and_grad(params, x, y)[2].factors[0].G
   )
-  relative(G(marked), T * G(unmarked))
-  relative(G(marked), G(unmarked, terms_per_example=T))
+  relative(G(marked), G(unmarked))  # read off its mean
+  relative(G(marked), T * G(unmarked, terms_per_example=1))
   relative(G(marked), G(chunked))
-  relative(G(unmarked), G(marked, terms_per_example=1))
+  relative(G(unmarked, terms_per_example=1), G(marked, terms_per_example=1))
 
 
 def test_bfloat16_activations_and_weights_have_float32_factors():

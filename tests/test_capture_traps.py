@@ -189,6 +189,7 @@ TRAPS = [
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:The loss of a batch is not the mean")  # some, in earnest
 @pytest.mark.parametrize(
   "loss, params, refused", TRAPS, ids=lambda value: getattr(value, "__name__", None)
 )

@@ -62,7 +62,6 @@ def captured(network, data):
     has_aux=network.aux,
     groups=network.groups,
     micro_batches=network.micro_batches,
-    terms_per_example=network.terms if network.loss in ("mean", "summed over tokens") else None,
   )
   check_roles(capture, network.roles())
   return capture

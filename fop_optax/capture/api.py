@@ -17,6 +17,7 @@ from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import check_params, classify
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
 from fop_optax.capture.check import Check, Finding, Outcome
+from fop_optax.capture.examples.assumptions import analyse
 from fop_optax.capture.fisher import FISHERS, check_marked
 from fop_optax.capture.growth import Growth
 from fop_optax.capture.resolve import resolve
@@ -152,8 +153,13 @@ def capture(
   traced, twice = trace_twice(signature, leaves, chunks.leaves, chunks.size)
   uses = growing(traced, twice, chunks.size)
   resolved = resolve(traced.found, uses, shapes, paths, max_dim)
+  if chunks.size == 1 and twice:  # a single example's axis is like any other of size one
+    examples = analyse(*trace_twice(signature, leaves, chunks.leaves, 2), signature.args, 2)
+  else:
+    examples = analyse(traced, twice, signature.args, chunks.size)
+  examples.check(groups, micro_batches)
   if fisher == "empirical":
-    terms_of(traced.found, chunks.size, terms_per_example)
+    terms_of(traced.found, chunks.size, terms_per_example, examples.terms)
   check_marked(fisher, traced.found.marks)
   roles: tuple[auxiliary.Role, ...] = ()
   if chunks.count > 1:
@@ -162,13 +168,18 @@ def capture(
   layers = Layers(resolved.layers, shapes, paths, groups, resolved.frozen)
   if not resolved.layers or (strict and fallbacks):
     raise ValueError(layer_table.refusal(layers, fallbacks))
+  notes = [*resolved.notes, *examples.notes(groups, micro_batches)]
+  if fisher == "empirical" and terms_per_example is None and not traced.found.marks:
+    notes += examples.terms_note()
   convolutions = flow.contains(traced.jaxpr, primitives.conv_general_dilated_p)
   looping = not (convolutions and jax.default_backend() == "cpu")
   long = len(uses) > _LONG or flow.contains(traced.jaxpr, primitives.scan_p)
   return Captured(
     layers=layers,
     fallbacks=fallbacks,
+    notes=tuple(notes),
     _spec=spec,
+    _terms=examples.terms,
     _aux_roles=roles,
     _growth=traced.growth,
     _found=tuple(traced.found.uses),
@@ -202,11 +213,14 @@ class Captured:
   Attributes:
     layers: the layers, static and hashable: all that an optimizer needs.
     fallbacks: path of each parameter in no layer -> why.
+    notes: what else was found, a sentence each; they stand below the table.
   """
 
   layers: Layers
   fallbacks: Mapping[str, str]
+  notes: tuple[str, ...]
   _spec: Spec
+  _terms: int  # R as the loss had it at the time of capture
   _aux_roles: tuple[auxiliary.Role, ...]
   _growth: Growth | None
   _found: tuple[Key, ...]  # uses at the time of capture, and those of them that are layers
@@ -214,7 +228,7 @@ class Captured:
   _loops: batches.Loops
 
   def __str__(self) -> str:
-    return layer_table.table(self.layers, self.fallbacks)
+    return layer_table.table(self.layers, self.fallbacks, self.notes)
 
   def value_and_grad(
     self,
@@ -397,9 +411,10 @@ class Captured:
           if now != then
         )[:2000]
       )
-    terms = None
+    terms, examples = None, analyse(traced, None, signature.args, size)
     if self._spec.fisher == "empirical":
-      terms = terms_of(traced.found, size, self._spec.terms_per_example)
+      read = examples.terms if size > 1 else self._terms
+      terms = terms_of(traced.found, size, self._spec.terms_per_example, read)
     check_marked(self._spec.fisher, traced.found.marks)
     backward = WithStatistics(
       traced=traced,
@@ -407,6 +422,7 @@ class Captured:
       resolved=resolved,
       params=leaves,
       zeros=zeros,
+      rows=examples.rows(uses),
       examples=size,
       chunks=chunks.count,
       terms=terms,

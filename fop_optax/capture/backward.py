@@ -11,6 +11,7 @@ from fop_optax import _compat
 from fop_optax.capture import fisher
 from fop_optax.capture.batch import Result
 from fop_optax.capture.evaluate import MARK, Evaluation, moments_of
+from fop_optax.capture.examples.values import Piece
 from fop_optax.capture.resolve import Place, Resolved
 from fop_optax.capture.trace import Signature, Traced
 from fop_optax.capture.values import Key, Use
@@ -48,6 +49,7 @@ class WithStatistics:
     resolved: their layers.
     params: leaves of the parameters.
     zeros: of the layers' factors.
+    rows: where the examples lie in x and y of the uses.
     examples: N, of the chunk.
     chunks: number of chunks of the batch.
     terms: R, terms of the loss an example; None unless `fisher` is empirical.
@@ -63,6 +65,7 @@ class WithStatistics:
   resolved: Resolved
   params: Sequence[Any]
   zeros: tuple[Factors, ...]
+  rows: Mapping[Key, tuple[Piece, Piece]]
   examples: int
   chunks: int
   terms: int | None
@@ -117,7 +120,9 @@ class WithStatistics:
     traced, resolved = self.traced, self.resolved
     accepted = {key: self.uses[key] for key in resolved.places}
     marks = frozenset(weights)
-    moments = moments_of(resolved, accepted, self.examples, self.terms, self.chunks, self.every)
+    moments = moments_of(
+      resolved, accepted, self.rows, self.examples, self.terms, self.chunks, self.every
+    )
     evaluation = Evaluation(accepted, moments, self.refresh, traced.found.meetings, marks)
     by_key = {key: probes[place] for key, place in resolved.places.items()}
     by_key |= {Key(path, MARK): weight for path, weight in weights.items()}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from fop_optax import _compat
 from fop_optax.capture import flow, repeated
+from fop_optax.capture.examples.values import Piece
 from fop_optax.capture.growth import NESTED
 from fop_optax.capture.kinds.table import Table
 from fop_optax.capture.resolve import Resolved
@@ -167,6 +168,7 @@ def _unstack(probe: jax.Array, length: int) -> jax.Array:
 def moments_of(
   resolved: Resolved,
   uses: Mapping[Key, Use],
+  examples_at: Mapping[Key, tuple[Piece, Piece]],
   examples: int,
   terms: int | None,
   chunks: int,
@@ -191,6 +193,7 @@ def moments_of(
       flipped=place.flipped,
       diagonal=layer.diagonal[::-1] if place.flipped else layer.diagonal,
       scale=(share / (rows + fixed / chunks), scale),
+      rows=examples_at.get(key),
       examples=examples,
       every=1 if use.fixed else every,
       fold=use.fold,

@@ -1,6 +1,6 @@
 """Words about what was captured: the table of parameters, the error when it is too little."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
@@ -17,8 +17,8 @@ def printable(path: tuple[Any, ...]) -> str:
   return text.removesuffix(".value") or "(the array itself)"
 
 
-def table(layers: Layers, fallbacks: Mapping[str, str]) -> str:
-  """One row a parameter: its layer, factor sizes and uses, or why it is in none."""
+def table(layers: Layers, fallbacks: Mapping[str, str], notes: Sequence[str] = ()) -> str:
+  """One row a parameter: its layer, factor sizes and uses, or why it is in none; then `notes`."""
   rows = [("parameter", "shape", "layer", "factors", "uses")]
   covered = layers.covered
   owners: dict[int, list[str]] = {}  # of a bias: several layers where it has a part of each
@@ -52,7 +52,7 @@ def table(layers: Layers, fallbacks: Mapping[str, str]) -> str:
     lines.append(
       "Warning: most parameters are left to the fallback optimizer; the reasons stand above."
     )
-  return "\n".join(lines)
+  return "\n".join([*lines, *notes])
 
 
 def refusal(layers: Layers, fallbacks: Mapping[str, str]) -> str:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from fop_optax import _compat
 from fop_optax.capture.entries import Fold, Indices
+from fop_optax.capture.examples.values import Piece
 from fop_optax.capture.kinds.dense import Dense
 from fop_optax.capture.kinds.table import Table
 from fop_optax.capture.values import ONE_HOT, Product
@@ -38,7 +39,7 @@ class Moments:
 
   With a `homogeneous` layer its bias stands in the inputs, and so in the outputs of uses that are
   `flipped`. Of entries that repeat by `fold` the distinct ones count. Of the examples of a chunk
-  every `every`-th counts, `every` times, where an axis of rows has them.
+  every `every`-th counts, `every` times, where `rows` says at which axes of x and y they lie.
   """
 
   product: Product
@@ -48,6 +49,7 @@ class Moments:
   flipped: bool
   diagonal: tuple[bool, bool]
   scale: tuple[float, float]
+  rows: tuple[Piece, Piece] | None
   examples: int
   every: int
   fold: Fold | None = None
@@ -134,19 +136,17 @@ class Moments:
 
   def _thin(self, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array, int]:
     """`x` and `dy` of some of the examples, and how often each is to count."""
-    pairs = [p for p in self.product.row_axes if x.shape[p[0]] % self.examples == 0]
-    if self.every == 1 or not pairs:
+    if self.every == 1 or self.rows is None:
       return x, dy, 1
-    x_axis, y_axis = min(pairs, key=lambda p: x.shape[p[0]])  # the examples alone, if there are
-    return self._some(x, x_axis), self._some(dy, y_axis), self.every
+    return self._some(x, self.rows[0]), self._some(dy, self.rows[1]), self.every
 
-  def _some(self, array: jax.Array, axis: int) -> jax.Array:
+  def _some(self, array: jax.Array, piece: Piece) -> jax.Array:
     """Every `every`-th example along an axis of examples, or of examples times something."""
     # a reshape leaves a sharded axis sharded, which a stride would not
+    axis = piece.axis
     before, after, size = array.shape[:axis], array.shape[axis + 1 :], array.shape[axis]
-    each = size // self.examples
-    split = (self.examples // self.every, self.every, each)
-    part = jax.lax.index_in_dim(array.reshape(*before, *split, *after), 0, axis + 1, keepdims=False)
+    split = (piece.outer, piece.size // self.every, self.every, piece.inner)
+    part = jax.lax.index_in_dim(array.reshape(*before, *split, *after), 0, axis + 2, keepdims=False)
     return part.reshape(*before, size // self.every, *after)
 
 

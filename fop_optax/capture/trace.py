@@ -175,15 +175,15 @@ def growing(traced: Traced, twice: Traced | None, size: int) -> dict[Key, Use]:
   return {key: use for key, use in uses.items() if holds(key, use)}
 
 
-def terms_of(found: Found, size: int, given: int | None) -> int:
-  """R, the number of terms that the mean loss has for an example.
+def terms_of(found: Found, size: int, given: int | None, read: int) -> int:
+  """R, the number of terms that the mean loss has for an example; `read` off its final mean.
 
   Raises:
     ValueError: if the marked losses do not say it.
   """
   marked = [mark.count for mark in found.marks]
   if given is not None or not marked:
-    return given or 1
+    return given or read
   if any(terms % size for terms in marked):
     raise ValueError(
       f"A loss marked by fop_optax averages over {marked} terms for {size} examples, which is no"
