@@ -60,11 +60,25 @@ def test_missing_collections_are_skipped_and_named(tmp_path, capsys):
     assert f"skipped {name}: {tmp_path / 'sources' / name} is not there" in printed
 
 
+def test_a_model_that_does_not_run_is_a_row_with_its_error(tmp_path):
+  collection = problem.Collection("none", package="none")
+
+  @collection.model("broken", "Linen")
+  def broken():
+    raise ImportError("no module of that name")
+
+  (model,) = collection.models
+  row = program.run(model, "1.0")
+  assert row.found is None
+  table, _ = program.model_table.save(tmp_path, [row])
+  assert "| broken | Linen | ImportError: no module of that name |" in table.read_text("utf-8")
+
+
 def test_every_collection_is_in_the_readme_or_the_requirements():
   readme = (FOLDER / "README.md").read_text(encoding="utf-8")
   requirements = (FOLDER / "requirements.txt").read_text(encoding="utf-8")
   collections = program.collections()
-  assert len(collections) >= 8
+  assert len(collections) >= 30
   for collection in collections:
     if collection.package:
       assert f"\n{collection.package}==" in requirements
