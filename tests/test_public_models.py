@@ -1,5 +1,6 @@
 """The table of public models: its measurements, and that what it needs is written down."""
 
+import math
 import pathlib
 
 from flax import linen as nn
@@ -36,6 +37,9 @@ def test_a_model_is_measured():
   assert found.gradient_error < 1e-5
   assert found.kfac_finite
   assert found.fop_finite
+  alone = measure.measure(made, steps=False)
+  assert alone[:5] == found[:5]
+  assert math.isnan(alone.gradient_error)
 
 
 def test_a_loss_without_layers_is_measured_too():

@@ -57,7 +57,7 @@ PERIODIC = {"period": (jnp.pi,), "axis": (1,), "trainable": (False,)}
 @JAXPI.model("Burgers, Fourier features", "Linen")
 def fourier_features() -> Problem:
   model = _architectures().Mlp(
-    num_layers=3, hidden_dim=32, periodicity=PERIODIC,
+    num_layers=2, hidden_dim=32, periodicity=PERIODIC,
     fourier_emb={"embed_scale": 1, "embed_dim": 32},
   )  # fmt: skip
   return _burgers(model.apply, model.init(problem.KEY, jnp.ones(2)))
@@ -65,7 +65,7 @@ def fourier_features() -> Problem:
 
 @JAXPI.model("Burgers, modified MLP", "Linen")
 def modified() -> Problem:
-  model = _architectures().ModifiedMlp(num_layers=3, hidden_dim=32, periodicity=PERIODIC)
+  model = _architectures().ModifiedMlp(num_layers=2, hidden_dim=32, periodicity=PERIODIC)
   return _burgers(model.apply, model.init(problem.KEY, jnp.ones(2)))
 
 
