@@ -231,6 +231,25 @@ def test_metrics_beside_the_loss_refuse_nothing():
   assert captured.layers[0].uses == 1
 
 
+def test_a_branch_that_the_program_fixes_is_no_branch():
+  learns = lambda flag, p: jax.lax.cond(flag, lambda p: p, jax.lax.stop_gradient, p)
+
+  def loss(p, x, y):
+    p = {"w": jax.jit(learns, static_argnums=0)(True, p["w"]), "v": learns(False, p["v"])}
+    h = jax.lax.cond(True, lambda x, w: jnp.tanh(x @ w), lambda x, w: x, x, p["w"])
+    return cross_entropy(h + x @ p["v"], y)
+
+  def plain(p, x, y):
+    return cross_entropy(jnp.tanh(x @ p["w"]) + x @ jax.lax.stop_gradient(p["v"]), y)
+
+  params, x, y = {"w": W, "v": W + 1}, draw(N, D), jnp.arange(N) % D
+  captured, expected = (fop_optax.capture(f, params, x, y) for f in (loss, plain))
+  assert captured.fallbacks == expected.fallbacks == {"['v']": "no gradient of the loss reaches it"}
+  both = lambda p: [c.value_and_grad(p, x, y) for c in (captured, expected)]
+  ours, theirs = jax.jit(both)(params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, theirs)
+
+
 def sharded_body(p, x, y):
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()

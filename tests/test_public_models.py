@@ -1,5 +1,6 @@
 """The table of public models: its measurements, and that what it needs is written down."""
 
+import math
 import pathlib
 
 from flax import linen as nn
@@ -36,6 +37,9 @@ def test_a_model_is_measured():
   assert found.gradient_error < 1e-5
   assert found.kfac_finite
   assert found.fop_finite
+  alone = measure.measure(made, steps=False)
+  assert alone[:5] == found[:5]
+  assert math.isnan(alone.gradient_error)
 
 
 def test_a_loss_without_layers_is_measured_too():
@@ -60,11 +64,25 @@ def test_missing_collections_are_skipped_and_named(tmp_path, capsys):
     assert f"skipped {name}: {tmp_path / 'sources' / name} is not there" in printed
 
 
+def test_a_model_that_does_not_run_is_a_row_with_its_error(tmp_path):
+  collection = problem.Collection("none", package="none")
+
+  @collection.model("broken", "Linen")
+  def broken():
+    raise ImportError("no module of that name")
+
+  (model,) = collection.models
+  row = program.run(model, "1.0")
+  assert row.found is None
+  table, _ = program.model_table.save(tmp_path, [row])
+  assert "| broken | Linen | ImportError: no module of that name |" in table.read_text("utf-8")
+
+
 def test_every_collection_is_in_the_readme_or_the_requirements():
   readme = (FOLDER / "README.md").read_text(encoding="utf-8")
   requirements = (FOLDER / "requirements.txt").read_text(encoding="utf-8")
   collections = program.collections()
-  assert len(collections) >= 8
+  assert len(collections) >= 30
   for collection in collections:
     if collection.package:
       assert f"\n{collection.package}==" in requirements

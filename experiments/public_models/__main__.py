@@ -27,6 +27,7 @@ class Options:
     names: parts of the names of collections or models; all by default.
     sources: folder with clones of the repositories (see the README beside this program).
     out: folder for `table.md` and `models.csv`.
+    steps: whether to take steps as well, and compare gradients; without, only losses are traced.
   """
 
   names: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -34,6 +35,7 @@ class Options:
   out: Annotated[pathlib.Path, tyro.conf.arg(aliases=["-o"])] = pathlib.Path(
     "results/public_models"
   )
+  steps: bool = True
 
 
 def collections() -> list[Collection]:
@@ -48,10 +50,10 @@ def collections() -> list[Collection]:
   return list(found.values())
 
 
-def run(model: Model, version: str) -> model_table.Row:
+def run(model: Model, version: str, steps: bool = True) -> model_table.Row:
   """Builds and measures one model."""
   try:
-    return model_table.Row(model, version, measure.measure(model.build()))
+    return model_table.Row(model, version, measure.measure(model.build(), steps))
   except Exception as error:  # a collection may not run with the installed versions
     return model_table.Row(model, version, None, f"{type(error).__name__}: {str(error)[:200]}")
   finally:
@@ -75,7 +77,7 @@ def main(options: Options) -> None:
         continue
       for model in models:
         bar.update(bar.task_ids[0], note=f"{collection.title}: {model.name}")
-        rows.append(run(model, version))
+        rows.append(run(model, version, options.steps))
         saved = model_table.save(options.out, rows)
         bar.update(bar.task_ids[0], advance=1)
   console.print(model_table.table(rows))

@@ -21,13 +21,13 @@ class Measurement(NamedTuple):
   in_layers: int  # of matrices in layers
   layers: int
   refused: dict[str, str]  # path and shape of a matrix in no layer -> reason
-  gradient_error: float  # NaN where there is no layer and so no step
-  kfac_finite: bool
-  fop_finite: bool
+  gradient_error: float = math.nan  # NaN where no step is taken
+  kfac_finite: bool = False
+  fop_finite: bool = False
 
 
-def measure(problem: Problem) -> Measurement:
-  """Captures the problem's loss and takes a step with each optimizer."""
+def measure(problem: Problem, steps: bool = True) -> Measurement:
+  """Captures the problem's loss and takes a step with each optimizer, if `steps`."""
   try:
     captured = fop_optax.capture(
       problem.loss_fn, problem.params, *problem.args, groups=GROUPS, **problem.options
@@ -42,15 +42,19 @@ def measure(problem: Problem) -> Measurement:
     for leaf in matrices
     if leaf not in layers.covered
   }
-  _, grads, stats = jax.jit(captured.value_and_grad)(problem.params, *problem.args)
-  expected = _gradient(problem)
-  _check_unreached(captured, expected)
-  return Measurement(
+  found = Measurement(
     parameters=sum(sizes),
     elements=sum(sizes[leaf] for leaf in matrices),
     in_layers=sum(sizes[leaf] for leaf in matrices if leaf in layers.covered),
     layers=len(layers),
     refused=refused,
+  )
+  if not steps:
+    return found
+  _, grads, stats = jax.jit(captured.value_and_grad)(problem.params, *problem.args)
+  expected = _gradient(problem)
+  _check_unreached(captured, expected)
+  return found._replace(
     gradient_error=_distance(grads, expected),
     kfac_finite=_finite_step(fop_optax.kfac(1e-3, layers), problem.params, grads, stats),
     fop_finite=_finite_step(fop_optax.fop(1e-3, layers), problem.params, grads, stats),
@@ -74,9 +78,6 @@ def _none(params: Any, error: ValueError) -> Measurement:
     in_layers=0,
     layers=0,
     refused=dict(refused),
-    gradient_error=math.nan,
-    kfac_finite=False,
-    fop_finite=False,
   )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import csv
+import math
 import pathlib
 import re
 import statistics
@@ -34,7 +35,7 @@ class Row(NamedTuple):
       return [*cells, self.problem, *[""] * (len(COLUMNS) - len(cells) - 1)]
     share = f"{100 * found.in_layers / found.elements:.1f} %"
     cells += [f"{found.parameters:,}", str(found.layers), share]
-    if not found.layers:
+    if math.isnan(found.gradient_error):
       return [*cells, "", "", ""]
     steps = ("finite" if finite else "no" for finite in (found.kfac_finite, found.fop_finite))
     error = f"{found.gradient_error:.0e}" if found.gradient_error else "0"

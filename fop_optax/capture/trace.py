@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture import flow
+from fop_optax.capture import branches, flow
 from fop_optax.capture.arguments import Arguments, is_raw_key, type_of
 from fop_optax.capture.growth import Growth, compare
 from fop_optax.capture.values import Key, Use
@@ -90,7 +90,7 @@ class Signature:
       return [loss, *leaves]
 
     jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)(list(params), list(chunk)))
-    return Program(jaxpr, consts, treedef)
+    return Program(branches.settled(jaxpr), consts, treedef)
 
   def trace(
     self,
