@@ -54,6 +54,10 @@ FORMS = {
     (2, 2), lambda x, w: x @ jnp.tile(w, (2, 2)),
     lambda x, w, tap: jnp.tile(tap(halves(x), w), (1, 2)),
   ),
+  "joined with its negative": (
+    (D, 2), lambda x, w: x @ jnp.concatenate([w, -w], 1),
+    lambda x, w, tap: jnp.concatenate([tap(x, w), tap(-x, w)], 1),
+  ),
   "rolled": (
     (D, D), lambda x, w: x @ jnp.roll(w, 1, 0), lambda x, w, tap: tap(jnp.roll(x, -1, 1), w),
   ),
