@@ -54,9 +54,14 @@ def factors(loss, params, x, y, groups=1, terms=1) -> dict[str, list[tuple]]:
   return out
 
 
-def evaluate(loss_fn, params, x, y, groups=1, terms=1) -> Explicit:
-  """Loss, group gradients and statistics; arguments as of `factors`."""
-  each = [_group(loss_fn, params, x[i::groups], y[i::groups], terms) for i in range(groups)]
+def evaluate(loss_fn, params, x, y, groups=1, terms=1, transform=lambda f: f) -> Explicit:
+  """Loss, group gradients and statistics; arguments as of `factors`.
+
+  `transform` is applied to the function that gives gradients: `jax.jit` for a large network.
+  """
+  each = [
+    _group(loss_fn, params, x[i::groups], y[i::groups], terms, transform) for i in range(groups)
+  ]
   matrices = {
     key: first._replace(
       A=np.mean([group.matrices[key].A for group in each], axis=0),
@@ -68,7 +73,7 @@ def evaluate(loss_fn, params, x, y, groups=1, terms=1) -> Explicit:
   return Explicit(float(loss), grads, matrices)
 
 
-def _group(loss, params, x, y, terms) -> Explicit:
+def _group(loss, params, x, y, terms, transform) -> Explicit:
   keys: list[tuple[str, int]] = []
 
   def tapped(params, eps):
@@ -87,7 +92,7 @@ def _group(loss, params, x, y, terms) -> Explicit:
 
   like = jax.eval_shape(lambda params: tapped(params, None)[1][1], params)
   eps = [jnp.zeros(out.shape, out.dtype) for out in like]
-  value_and_grad = jax.value_and_grad(tapped, (0, 1), has_aux=True)
+  value_and_grad = transform(jax.value_and_grad(tapped, (0, 1), has_aux=True))
   (value, (uses, _)), (grads, dys) = value_and_grad(params, eps)
 
   by_key: dict[tuple[str, int], list[tuple]] = {}

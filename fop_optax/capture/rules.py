@@ -225,10 +225,10 @@ def joined(pieces: Sequence[values.ParamView], axis: int) -> values.ParamView | 
       before, edges = before[:-1], list(zip(*before[-1][1:], strict=True))
     indices += range(*edges[axis])
     edges[axis] = (0, 0, 1)  # where a piece starts and ends is in `indices`
-    like.add((view.leaf, view.levels, before, tuple(edges)))
+    like.add((view.leaf, view.levels, view.scale, before, tuple(edges)))
   if len(like) > 1:
     return None
-  ((_, _, before, edges),) = like
+  ((_, _, _, before, edges),) = like
   edges = [*edges[:axis], (0, len(indices), 1), *edges[axis + 1 :]]
   steps = (*before, ("take", axis, tuple(indices)), ("slice", *zip(*edges, strict=True)))
   shape = tuple(len(range(*edge)) for edge in edges)

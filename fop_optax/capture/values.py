@@ -234,7 +234,7 @@ class Use:
     batch: whether the other operand depends on the batch.
     loop: path of the innermost scan that it stands in.
     each: whether it stands in a scan over examples.
-    source: source line of the equation.
+    where: gives the source line of the equation, which takes a while.
     scale: of the weight where it is used; it counts as a scale of the inputs.
     repeats: of a product with a constant that meets the batch: how often it is repeated there.
     fold: how the entries of `view` are repeated in the weight as the product meets it, if they are.
@@ -252,10 +252,14 @@ class Use:
   batch: bool
   loop: Path
   each: bool
-  source: str
+  where: Callable[[], str] = dataclasses.field(compare=False)
   scale: float = 1.0
   repeats: int = 0
   fold: Fold | None = None
+
+  @property
+  def source(self) -> str:
+    return self.where()
 
   @property
   def fixed(self) -> bool:

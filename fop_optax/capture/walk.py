@@ -579,7 +579,7 @@ class _Frame:
       batch=not self.free,
       loop=self.loop,
       each=self.each,
-      source=_compat.source_of(self.jaxpr, equation),
+      where=functools.partial(_compat.source_of, self.jaxpr, equation),
       scale=view.scale,
       fold=fold,
     )
