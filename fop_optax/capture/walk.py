@@ -624,16 +624,16 @@ class _Frame:
   def _bias(self, holder: Value, linears: Sequence[Linear], shape: tuple[int, ...]) -> str:
     """Joins what is added to a product's output of `shape` to its layer, or says why not."""
     pieces = holder.parts or holder.views
-    if any(len(view.shape) != len(shape) or entries.repeats(view.steps) for view in holder.views):
+    if any(len(view.shape) != len(shape) for view in holder.views):
       return _WHOLE[primitives.add_p]
+    if any(entries.repeats(view.steps) for view in holder.views):
+      return "its entries are repeated or padded with zeros before they are added to a product"
     found = biases.joints(linears, pieces, shape)
     if isinstance(found, str):
       return found
     uses = self.found.uses
     if any(joint.view.levels != uses[joint.linear.use].levels for joint in found):
       return "it is added to a product within a `scan`, of which only one is scanned over"
-    if any(entries.repeats(joint.view.steps) for joint in found):
-      return "its entries are repeated or padded with zeros before they are added to a product"
     folds = [uses[joint.linear.use].fold for joint in found]
     if any(fold and (fold.stack or fold.outputs) for fold in folds):
       return "it is added to a product whose output features are repeated or padded with zeros"
