@@ -84,6 +84,8 @@ def vary(tree: Any, axes: frozenset[Any]) -> Any:
 
 def sharded_like(array: jax.Array, aval: Any) -> jax.Array:
   """`array` with the sharding of a type, where that has one (under explicit mesh axes)."""
+  if not isinstance(aval.sharding, jax.sharding.NamedSharding):
+    return array
   explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
   return jax.sharding.reshard(array, aval.sharding) if explicit else array
 

@@ -196,7 +196,8 @@ def _residual(ga, c, gp, s, f_ga):
 def _power_of_two(x):
   largest = jnp.max(jnp.abs(x), initial=0)
   _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 0))
-  return jnp.ldexp(jnp.ones((), x.dtype), exponent - 1)
+  limit = -1 - jnp.finfo(x.dtype).minexp  # XLA multiplies by the reciprocal: it may not underflow
+  return jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent - 1, -limit, limit))
 
 
 def _ip(x, y):

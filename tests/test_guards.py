@@ -91,13 +91,11 @@ def test_what_overflows_after_the_direction(kwargs):
 def test_a_direction_that_is_finite_until_it_is_cast():
   """float16 ends at 65,504; float32, in which directions are made, does not."""
   params = jax.tree.map(lambda p: p.astype(jnp.float16), PARAMS)
-  tx = fop_optax.scale_by_kfac(LAYERS, damping=1e-6)
+  tx = fop_optax.scale_by_kfac(LAYERS, damping=1e-2, fallback=optax.identity())
   _, grads, stats = problems.value_and_grad(PARAMS, BATCH)
-  stats = stats._replace(
-    factors=tuple(Factors(1e-3 * f.A, 1e-3 * f.G) for f in stats.factors)  # large inverses
-  )
   update = jax.jit(tx.update)
-  for scale, want in ((1e-4, (1, 0, 0, 0)), (1e3, (0, 0, 0, 1))):
+  largest = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads))
+  for scale, want in ((1e-3, (1, 0, 0, 0)), (5e4 / largest, (0, 0, 0, 1))):
     scaled = jax.tree.map(lambda g, s=scale: (s * g).astype(jnp.float16), grads)
     assert all(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(scaled))
     updates, state = update(scaled, tx.init(params), params, stats=stats)
@@ -111,7 +109,7 @@ def test_a_direction_that_is_finite_until_it_is_cast():
 def test_per_example_directions(make, curvature):
   tx = make(3e38, curvature=curvature)
   params = {"w": jnp.ones((3, 2))}
-  grads = {"w": jax.random.normal(jax.random.key(0), (8, 3, 2))}
+  grads = {"w": 0.01 * jax.random.normal(jax.random.key(0), (8, 3, 2))}
   state = tx.init(params)
   updates, after = tx.update(grads, state, params)
   assert counters(after) == (0, 0, 0, 1)
@@ -182,7 +180,7 @@ def test_damping_is_at_least_rounding(scaling, size, scale):
       ratio = np.linalg.norm(single) / np.linalg.norm(double)
       assert 0.3 < ratio < 3
       added = raised.added if scaling == "exact" else raised.added_A
-      assert (added > 0) == (damping < scale**2 / 1e3)
+      assert (added > 0) == (damping < 1e-6 * scale**2)
 
 
 def test_a_tied_use_without_a_gradient_adds_nothing():

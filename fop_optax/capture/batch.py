@@ -190,7 +190,7 @@ class Chunks:
     pieces = jnp.arange(self.micro_batches)
     like = jax.eval_shape(lambda: every(pieces[0]))
     like = [r._replace(aux=()) for r in like]
-    zeros = jax.tree.map(lambda a: wide(jnp.zeros(a.shape, a.dtype)), like)
+    zeros = jax.tree.map(lambda a: wide(_compat.sharded_like(jnp.zeros(a.shape, a.dtype), a)), like)
     zeros = _compat.vary(zeros, _compat.varying(self.arguments.dynamic(self.leaves)))
     unroll = 1 if loops.micro_batches else self.micro_batches
     sums, auxes = jax.lax.scan(step, zeros, pieces, unroll=unroll)

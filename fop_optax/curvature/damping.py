@@ -37,6 +37,22 @@ def rounding(factor: jax.Array) -> jax.Array:
   return 4 * jnp.finfo(factor.dtype).eps * jnp.trace(factor)
 
 
+def block_rounding(factors: Factors) -> jax.Array:
+  """The size of rounding errors in the small eigenvalues of `F`: `4 eps |A|_F |G|_F`.
+
+  A gradient is not known better either: divided by less, its rounding would be the direction.
+  """
+  if all(factor.ndim == 1 or len(factor) == 1 for factor in factors):
+    return jnp.zeros((), factors.A.dtype)
+  return 4 * jnp.finfo(factors.A.dtype).eps * _norm(factors.A) * _norm(factors.G)
+
+
+def _norm(factor):
+  trace = jnp.trace(factor) if factor.ndim == 2 else jnp.sum(factor)
+  trace = jnp.where(trace > 0, trace, 1)  # no entry is larger: no square overflows
+  return trace * jnp.sqrt(jnp.sum((factor / trace) ** 2))
+
+
 def add_damping(factor: jax.Array, damping: jax.Array) -> jax.Array:
   """`factor + damping I`, for a matrix or for its diagonal."""
   return factor + damping * (jnp.eye(len(factor), dtype=factor.dtype) if factor.ndim == 2 else 1)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fop_optax.curvature.damping import add_damping, rounding, split_damping
+from fop_optax.curvature.damping import add_damping, block_rounding, rounding, split_damping
 from fop_optax.curvature.positive import positive_inverse
 from fop_optax.curvature.precondition import Side, multiply, sandwich, transposed
 from fop_optax.layers import Factors
@@ -67,8 +67,9 @@ def factored_invert(
 ) -> tuple[FactoredInverse, jax.Array]:
   """Both damped factors inverted, and whether that is sound; `split` shares the damping out."""
   asked_A, asked_G = split(factors, damping)
-  damping_A = jnp.maximum(asked_A, rounding(factors.A))
-  damping_G = jnp.maximum(asked_G, rounding(factors.G))
+  damping_A, damping_G = split(factors, jnp.maximum(damping, block_rounding(factors)))
+  damping_A = jnp.maximum(damping_A, rounding(factors.A))
+  damping_G = jnp.maximum(damping_G, rounding(factors.G))
   inverse = FactoredInverse(
     A=_damped_inverse(add_damping(factors.A, damping_A)),
     G=_damped_inverse(add_damping(factors.G, damping_G)),
@@ -111,8 +112,7 @@ def _exact_empty(factors):
 def _exact_invert(factors, asked):
   values_A, basis_A = _eigen(factors.A)
   values_G, basis_G = _eigen(factors.G)
-  floor = rounding(factors.A) * jnp.max(values_G) + jnp.max(values_A) * rounding(factors.G)
-  damping = jnp.maximum(asked, floor)
+  damping = jnp.maximum(asked, block_rounding(factors))
   inverse = ExactInverse(basis_A, basis_G, values_A, values_G, damping, damping - asked)
   # The smallest eigenvalue of M is all there is to fear: at lambda = 0 it may be zero.
   smallest = jnp.min(values_A) * jnp.min(values_G) + damping

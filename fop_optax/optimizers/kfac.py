@@ -116,7 +116,7 @@ def kfac(
   for every parameter, and momentum, weight decay and fallback stand still with the count. Skipped
   steps are counted by their cause, as are statistics that are not finite and inverses that fail
   (the last good one stays): see :func:`fop_optax.diagnostics`. Damping below the rounding of the
-  Fisher block, about `4 eps tr(A)` of `A` and likewise of `G`, is raised to it.
+  Fisher block, `4 eps |A| |G|`, is raised to it.
 
   A parameter that no gradient of the loss reaches is left as it is, without decay.
 
