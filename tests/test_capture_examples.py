@@ -67,6 +67,12 @@ def attention(p, x, y):
   return each({"w": p["w"], "b": p["b"]}, (jax.nn.softmax(h @ h.swapaxes(1, 2)) @ x), y).mean()
 
 
+def pooled_and_written(p, x, y):
+  h = linen.max_pool(jnp.tanh(f(p, x)), (2,), (1,), "SAME")
+  cache = lax.dynamic_update_slice(jnp.zeros(h.shape), h[:, :2], (0, 1, 0))
+  return cross_entropy(h + cache.at[:, 0].add(h[:, 1]), y).mean()
+
+
 def recurrent(p, x, y):
   h = f(p, x).swapaxes(0, 1)
   _, states = lax.scan(lambda s, h: (jnp.tanh(s + h),) * 2, jnp.zeros(h.shape[1:]), h)
@@ -116,6 +122,7 @@ MEANS = {
       m.sum() > 0, (each(p, x, y) * m).sum() / jnp.maximum(m.sum(), 1.0), 0.0), (*tokens, MASK)),
   "mean where": (lambda p, x, y, m: jnp.mean(each(p, x, y), where=m > 0), (*tokens, MASK)),
   "attention": (attention, tokens),
+  "pooled and written": (pooled_and_written, tokens),
   "recurrent": (recurrent, tokens),
   "positions": (positions, tokens),
 }  # fmt: skip
@@ -335,6 +342,7 @@ TERMS = {
     lambda v, m: lax.scan(lambda s, v: (s + v.mean(), None), 0.0, v.T)[0] / v.shape[1], T),
   "first token": (lambda v, m: v[:, 0].mean(), 1),
   "pooled": (lambda v, m: jnp.tanh(v.mean(1)).mean(), 1),
+  "pooled, less a bound": (lambda v, m: jnp.mean(jnp.tanh(v[:, 0]) - v.mean(1)), 1),
   "of squares": (lambda v, m: jnp.mean((v[..., None] * jnp.ones(3)) ** 2), 3 * T),
   "two of a kind": (lambda v, m: v.mean() + 0.3 * (v**2).mean(), T),
   "different ones": (lambda v, m: v.mean() + v[:, 0].mean(), None),

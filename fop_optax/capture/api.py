@@ -79,8 +79,9 @@ def capture(
       a gradient of its own: 1 for K-FAC, 2 or more for FOP. Loss and gradient are the means of the
       groups'. Those of the whole batch they are but for: normalisation over the batch (BatchNorm's
       is within a group), random numbers drawn from a key, token masks with unequal counts, examples
-      that interact (pairs, contrasts, a recurrence along the batch), and losses that are no mean
-      over the examples. `Captured.check` tells whether they are.
+      that interact (pairs, contrasts, a recurrence along the batch), of which capture warns, and
+      losses that are no mean over the examples, for which it raises. It sees both in the program
+      where it understands it; `Captured.check` evaluates whether they are.
     micro_batches: number of pieces each group is worked off in, for less memory. Equal to one piece
       but for the same.
     fisher: which Fisher matrix the statistics estimate: `"empirical"`, from the labels given;
@@ -96,8 +97,10 @@ def capture(
       which makes a refresh cheaper and them noisier. Gradients are those of all examples. Uses
       whose rows have no axis of examples (within a scan over them) count whole.
     terms_per_example: R above, the number of terms the mean loss has for an example: 1 for a label
-      an example, the tokens of an example for a mean over tokens. By default what
-      `fop_optax.softmax_cross_entropy` or `squared_error` in the loss say, else 1. Sampled and
+      an example, the tokens of an example for a mean over tokens, the entries of an example for a
+      mean over all of an array. By default what `fop_optax.softmax_cross_entropy` or
+      `squared_error` in the loss say, else the entries that the loss's last means (or sums over
+      counts of a mask) are taken of, where that is clear, else 1; the table says which. Sampled and
       exact statistics have no use for it.
     max_dim: a factor with a longer side is kept as its diagonal.
     strict: raise if any parameter is in no layer, instead of listing it in `fallbacks`.
@@ -107,7 +110,8 @@ def capture(
 
   Raises:
     ValueError: if the arguments do not fit together or cannot be cut into the pieces, params are
-      not floating, no parameter is in a layer, or, with `strict`, any is not.
+      not floating, the loss is no mean over the batch and is to be cut into pieces, no parameter is
+      in a layer, or, with `strict`, any is not.
 
   Example:
     >>> import jax, jax.numpy as jnp

@@ -202,7 +202,7 @@ def _count(site: Site, role: str, peers: Sequence[Known], cases: Sequence[Batch]
   if role in ("add", "select"):
     count = first.count
     for v in cases[1:]:
-      count = count.added(v.count)
+      count = count.added(v.count, v.summed)
     return count
   if role not in ("mul", "div"):
     return Count()

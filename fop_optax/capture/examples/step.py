@@ -17,6 +17,7 @@ from fop_optax.capture.examples import axes, lookup, sums
 from fop_optax.capture.examples.elementwise import Site, elementwise
 from fop_optax.capture.examples.values import (
   Batch,
+  Cause,
   Constant,
   Moment,
   Unknown,
@@ -133,6 +134,10 @@ class Step:
       return self._collective(name)
     if name.startswith("scatter"):
       return self._scatter()
+    if name.startswith("reduce_window"):
+      return self._pooled()
+    if name == "dynamic_update_slice":
+      return self._updated()
     if name in CUMULATIVE:
       return axes.ordered(self._nonlinear(out), [params["axis"]], self.source)
     if name == "sort":
@@ -202,6 +207,33 @@ class Step:
         out.append(sums.reduced(value, named, len(shape), self.source))
     return out
 
+  def _pooled(self) -> Value:
+    """Windows that slide over axes: those of one entry leave the examples alone."""
+    params = self.equation.params
+    wide = [axis for axis, size in enumerate(params["window_dimensions"]) if size > 1]
+    wide += [axis for axis, edges in enumerate(params.get("padding", ())) if any(edges)]
+    wide += [axis for axis, size in enumerate(params.get("window_strides", ())) if size > 1]
+    first = self.operands[0]
+    if isinstance(first, Batch) and any(first.at(axis) for axis in wide):
+      return Unknown(first.causes | {Cause("order", self.source())})
+    if not causes_known(self.operands):
+      return self._constant(tuple(self.equation.outvars[0].aval.shape))
+    return elementwise(self._site(), "other", [first], [self.shape])
+
+  def _updated(self) -> Value:
+    """A slice written over: known if it holds all examples."""
+    operand, update, *starts = self.operands
+    inner = self.equation.invars[1].aval.shape
+    pieces = [p for v in (operand, update) if isinstance(v, Batch) for p in v.pieces]
+    cut = any(p.axis >= 0 and inner[p.axis] != self.shape[p.axis] for p in pieces)
+    if cut or causes_known(starts):
+      return Unknown(causes_of(self.operands))
+    free = [
+      dataclasses.replace(v, free=v.numbers is None) if isinstance(v, Constant) else v
+      for v in (operand, update)
+    ]
+    return elementwise(self._site(), "select", [Constant(free=True), *free], [self.shape] * 3)
+
   def _scatter(self) -> Value:
     """Entries written to, or added at, indices: whole ones of each example, or not known."""
     operand, indices, updates = self.operands
@@ -264,7 +296,7 @@ class Step:
   def _function(self, name: str, out: tuple[int, ...]) -> Value:
     """Anything else: entry by entry if the shapes allow it, by matrices, or not known."""
     operands = self.operands
-    if name.startswith(("random_", "threefry")):
+    if name.startswith(("random_", "rng_", "threefry")):
       return self._random()
     if name in LINEAR_ALGEBRA or name in ("fft", "top_k", "approx_top_k"):
       return self._last_axes(name)

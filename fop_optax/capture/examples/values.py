@@ -86,7 +86,8 @@ class Count:
     pairs = [(a, b) for a in self.means for b in weights.means]
     return Count(sizes, frozenset((n * m, first or second) for (n, first), (m, second) in pairs))
 
-  def added(self, other: "Count") -> "Count":
+  def added(self, other: "Count", kept: bool) -> "Count":
+    """The count of a sum; where the two differ it is both of them if `kept`, else none."""
     left = list(other.sizes)
     shared = []
     for size in self.sizes:
@@ -94,6 +95,8 @@ class Count:
         left.remove(size)
         shared.append(size)
     means = dict(self.means) | dict(other.means)
+    if len(means) > 1 and not kept:
+      return Count(tuple(shared))
     return Count(tuple(shared), frozenset(means.items()))
 
   def _without(self, number: float) -> tuple[int, ...] | None:
@@ -214,7 +217,7 @@ def join(first: Value, second: Value) -> Value:
       first.degree if first.degree == second.degree else None,
       first.active or second.active,
       first.factor or second.factor,
-      count=first.count.added(second.count),
+      count=first.count.added(second.count, first.summed),
       causes=first.causes | second.causes,
       source=first.source or second.source,
     )
