@@ -169,6 +169,27 @@ def painn() -> Problem:
   return problem.haiku(network, _molecules(), problem.squared_error, problem.images())
 
 
+@PAINN.model("PaiNN (n bodies)", "Haiku")
+def bodies() -> Problem:
+  import painn_jax
+
+  def network(positions, velocities):
+    senders, receivers = _edges(len(positions))
+    flat, moving = positions.reshape(-1, 3), velocities.reshape(-1, 3)
+    speed = jnp.sqrt(jnp.sum(moving**2, 1))
+    model = painn_jax.PaiNN(
+      hidden_size=32, n_layers=2, node_type="continuous", task="node", pool="sum", radius=1000.0,
+      radial_basis_fn=painn_jax.gaussian_rbf, cutoff_fn=painn_jax.cosine_cutoff, out_channels=1,
+    )  # fmt: skip
+    nodes = painn_jax.NodeFeatures(s=speed, v=moving[..., None])
+    graph = _graph(nodes, flat[senders] - flat[receivers], len(positions))
+    return positions + model(graph)[1].reshape(positions.shape)
+
+  positions = problem.images(ATOMS, 3)
+  inputs = [positions, jnp.cos(positions)]
+  return problem.haiku(network, inputs, problem.squared_error, jnp.sin(positions))
+
+
 @EGNN.model("EGNN (n bodies)", "Haiku")
 def egnn() -> Problem:
   from egnn_jax import variants
@@ -192,6 +213,19 @@ def egnn() -> Problem:
     return problem.squared_error(apply(params, *data), targets)
 
   return Problem(loss_fn, params, (data[0] + data[1], *data))
+
+
+@EGNN.model("EGNN, attention", "Haiku")
+def attention() -> Problem:
+  import egnn_jax
+
+  def network(positions, numbers):
+    hot = jax.nn.one_hot(numbers.reshape(-1), 9)
+    model = egnn_jax.EGNN(hidden_size=32, output_size=1, num_layers=2, attention=True)
+    energies, _ = model(_graph(hot, None, len(positions)), positions.reshape(-1, 3))
+    return jnp.sum(energies.reshape(len(positions), ATOMS), 1)
+
+  return problem.haiku(network, _molecules(), problem.squared_error, problem.images())
 
 
 def _potential(layer: Callable, **options: Any) -> Callable:

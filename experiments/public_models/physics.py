@@ -100,7 +100,8 @@ def _equation(dimensions: int, dynamics: Callable, network: Any, params: Any, **
   import equinox as eqx
   import jinns
 
-  values = jinns.parameters.Params(nn_params=params, eq_params={"D": 0.0, "nu": 0.0} | equation)
+  fields = dict.fromkeys(("D", "nu", "r", "g"), 0.0)  # the package allows one set of names
+  values = jinns.parameters.Params(nn_params=params, eq_params=fields | equation)
   loss = jinns.loss.LossPDENonStatio(
     u=network, dynamic_loss=dynamics, params=values,
     loss_weights=jinns.loss.LossWeightsPDENonStatio(
@@ -150,3 +151,13 @@ def heat() -> Problem:
     key=problem.KEY, eqx_list=_mlp(3), eq_type="PDENonStatio"
   )
   return _equation(2, HeatEquation(), network, params, D=0.2)
+
+
+@JINNS.model("Fisher-KPP", "Equinox")
+def fisher() -> Problem:
+  import jinns
+
+  network, params = jinns.nn.PINN_MLP.create(
+    key=problem.KEY, eqx_list=_mlp(2), eq_type="PDENonStatio"
+  )
+  return _equation(1, jinns.loss.FisherKPP(Tmax=1), network, params, D=0.5, r=1.0, g=2.0)

@@ -42,26 +42,40 @@ def _transitions(*time: int) -> Any:
       "policy_extras": {
         "raw_action": draw(2, ACTION),
         "log_prob": draw(5),
+        "value": draw(7),
         "distribution_params": draw(6, 2 * ACTION),
       },
     },
   )
 
 
-@BRAX.model("PPO", "Linen")
-def ppo() -> Problem:
+def _ppo(**options: Any) -> Problem:
   from brax.training.agents.ppo import losses, networks
 
-  network = networks.make_ppo_networks(OBSERVATION, ACTION, value_hidden_layer_sizes=(64,) * 3)
+  network = networks.make_ppo_networks(
+    OBSERVATION, ACTION, value_hidden_layer_sizes=(64,) * 3, **options
+  )
   keys = jax.random.split(problem.KEY)
   params = losses.PPONetworkParams(
     policy=network.policy_network.init(keys[0]), value=network.value_network.init(keys[1])
   )
 
   def loss_fn(params, data, key):
-    return losses.compute_ppo_loss(params, None, data, key, network)
+    return losses.compute_ppo_loss(
+      params, None, data, key, network, clipping_epsilon_value=1.0, **options
+    )
 
   return Problem(loss_fn, params, (_transitions(5), problem.KEY), {"has_aux": True})
+
+
+@BRAX.model("PPO", "Linen")
+def ppo() -> Problem:
+  return _ppo()
+
+
+@BRAX.model("PPO, distributional critic", "Linen")
+def distributional() -> Problem:
+  return _ppo(use_distributional_critic=True)
 
 
 def _sac() -> tuple:

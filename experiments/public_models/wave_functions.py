@@ -25,9 +25,9 @@ def _energy(log_psi: Callable, local_energy: Callable, params: Any, samples: jax
   """The variational energy: its value as aux, its gradient by the score function."""
 
   def loss_fn(params, samples):
-    energies = jax.lax.stop_gradient(local_energy(params, samples)).real
-    centred = energies - jnp.mean(energies)
-    return 2 * jnp.mean(centred * log_psi(params, samples).real), jnp.mean(energies)
+    energies = jax.lax.stop_gradient(local_energy(params, samples))
+    scores = jnp.conj(energies - jnp.mean(energies)) * log_psi(params, samples)
+    return 2 * jnp.mean(scores.real), jnp.mean(energies.real)
 
   return Problem(loss_fn, params, (samples,), {"has_aux": True})
 
@@ -102,3 +102,10 @@ def perceptron() -> Problem:
   import netket as nk
 
   return _spins(nk.models.MLP(hidden_dims=(32, 32), param_dtype=jnp.float32))
+
+
+@NETKET.model("Boltzmann machines of modulus and phase", "Linen")
+def modulus_and_phase() -> Problem:
+  import netket as nk
+
+  return _spins(nk.models.RBMModPhase(alpha=2, param_dtype=jnp.float32))
