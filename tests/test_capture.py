@@ -359,12 +359,13 @@ def mlp_inputs():
 def test_max_dim_keeps_diagonals():
   params, x, y = mlp_inputs()
   full = fop_optax.capture(mlp, params, x, y).value_and_grad(params, x, y)[2].factors
-  captured = fop_optax.capture(mlp, params, x, y, max_dim=D)
+  assert fop_optax.capture(mlp, params, x, y, max_dim=D).layers[1].diagonal == (False, False)
+  captured = fop_optax.capture(mlp, params, x, y, max_dim=D - 1)  # the bias does not count
   (_, (A, G)) = captured.value_and_grad(params, x, y)[2].factors
-  assert captured.layers[1].diagonal == (True, False)
-  assert "5d x 4" in str(captured)
+  assert captured.layers[1].diagonal == (True, True)
+  assert "5d x 4d" in str(captured)
   relative(A, np.diagonal(full[1].A, axis1=1, axis2=2))
-  relative(G, full[1].G)
+  relative(G, np.diagonal(full[1].G, axis1=1, axis2=2))
 
 
 @pytest.mark.parametrize("groups, micro_batches", [(1, 1), (2, 2), (2, 4), (4, 1), (8, 1)])

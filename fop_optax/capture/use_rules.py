@@ -72,7 +72,12 @@ def product(
   if not weights:
     return shifted_product(frame, equation, operands) if match is dense.match else None
   if len(weights) == 2:
-    return frame.refuse(equation, operands, "it is multiplied with another parameter")
+    why = "it is multiplied with another parameter"
+    weights = [side for side in weights if equation.invars[side] not in frame.grows]
+    if len(weights) != 1:
+      return frame.refuse(equation, operands, why)
+    # a token that is repeated over the batch: an input
+    frame.refuse(equation, [operands[1 - weights[0]]], why)
   (side,) = weights
   view = operands[side].view
   if operands[side].parts:
