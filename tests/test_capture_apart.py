@@ -15,8 +15,12 @@ pytestmark = pytest.mark.usefixtures("x64")
 N, D, H, M = 6, 2, 5, 4  # examples, inputs, hidden units, fixed points
 
 
+def numbers(*shape, seed=0):
+  return np.random.default_rng(seed + sum(shape)).normal(size=shape)
+
+
 def draw(*shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed + sum(shape)).normal(size=shape))
+  return jnp.asarray(numbers(*shape, seed=seed))
 
 
 def params(inputs=D):
@@ -29,7 +33,7 @@ def params(inputs=D):
   }
 
 
-X, Y = draw(N, D), draw(N, 1)
+X, Y = numbers(N, D), numbers(N, 1)
 
 
 def net(p, x):
@@ -44,7 +48,7 @@ def fit(p, x, y):
 
 def captured(loss, p, *args, **options):
   """What was captured, and its statistics, eagerly; the gradient is that of `jax.grad`."""
-  found = fop_optax.capture(loss, p, *args, **options)
+  found = fop_optax.capture(loss, p, *args, terms_per_example=1, **options)
   value, grads, stats = found.value_and_grad(p, *args)
   np.testing.assert_allclose(value, loss(p, *args), rtol=1e-12)
   close(grads, jax.grad(loss)(p, *args))
@@ -65,7 +69,7 @@ def squares(p):
 # Terms of a loss without a batch: each leaves all weights and biases in their layers.
 PENALTIES = {
   "l2": lambda p, fit: fit + 1e-2 * 0.5 * squares(p),
-  "in every example": lambda p, fit: jnp.mean(jnp.full(N, fit) + 1e-2 * squares(p)),
+  "half of a sum": lambda p, fit: jnp.sum(jnp.stack([fit, 1e-2 * squares(p)])) / 2 + fit / 2,
   "norm": lambda p, fit: jnp.sqrt(squares(p) + 1) * 0.1 + fit,
   "subtracted, divided": lambda p, fit: -(squares(p) / 7 - fit),
   "orthogonal": lambda p, fit: fit + jnp.sum((p["w2"].T @ p["w2"] - jnp.eye(H)) ** 2),
@@ -136,7 +140,7 @@ def test_fixed_points_are_rows_of_their_own():
     close((A[0], G[0]), (both, batch.G + fixed.G / N * M))  # G of a mean over N, and over M
   # cut into chunks the fixed rows are in each: neither factor changes
   for options in ({"groups": 2}, {"micro_batches": 3}):
-    chunked = fop_optax.capture(loss, p, X, Y, **options)
+    chunked = fop_optax.capture(loss, p, X, Y, terms_per_example=1, **options)
     close(chunked.value_and_grad(p, X, Y)[2].factors, factors)
 
 
@@ -277,7 +281,11 @@ def test_factors_of_a_reverse_derivative_are_explicit_ones():
       continue
     pair = matrices[name, 0].factors
     padded = np.pad(turned[1], (0, 1)), turned[0]  # no gradient of the homogeneous coordinate
-    close((A[0], G[0]), [a + b for a, b in zip(balanced(pair), balanced(padded), strict=True)])
+    close((A[0], G[0]), added(balanced(pair), balanced(padded)))
+
+
+def added(*pairs):
+  return tuple(map(sum, zip(*pairs, strict=True)))
 
 
 def balanced(factors):
@@ -359,7 +367,7 @@ QKV = {
   "split": lambda y: jnp.split(y, 3, -1),
   "slices": lambda y: (y[:, :H], y[:, H : 2 * H], y[:, 2 * H :]),
   "heads": lambda y: jnp.moveaxis(y.reshape(-1, 3, H), 1, 0),
-  "indices": lambda y: [y.reshape(-1, 3, H)[:, i] for i in range(3)],
+  "indices": lambda y: (lambda heads: [heads[:, i] for i in range(3)])(y.reshape(-1, 3, H)),
 }
 
 
@@ -389,7 +397,7 @@ def test_a_slice_without_a_bias_leaves_the_others_out():
   split = lambda p, x: jnp.mean(jnp.tanh((y := x @ p["w"])[:, :H] + p["b"]) * y[:, H:])
   for each in (loss, split):
     found, _ = captured(each, {"b": draw(H), "w": draw(D, 2 * H)}, X)
-    assert "others of which have no bias" in found.fallbacks["['b']"]
+    assert "of which others have no bias" in found.fallbacks["['b']"]
 
 
 JOINED = {
@@ -440,7 +448,7 @@ def test_the_bias_of_a_tied_weight_turns_its_layer():
   matrices = explicit.evaluate(tapped, p, X, Y, groups=1).matrices
   first, turned = matrices["w", 0].factors, matrices["w turned", 0].factors
   padded = np.pad(first[1], (0, 1)), first[0]
-  close((A[0], G[0]), [a + b for a, b in zip(balanced(turned), balanced(padded), strict=True)])
+  close((A[0], G[0]), added(balanced(turned), balanced(padded)))
 
 
 def test_a_bias_in_each_orientation_joins_in_one():

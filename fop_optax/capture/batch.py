@@ -149,7 +149,7 @@ class Chunks:
     for leaf, role in zip(self.leaves, self.arguments.roles, strict=True):
       if role == "batch" and self.count > 1:
         shape = (self.size, self.micro_batches, self.groups, *leaf.shape[1:])
-        leaf = leaf.reshape(shape)[:, micro, group]
+        leaf = jnp.asarray(leaf).reshape(shape)[:, micro, group]
       elif role == "key" and self.count > 1:
         leaf = fold_in(leaf, group + self.groups * micro)
       if role != "static":

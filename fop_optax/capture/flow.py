@@ -1,6 +1,7 @@
 """Two analyses of a jaxpr: where a gradient flows, and what depends on the batch."""
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 from jax.extend import core
@@ -139,6 +140,12 @@ _LINEAR = frozenset((
 _MULTILINEAR = (primitives.mul_p, primitives.dot_general_p)
 
 
+@functools.cache
+def _linear_unexported() -> frozenset[Any]:
+  names = ("split", "unstack", "stack", "tile", "optimization_barrier", "reshard")
+  return frozenset(p for name, p in _compat.unexported().items() if name in names)
+
+
 def terms(
   jaxpr: Any, affine: Sequence[bool | None], tainted: Sequence[bool]
 ) -> tuple[set[Any], set[Any]]:
@@ -183,7 +190,7 @@ def _affine_operands(
   if primitive is primitives.scan_p:
     return scan_terms(equation, outputs, tainted)[1]
   if False not in outputs:
-    if primitive in _LINEAR:
+    if primitive in _LINEAR or primitive in _linear_unexported():
       return [True] * len(tainted)
     if primitive in _MULTILINEAR:
       return [not other for other in reversed(tainted)]

@@ -24,8 +24,8 @@ WHOLE = {
   primitives.concatenate_p: "it is joined with other arrays before it is used (`concatenate`)",
   primitives.convert_element_type_p: "it is cast to a type that is not real floating",
   primitives.complex_p: "it becomes a part of complex numbers",
-  primitives.mul_p: "it is multiplied entry by entry, or by a number that is not fixed (`mul`)",
-  primitives.div_p: "it is divided entry by entry, or by a number that is not fixed (`div`)",
+  primitives.mul_p: "it is multiplied entry by entry (`mul`)",
+  primitives.div_p: "it is divided entry by entry (`div`)",
   primitives.add_p: "it is added to something that is not the output of one layer (`add`)",
   primitives.sub_p: "it is added to something that is not the output of one layer (`sub`)",
   primitives.select_n_p: "it is masked or chosen entry by entry (`select_n`)",
@@ -106,6 +106,7 @@ def scale(frame: Frame, equation: Any, operands: Sequence[Value]) -> list[Value]
   """A view, or a product's output, times a number or divided by one."""
   if equation.primitive is primitives.neg_p:
     return [times(operands[0], -1.0)]
+  name = f"`{equation.primitive}`"
   shape = tuple(equation.outvars[0].aval.shape)
   same = [tuple(variable.aval.shape) == shape for variable in equation.invars]
   for side in (0, 1) if equation.primitive is primitives.mul_p else (0,):
@@ -119,12 +120,15 @@ def scale(frame: Frame, equation: Any, operands: Sequence[Value]) -> list[Value]
       number = 1 / number
     if number:
       return [times(value, number)]
-  masks = any(
-    not operand.tainted and variable.aval.size > 1
+  others = [
+    (operand, variable.aval.size)
     for operand, variable in zip(operands, equation.invars, strict=True)
-  )
-  if masks and equation.primitive is primitives.mul_p:
-    return frame.refuse(equation, operands, "it is masked or scaled entry by entry (`mul`)")
+    if not operand.views
+  ]
+  if any(size == 1 for _, size in others):
+    return frame.refuse(equation, operands, f"it is times a number that is not fixed ({name})")
+  if any(not (operand.batch or operand.tainted) for operand, _ in others):
+    return frame.refuse(equation, operands, f"it is masked or scaled entry by entry ({name})")
   return whole(frame, equation, operands)
 
 
