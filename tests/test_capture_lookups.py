@@ -233,7 +233,7 @@ def test_weights_adapted_to_each_task_are_weights(steps):
     return q
 
   loss = lambda p, x, y: jnp.mean(jax.vmap(lambda x, y: inner(changes(p, x, y), x[::-1], y))(x, y))
-  captured = fop_optax.capture(loss, params, x, y, strict=True, groups=1)
+  captured = fop_optax.capture(loss, params, x, y, strict=True, terms_per_example=1)
   assert [layer.kind for layer in captured.layers] == ["dense", "dense"]
   _, grads, stats = captured.value_and_grad(params, x, y)
   jax.tree.map(relative, grads, jax.grad(loss)(params, x, y))

@@ -1,7 +1,8 @@
 """The state of the walk of one jaxpr, and what it leaves behind."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 from jax.extend import core
@@ -10,7 +11,7 @@ from fop_optax import _compat
 from fop_optax.capture import flow, steps
 from fop_optax.capture.growth import Growth
 from fop_optax.capture.marks import Mark
-from fop_optax.capture.values import BiasUse, Key, Path, Use, Value
+from fop_optax.capture.values import BiasUse, Key, Path, Pending, Use, Value
 
 
 @dataclasses.dataclass
@@ -47,7 +48,8 @@ class Frame:
   """The walk of one jaxpr: at `path`, within scans of lengths `scans`, the innermost at `loop`.
 
   `each` says whether one of these scans goes over examples, `needed` which outputs a gradient comes
-  back to, `affine` which of them the loss is a sum of.
+  back to, `affine` which of them the loss is a sum of, `called` where the jaxpr is called (within
+  functions of libraries JAX knows no other line).
   """
 
   jaxpr: Any
@@ -59,12 +61,13 @@ class Frame:
   each: bool
   found: Found
   growth: Growth | None
+  called: Callable[[], str] = str
 
   def __post_init__(self):
     self.live, self.wanted = flow.relevant(self.jaxpr, self.needed)
     self.grows = self.growth.of(self.jaxpr, self.path) if self.growth else {}
     self.terms: set[Any] = set()  # variables that the loss is a sum of, known from its inputs on
-    self.pending: set[tuple[int, str]] = set()  # all that there were
+    self.pending: set[Pending] = set()  # all that there were
     self.at(0, False)
     readers: dict[Any, list[Any]] = {}
     for index in self.live:
@@ -83,12 +86,15 @@ class Frame:
     self.here: Path = (*self.path, index)
     self.is_live = index in self.live
     self.free = free
-    self.new_pending: set[tuple[int, str]] = set()
+    self.new_pending: set[Pending] = set()
     self.new_products: set[Key] = set()
 
   def inside(self, jaxpr: Any, needed: Sequence[bool], affine: Sequence[bool | None]) -> "Frame":
     """The frame of a jaxpr in the equation at hand, as if it were written out."""
-    return dataclasses.replace(self, jaxpr=jaxpr, needed=needed, affine=affine, path=self.here)
+    called = functools.partial(self.line, self.jaxpr.eqns[self.here[-1]])
+    return dataclasses.replace(
+      self, jaxpr=jaxpr, needed=needed, affine=affine, path=self.here, called=called
+    )
 
   def gradient_to(self, equation: Any) -> list[bool]:
     """Which outputs of an equation a gradient comes back to."""
@@ -104,13 +110,22 @@ class Frame:
       if view.leaf not in self.found.refused:
         reason = why + self.source(equation)
         if self.free:
-          self.new_pending.add((view.leaf, reason))
+          self.new_pending.add(Pending(self.here, view.leaf, reason))
         else:
           self.found.refused[view.leaf] = reason
 
+  def refuse_pending(self, pending: Iterable[Pending]) -> None:
+    """Notes that parameters are in no layer, as what is made of them has met the batch."""
+    for _, leaf, why in sorted(pending):
+      self.found.refused.setdefault(leaf, why)
+
   def source(self, equation: Any) -> str:
-    source = _compat.source_of(self.jaxpr, equation)
-    return f" at {source}" if source else ""
+    line = self.line(equation)
+    return f" at {line}" if line else ""
+
+  def line(self, equation: Any) -> str:
+    """The source line of an equation, or the nearest that calls it; empty if none is known."""
+    return _compat.source_of(self.jaxpr, equation) or self.called()
 
 
 def is_apart(operands: Sequence[Value]) -> bool:

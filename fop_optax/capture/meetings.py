@@ -30,8 +30,7 @@ def meet(frame: Frame, equation: Any, operands: Sequence[Value]) -> None:
       continue
     term = variable in frame.terms or not frame.is_live
     if not term:
-      for leaf, why in operand.pending:
-        frame.found.refused.setdefault(leaf, why)
+      frame.refuse_pending(operand.pending)
     if operand.products:
       axis = None if term else _repeated_axis(frame, equation, variable)
       frame.found.meetings.setdefault(frame.here, {})[number] = axis

@@ -8,7 +8,7 @@ from typing import Any
 from jax.extend.core import primitives
 import jax.numpy as jnp
 
-from fop_optax import _compat, views
+from fop_optax import views
 from fop_optax.capture import biases, entries, steps, view_rules
 from fop_optax.capture.frame import Frame
 from fop_optax.capture.kinds import convolution, dense, lookup, table
@@ -45,10 +45,13 @@ def convolve(frame: Frame, equation: Any, operands: Sequence[Value]):
 def gather(frame: Frame, equation: Any, operands: Sequence[Value]):
   """Looking up rows of a weight is a use of a layer; at fixed indices it is a view."""
   view, indices = operands[0].view, operands[1].constant
-  # the same indices in every example are a lookup
-  taken = steps.gathered(equation, indices.value) if view and indices and frame.free else None
-  if view and taken:
-    return [Value(view=steps.moved(view, taken, tuple(equation.invars[0].aval.shape)))]
+  if view and indices and frame.free:  # indices that are the same in every example are a lookup
+    taken = steps.gathered(equation, indices.value)
+    matching = None if taken else lookup.match(equation, 0)
+    if matching and not isinstance(matching, str):
+      taken = lookup.selection(matching, indices.value, tuple(equation.outvars[0].aval.shape))
+    if taken:
+      return [Value(view=steps.moved(view, taken, tuple(equation.invars[0].aval.shape)))]
   return product(frame, equation, operands, lookup.match)
 
 
@@ -158,7 +161,7 @@ def note_use(
     batch=not frame.free,
     loop=frame.loop,
     each=frame.each,
-    where=functools.partial(_compat.source_of, frame.jaxpr, equation),
+    where=functools.partial(frame.line, equation),
     scale=view.scale,
     fold=fold,
   )

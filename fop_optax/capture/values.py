@@ -129,6 +129,14 @@ class Shifted(NamedTuple):
   own: bool
 
 
+class Pending(NamedTuple):
+  """Why a parameter is in no layer, if what is made of it meets the batch."""
+
+  path: Path  # of the equation; sorts reasons into the order of the program
+  leaf: int
+  why: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Value:
   """What is known of a variable.
@@ -159,7 +167,7 @@ class Value:
   shifted: Shifted | None = None
   leaves: frozenset[int] = frozenset()
   products: frozenset[Key] = frozenset()
-  pending: frozenset[tuple[int, str]] = frozenset()
+  pending: frozenset["Pending"] = frozenset()
 
   @property
   def views(self) -> tuple[ParamView, ...]:

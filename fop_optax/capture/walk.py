@@ -58,7 +58,7 @@ def walk(
   needed, affine = [True] + [False] * aux, [True] + [None] * aux
   frame = Frame(jaxpr, needed, affine, (), (), (), False, found, growth)
   _run(frame, inputs, consts)
-  for leaf, why in frame.pending:
+  for _, leaf, why in sorted(frame.pending):
     found.apart.setdefault(leaf, why)
   _settle_sums(found)
   return found
@@ -259,8 +259,7 @@ def _leave(frame: Frame, equation: Any, variables: Sequence[Any], values: Any, f
     return
   for variable, value in zip(variables, values, strict=True):
     if is_apart([value]) and variable not in frame.terms and variable in frame.wanted:
-      for leaf, why in value.pending:
-        frame.found.refused.setdefault(leaf, why)
+      frame.refuse_pending(value.pending)
       meetings.repeat(frame, equation, value.products, None)
 
 

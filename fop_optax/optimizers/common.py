@@ -340,8 +340,30 @@ def slow_adamw(
 
   Weight decay is that of the leaves in layers: times the rate itself.
   """
-  adam = (optax.scale_by_adam(), optax.scale(0.01))
+  adam = (wide_adam(), optax.scale(0.01))
   return optax.chain(*adam, *_decay_and_rate(learning_rate, weight_decay, mask))
+
+
+def wide_adam() -> optax.GradientTransformation:
+  """Adam's direction in float32 or better: in 16 and 8 bits its epsilon would be zero."""
+  adam = optax.scale_by_adam()
+
+  def wide(leaf):
+    if jnp.finfo(leaf.dtype).bits >= 32:
+      return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+    return leaf.astype(jnp.float32)
+
+  def init(params):
+    return adam.init(jax.tree.map(wide, params))
+
+  def update(updates, state, params=None):
+    del params
+    directions, state = adam.update(jax.tree.map(wide, updates), state)
+    return jax.tree.map(lambda d, u: d.astype(u.dtype), directions, updates), state
+
+  return optax.GradientTransformation(init, update)
 
 
 def _decay_and_rate(rate, weight_decay, mask):

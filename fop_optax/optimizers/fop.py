@@ -108,7 +108,7 @@ def scale_by_fop(
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
   inner = project(options, fop_options, common.check_layers(layers))
-  return common.by_layer(layers, inner, fallback or optax.scale_by_adam())
+  return common.by_layer(layers, inner, fallback or common.wide_adam())
 
 
 def project(

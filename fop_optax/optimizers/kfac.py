@@ -48,7 +48,7 @@ def scale_by_kfac(
     learning_rate,
   )
   inner = precondition(options, common.check_layers(layers))
-  return common.by_layer(layers, inner, fallback or optax.scale_by_adam())
+  return common.by_layer(layers, inner, fallback or common.wide_adam())
 
 
 def precondition(options: Options, layers: Layers) -> optax.GradientTransformationExtraArgs:
