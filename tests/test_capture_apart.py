@@ -8,6 +8,7 @@ from jax.experimental import jet
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from selection import slow_but
 
 import fop_optax
 
@@ -81,7 +82,9 @@ PENALTIES = {
 }
 
 
-@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize(
+  "name", slow_but(PENALTIES, "l2", "subtracted, divided", "orthogonal", "cond", "half of a sum")
+)
 def test_a_penalty_leaves_statistics_as_they_are(name):
   p = params()
   found, factors = captured(lambda p, x, y: PENALTIES[name](p, fit(p, x, y)), p, X, Y)
@@ -213,7 +216,7 @@ def residuals(derivative, u, x):
   return jax.vmap(lambda x: derivative(u, x))(x)
 
 
-@pytest.mark.parametrize("name", DERIVATIVES)
+@pytest.mark.parametrize("name", slow_but(DERIVATIVES, "forward_over_forward", "force"))
 def test_derivatives_of_a_network_are_captured_whole(name):
   """As the same function whose biases are a row of the weights, met by a column of ones."""
 
@@ -371,7 +374,7 @@ QKV = {
 }
 
 
-@pytest.mark.parametrize("name", QKV)
+@pytest.mark.parametrize("name", slow_but(QKV, "split", "heads"))
 def test_biases_of_slices_are_one_bias(name):
   p = {"bk": draw(H), "bq": draw(H, seed=1), "bv": draw(H, seed=2), "w": draw(D, 3 * H)}
   one = {"b": jnp.concatenate([p["bq"], p["bk"], p["bv"]]), "w": p["w"]}

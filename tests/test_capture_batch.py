@@ -1,5 +1,7 @@
 """Arguments, aux, keys, cost and errors of `capture` and `value_and_grad`."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 import fop_optax
 
 N, D, C = 8, 4, 3
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def cross_entropy(p, x, y):
@@ -111,7 +114,9 @@ def test_two_numbers_in_the_form_of_a_key_are_none():
     fop_optax.capture(loss, params, x, size, key)
 
 
-@pytest.mark.parametrize("captured_weak, weak", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+  "captured_weak, weak", [(True, False), *(SLOW(*row) for row in [(True, True), (False, True)])]
+)
 def test_weak_types_make_no_difference(captured_weak, weak):
   params, x, y = inputs()
   scales = {True: jnp.full(D, 0.5), False: jnp.full(D, 0.5, "float32")}
@@ -126,7 +131,10 @@ def test_weak_types_make_no_difference(captured_weak, weak):
   assert np.any(stats.factors[0].A)
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"groups": 2, "micro_batches": 2}])
+@pytest.mark.parametrize(
+  "options",
+  [*map(SLOW, [{}, {"groups": 2}]), {"groups": 2, "micro_batches": 2}],
+)
 def test_complex_and_8_bit_leaves_have_their_gradients_and_no_layer(options):
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), "float32")
@@ -336,7 +344,7 @@ def test_equinox_module_with_its_functions_says_how_to_split_it():
     fop_optax.capture(loss, model, X, Y)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [SLOW(1), 2])
 def test_groups_in_a_loop_are_groups_written_out(micro_batches):
   """A long program goes in a loop under `jit`, and is written out when it runs eagerly."""
   rng = np.random.default_rng(0)

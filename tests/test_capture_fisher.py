@@ -28,8 +28,13 @@ def close(actual, desired, tolerance=1e-12):
   np.testing.assert_allclose(actual, desired, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(
+  "groups, traced",
+  [
+    (1, False),
+    *(pytest.param(*row, marks=pytest.mark.slow) for row in [(1, True), (2, False), (2, True)]),
+  ],
+)
 def test_exact_is_kfac_jax(groups, traced):
   params, x, y, oracle = inputs()
   captured = fop_optax.capture(mlp, params, x, y, groups=groups, fisher="exact")
@@ -43,6 +48,7 @@ def test_exact_is_kfac_jax(groups, traced):
     close(G[0], oracle[f"fisher_exact/factor_layer{index}_B"])
 
 
+@pytest.mark.slow
 def test_directions_of_kfac_jax_exact_from_the_loss():
   params, x, y, oracle = inputs()
   captured = fop_optax.capture(mlp, params, x, y, fisher="exact")

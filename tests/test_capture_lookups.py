@@ -10,6 +10,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from selection import slow_but
 from test_capture import draw, relative
 
 import fop_optax
@@ -57,6 +58,7 @@ def rows_of_a_matrix():
   return w, x, explicit.evaluate(loss, w, x, x, groups=1)
 
 
+QUICK = ("a scalar under vmap", "a scalar in a map", "dynamic_slice", "columns", "two indices")
 SPELLINGS: dict[str, Callable[..., Any]] = {  # of w[x]
   "a scalar under vmap": lambda w, x: jax.vmap(jax.vmap(lambda t: w[t]))(x),
   "a scalar in a map": lambda w, x: lax.map(lambda t: w[t], x.ravel()).reshape(*x.shape, -1),
@@ -82,7 +84,7 @@ SPELLINGS: dict[str, Callable[..., Any]] = {  # of w[x]
 }
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("name", slow_but(SPELLINGS, *QUICK))
 def test_a_lookup_of_whole_rows(name):
   check(SPELLINGS[name], *rows_of_a_matrix())
 
@@ -96,6 +98,7 @@ def expected_of(loss, w, x):
   return explicit.evaluate(lambda w, x, y, tap: loss(w, x, tap), w, x, x, groups=1)
 
 
+@pytest.mark.slow
 def test_windows_of_rows_are_lookups_of_each_and_clipped_as_jax_clips_them():
   w, x = jnp.asarray(draw(V, D)), jnp.array([0, V - 1, 2, -9])
   starts = jnp.clip(jnp.where(x < 0, x + V, x), 0, V - 2)
@@ -106,6 +109,7 @@ def test_windows_of_rows_are_lookups_of_each_and_clipped_as_jax_clips_them():
   check(lambda w, x: lax.map(window(w), x), w, x, expected)
 
 
+@pytest.mark.slow
 def test_tables_with_indices_of_their_own_are_a_stack():
   w, x = jnp.asarray(draw(2, V, D)), tokens()[:, :2]
 
@@ -146,7 +150,7 @@ ALWAYS: dict[str, tuple[Any, Callable[..., Any]]] = {  # rows that each example 
 }
 
 
-@pytest.mark.parametrize("name", ALWAYS)
+@pytest.mark.parametrize("name", slow_but(ALWAYS, "range", "twice"))
 def test_rows_at_constant_indices_that_are_added_are_a_table(name):
   ids, add = ALWAYS[name]
   w, h = jnp.asarray(draw(V, D)), jnp.asarray(draw(N, T, D))
@@ -184,7 +188,7 @@ TOKENS: dict[str, tuple[tuple[int, ...], Callable[..., Any]]] = {  # shape of w;
 }
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", slow_but(TOKENS, "vector"))
 def test_tokens_that_are_joined_to_each_example_are_a_table(name):
   shape, join = TOKENS[name]
   w, h = jnp.asarray(draw(*shape)), jnp.asarray(draw(N, T, D))
@@ -196,6 +200,7 @@ def test_tokens_that_are_joined_to_each_example_are_a_table(name):
   check(join, w, h, expected_of(rows, w, h), "table")
 
 
+@pytest.mark.slow
 def test_a_token_and_registers_around_the_batch_are_two_tables():
   params = {"a": jnp.asarray(draw(D)), "b": jnp.asarray(draw(2, D))}
   h = jnp.asarray(draw(N, T, D))
@@ -219,7 +224,7 @@ def inner(p, x, y):
   return jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"] - y) ** 2)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_weights_adapted_to_each_task_are_weights(steps):
   """First-order MAML: `d loss / d w` is that of the adapted weight."""
   params = {"a": jnp.asarray(draw(2, 3)), "b": jnp.asarray(draw(3, 2))}

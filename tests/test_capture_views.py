@@ -139,8 +139,10 @@ def problem(forms):
 
 @pytest.mark.parametrize(
   "forms, max_dim",
-  [(list(FORMS), 8192), (["repeated columns", "repeated rows", "padded"], 1)],
-  ids=["whole", "diagonal"],
+  [
+    pytest.param(list(FORMS), 8192, marks=pytest.mark.slow, id="whole"),
+    pytest.param(["repeated columns", "repeated rows", "padded"], 1, id="diagonal"),
+  ],
 )
 def test_statistics_are_those_of_the_distinct_entries(forms, max_dim):
   params, x, y, spelled, plain = problem(forms)
@@ -170,6 +172,7 @@ def _order(layer, weight, of_layer):
   return order
 
 
+@pytest.mark.slow
 def test_a_step_is_that_of_plain_products():
   params, x, y, spelled, plain = problem(["permuted columns", "heads of outputs"])
   updates = []

@@ -13,11 +13,14 @@ import orbax.checkpoint
 import problems
 import pytest
 from registry import ROWS
+from selection import slow_but
 
 import fop_optax
 
+QUICK = ("sgd", "kfac", "fop", "kfac per example", "fop per example")  # the others are slow
 
-@pytest.fixture(params=ROWS, ids=lambda row: row.name)
+
+@pytest.fixture(params=slow_but(ROWS, *QUICK, name=lambda row: row.name))
 def row(request):
   return request.param
 
