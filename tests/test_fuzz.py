@@ -28,13 +28,13 @@ FUZZ = {
 }
 
 
-@hypothesis.settings(max_examples=12, derandomize=True, **FUZZ)
+@hypothesis.settings(max_examples=5, derandomize=True, **FUZZ)
 @hypothesis.given(network=networks.networks)
 def test_a_few_random_networks(network):
   check(network)
 
 
-@hypothesis.settings(max_examples=60, derandomize=True, **FUZZ)
+@hypothesis.settings(max_examples=50, derandomize=True, **FUZZ)
 @hypothesis.given(network=networks.networks)
 def test_layers_of_a_few_random_networks(network):
   captured(network, network.data())
@@ -148,10 +148,11 @@ def check_factors(layers, factors, params, matrices):
       columns = [np.flatnonzero(np.any(matrix.w == value, axis=0))[0] for value in w[0]]
       np.testing.assert_array_equal(matrix.w[np.ix_(rows, columns)], w)
       assert w.shape == matrix.w.shape
-      if layer.bias is not None:
+      if layer.biases:
         if matrix.b is not None:
           np.testing.assert_array_equal(matrix.b[columns], b[0])
-        assert parent(layers.paths[layer.bias]) == parent(layers.paths[layer.weight])
+        for bias in layer.biases:
+          assert parent(layers.paths[bias.leaf]) == parent(layers.paths[layer.weight])
         rows.append(-1)
       wanted = matrix.A[np.ix_(rows, rows)]
       wanted = np.diag(wanted) if layer.diagonal[0] else wanted

@@ -2,7 +2,20 @@
 
 from hypothesis import strategies as st
 
-from networks.blocks import BIAS_TRAPS, ODD, PENALTIES, Dense, Embed, Joined, LowRank, Norm, Odd
+from networks.blocks import (
+  BIAS_NUMBERS,
+  BIAS_TRAPS,
+  ODD,
+  PENALTIES,
+  VIEWS,
+  Dense,
+  Embed,
+  Joined,
+  LowRank,
+  Norm,
+  Odd,
+  Viewed,
+)
 from networks.network import AROUND, LOSSES, Blocks, Network
 from networks.repeated import EXPERTS, REPEATS, STACKED, STACKS, Experts, Shared, Stack
 from networks.spelling import ACTIVATIONS, CLASSES, PRODUCTS, STORED, SUMS, WIDTHS, WRAPS, Spelling
@@ -34,8 +47,9 @@ DENSE = {
 }
 BLOCKS = [
   (6, Dense, DENSE),
-  (1.5, Dense, DENSE | {"bias": BIAS_TRAPS}),
-  (1, Dense, DENSE | {"penalty_on_w": PENALTIES}),
+  (1, Dense, DENSE | {"bias": BIAS_NUMBERS}),
+  (1, Dense, DENSE | {"bias": BIAS_TRAPS}),
+  (1, Dense, DENSE | {"penalty_on_w": [*PENALTIES, "spectral"]}),
   (0.3, Dense, DENSE | {"bias": ["bias"], "penalty_on_b": ["l2"]}),
   (
     3,
@@ -79,7 +93,8 @@ BLOCKS = [
       "bias": [True, False],
     },
   ),
-  (4, Odd, {"use": ODD, "bias": [True, False], "besides": [True, False]}),
+  (3, Viewed, {"use": VIEWS, "bias": [True, False], "besides": [True, False]}),
+  (3, Odd, {"use": ODD, "bias": [True, False], "besides": [True, False]}),
   (1, Norm, {"after": [True, False]}),
   (1, Embed, {"look_up": ["gather", "take", "onehot"]}),
   (1, Joined, {"axis": [0, 1], "late": [True, False]}),

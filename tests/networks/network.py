@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fop_optax
-from networks.blocks import Block
+from networks.blocks import Block, untapped
 from networks.spelling import CLASSES, EXAMPLES, WIDTHS, normal
 
 # What goes around a group of blocks, acting on h[..., tokens, width].
@@ -60,7 +60,7 @@ class Blocks(Block):
 
   def canonical(self, p, h, tap):
     def branch(i, block):
-      inner = lambda name, *args: tap(f"b{i}/{name}", *args)
+      inner = lambda name, *args, **role: tap(f"b{i}/{name}", *args, **role)
       return lambda h: block.canonical(p[f"b{i}"], h, inner)
 
     return self._join(h, [branch(i, block) for i, block in enumerate(self.blocks)])
@@ -72,8 +72,12 @@ class Blocks(Block):
 
     return run(p, h) if self.around == "none" else AROUND[self.around](run)(p, h)
 
-  def penalty(self, p):
-    return sum(block.penalty(p[f"b{i}"]) for i, block in enumerate(self.blocks))
+  def penalty(self, p, tap):
+    def one(i, block):
+      inner = lambda name, *args, **role: tap(f"b{i}/{name}", *args, **role)
+      return block.penalty(p[f"b{i}"], untapped if tap is untapped else inner)
+
+    return sum(one(i, block) for i, block in enumerate(self.blocks))
 
 
 def _cross_entropy(z, y):
@@ -153,13 +157,13 @@ class Network:
   def canonical(self, params, x, y, tap):
     """The mean loss, with taps."""
     z = self.body.canonical(params, x, tap)
-    return LOSSES[self.loss][0](z, y) + self.body.penalty(params)
+    return LOSSES[self.loss][0](z, y) + self.body.penalty(params, tap)
 
   def spelled(self, params, x, y):
     """The mean loss, and with `aux` a pair."""
     z = self.body.spelled(params, x)
     plain, marked, _ = LOSSES[self.loss]
-    loss = (marked or plain)(z, y) + self.body.penalty(params)
+    loss = (marked or plain)(z, y) + self.body.penalty(params, untapped)
     if not self.aux:
       return loss
     norm = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
