@@ -69,13 +69,17 @@ def factors(loss, params, x, y, groups=1, terms=1) -> dict[str, list[tuple]]:
   return out
 
 
-def evaluate(loss_fn, params, x, y, groups=1, terms=1, transform=lambda f: f) -> Explicit:
+def evaluate(
+  loss_fn, params, x, y, groups=1, terms=1, transform=lambda f: f, marked=None
+) -> Explicit:
   """Loss, group gradients and statistics; arguments as of `factors`.
 
-  `transform` is applied to the function that gives gradients: `jax.jit` for a large network.
+  `transform` is applied to the function that gives gradients: `jax.jit` for a large network. With
+  `marked(params, x, tap)`, which gives `(z[..., C], weights[...], "softmax" or "normal")` of the
+  terms of each mark, `G` is the sum of `w_t J_t' H_t J_t` over terms t and rows of the output.
   """
   each = [
-    _group(loss_fn, params, x[i::groups], y[i::groups], groups, terms, transform)
+    _group(loss_fn, params, x[i::groups], y[i::groups], groups, terms, transform, marked)
     for i in range(groups)
   ]
   matrices = {
@@ -89,11 +93,11 @@ def evaluate(loss_fn, params, x, y, groups=1, terms=1, transform=lambda f: f) ->
   return Explicit(float(loss), grads, matrices)
 
 
-def _group(loss, params, x, y, groups, terms, transform) -> Explicit:
+def _group(loss, params, x, y, groups, terms, transform, marked) -> Explicit:
   keys: list[tuple[str, int]] = []
   roles: list[tuple[float, bool, bool]] = []
 
-  def tapped(params, eps):
+  def tapped(params, eps, function=lambda params, tap: loss(params, x, y, tap)):
     keys.clear()
     roles.clear()
     uses, outputs = [], []
@@ -107,20 +111,47 @@ def _group(loss, params, x, y, groups, terms, transform) -> Explicit:
       uses.append((x, w, b))
       return out
 
-    return loss(params, x, y, tap), (uses, outputs)
+    return function(params, tap), (uses, outputs)
 
   like = jax.eval_shape(lambda params: tapped(params, None)[1][1], params)
   eps = [jnp.zeros(out.shape, out.dtype) for out in like]
   value_and_grad = transform(jax.value_and_grad(tapped, (0, 1), has_aux=True))
   (value, (uses, _)), (grads, dys) = value_and_grad(params, eps)
 
+  of_uses = list(zip(list(keys), uses, list(roles), strict=True))
+  scale: float | None = len(x) * terms
+  if marked:
+    scale, of_terms = None, lambda params, tap: marked(params, x, tap)
+    dys = _columns(lambda eps: tapped(params, eps, of_terms)[0], eps, dys)
+
   by_key: dict[tuple[str, int], list[Use]] = {}
-  for key, (rows, w, b), (coordinate, *role), dy in zip(keys, uses, roles, dys, strict=True):
+  for (key, (rows, w, b), (coordinate, *role)), dy in zip(of_uses, dys, strict=True):
     rows = _rows(rows)
     rows = np.concatenate([rows, np.full_like(rows[:, :1], coordinate)], axis=1)
     by_key.setdefault(key, []).append(Use(rows, _rows(dy), w, b, *role))
-  matrices = {key: _matrix(found, len(x) * terms, groups) for key, found in by_key.items()}
+  matrices = {key: _matrix(found, scale, groups) for key, found in by_key.items()}
   return Explicit(float(value), [grads], matrices)
+
+
+def _columns(terms, eps, dys):
+  """For each output `[columns, ..., outputs]`, of which `sum_t w_t J_t' H_t J_t` is the square."""
+  columns = []
+  for number, (z, weights, kind) in enumerate(terms(eps)):
+    shape = (-1, z.shape[-1])
+    of_eps = lambda eps, number=number, shape=shape: terms(eps)[number][0].reshape(shape)
+    z, weights = of_eps(eps), weights.reshape(-1)
+    hessians = jax.vmap(jax.hessian(jax.nn.logsumexp))(z)
+    if kind == "normal":
+      hessians = jnp.broadcast_to(jnp.eye(z.shape[1]), hessians.shape)
+    values, vectors = np.linalg.eigh(weights[:, None, None] * hessians)
+    roots = vectors * np.sqrt(np.maximum(values, 0))[:, None]
+    jacobians = jax.jacrev(of_eps)(eps)  # [terms, classes, *rows, outputs]
+    columns.append([np.einsum("tc...,tcd->td...", jacobian, roots) for jacobian in jacobians])
+  joined = [
+    np.concatenate([piece.reshape(-1, *dy.shape) for piece in pieces])
+    for *pieces, dy in zip(*columns, dys, strict=True)
+  ]
+  return joined
 
 
 def _matrix(uses, scale, groups) -> Matrix:
@@ -152,13 +183,15 @@ def _matrix(uses, scale, groups) -> Matrix:
 def _factors(uses, scale, groups):
   """`A`, the mean over rows, of which fixed ones are shared by the groups; `G`, a scaled sum.
 
-  Fixed rows, M of them in a use, are a mean over M in place of one over the examples.
+  Fixed rows, M of them in a use, are a mean over M in place of one over the examples. Without
+  `scale` the sum is of columns that are scaled.
   """
   counts = [(1 / groups if use.fixed else 1.0) for use in uses]
   pairs = list(zip(counts, uses, strict=True))
   A = sum(count * use.x.T @ use.x for count, use in pairs)
   A = A / sum(count * len(use.x) for count, use in pairs)
-  G = sum((len(use.x) if use.fixed else scale) * (use.dy.T @ use.dy) for use in uses)
+  numbers = [len(use.x) if use.fixed else scale for use in uses] if scale else [1.0] * len(uses)
+  G = sum(number * (use.dy.T @ use.dy) for number, use in zip(numbers, uses, strict=True))
   return A, G
 
 

@@ -62,6 +62,7 @@ def captured(network, data):
     has_aux=network.aux,
     groups=network.groups,
     micro_batches=network.micro_batches,
+    fisher=network.fisher,
   )
   check_roles(capture, network.roles())
   return capture
@@ -71,7 +72,10 @@ def check(network):
   """Compares everything that capture gives of a network with the explicit sums."""
   params, x, y = data = network.data()
   capture = captured(network, data)
-  expected = explicit.evaluate(network.canonical, params, x, y, network.groups, network.terms)
+  marked = network.marked if network.fisher == "exact" else None
+  expected = explicit.evaluate(
+    network.canonical, params, x, y, network.groups, network.terms, marked=marked
+  )
   single = any(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
   for fresh, (loss, grads, stats) in results(capture, network.refresh, *data):
     loss, aux = loss if network.aux else (loss, None)

@@ -140,6 +140,117 @@ class Dense(Block):
     return total + 0.1 * jnp.sum(y**2)
 
 
+# Numbers beside a weight and a bias: `k (x (c w)) + s b` as a product of w or y with a number, and
+# (c, k, s).
+NUMBERS = {
+  "weight doubled": (lambda x, w, b: x @ (2 * w) + b, (2.0, 1.0, 1.0)),
+  "equalised": (lambda x, w, b: x @ (w / jnp.sqrt(x.shape[-1])) + 0.1 * b, (None, 1.0, 0.1)),
+  "product halved": (lambda x, w, b: 0.5 * (x @ w) + b, (1.0, 0.5, 1.0)),
+  "whole output": (lambda x, w, b: (x @ w + b) / 4, (1.0, 0.25, 0.25)),
+  "negated": (lambda x, w, b: b - x @ w, (1.0, -1.0, 1.0)),
+  "array of one number": (
+    lambda x, w, b: x @ (w * jnp.full(w.shape, 3.0, w.dtype)) - b * 2,
+    (3.0, 1.0, -2.0),
+  ),
+  "in a map": (
+    lambda x, w, b: lax.map(lambda row: row @ (w * 4) + b, x.reshape(-1, x.shape[-1])).reshape(
+      *x.shape[:-1], -1
+    ),
+    (4.0, 1.0, 1.0),
+  ),
+  "after a reshape": (
+    lambda x, w, b: (
+      -((x @ w.reshape(1, *w.shape)[0] + 3 * b).reshape(-1, w.shape[1])).reshape(*x.shape[:-1], -1)
+    ),
+    (1.0, -1.0, -3.0),
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered(Block):
+  """A product and a sum with a bias in which one of `NUMBERS` stands."""
+
+  outputs: int
+  number: str
+
+  def init(self, rng, width, tokens):
+    return {"w": normal(rng, width, self.outputs), "b": normal(rng, self.outputs)}, self.outputs
+
+  def roles(self):
+    return {"w": "layer", "b": "layer"}
+
+  def spelled(self, p, h):
+    return jnp.tanh(NUMBERS[self.number][0](h, p["w"], p["b"]))
+
+  def canonical(self, p, h, tap):
+    c, k, s = NUMBERS[self.number][1]
+    c = c or h.shape[-1] ** -0.5
+    return jnp.tanh(k * tap("w", c * h, p["w"], p["b"], coordinate=s / k))
+
+
+# Derivatives of a function of one example, or of all, along v: f, h, v -> (f(h), D f(h) v).
+FORWARD = {
+  "jvp": lambda f, h, v: jax.jvp(f, (h,), (jnp.broadcast_to(v, h.shape),)),
+  "jvp each": lambda f, h, v: jax.vmap(lambda h: jax.jvp(f, (h,), (jnp.broadcast_to(v, h.shape),)))(
+    h
+  ),
+  "linearize": lambda f, h, v: (lambda y, g: (y, g(jnp.ones_like(h) * v)))(*jax.linearize(f, h)),
+  "checkpoint": lambda f, h, v: jax.vmap(
+    lambda h: jax.jvp(jax.checkpoint(f), (h,), (jnp.broadcast_to(v, h.shape),))
+  )(h),
+  "jit": lambda f, h, v: jax.vmap(
+    jax.jit(lambda h: jax.jvp(f, (h,), (jnp.broadcast_to(v, h.shape),)))
+  )(h),
+}
+# Gradients of a sum of its outputs times v: f, h, v -> (f(h), v' D f(h)).
+REVERSE = {
+  "vjp": lambda f, h, v: (lambda y, g: (y, g(jnp.broadcast_to(v, y.shape))[0]))(*jax.vjp(f, h)),
+  "grad each": lambda f, h, v: jax.vmap(lambda h: (f(h), jax.grad(lambda h: jnp.sum(f(h) * v))(h)))(
+    h
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Derivative(Block):
+  """A dense layer plus its derivative along a constant, in one of `FORWARD` or `REVERSE`."""
+
+  form: str
+  linear: bool = False  # without an activation: constants in reverse, too
+  bias: bool = True
+  spelling: Spelling = Spelling()
+
+  def init(self, rng, width, tokens):
+    p = {"w": normal(rng, width, width)}
+    return p | ({"b": normal(rng, width)} if self.bias else {}), width
+
+  def roles(self):
+    spelling = self.spelling
+    around = (spelling.around_product, spelling.around_sum, spelling.around_both)
+    checkpoints = any("checkpoint" in wrap or "saved" in wrap for wrap in around)
+    # what a checkpoint is differentiated to, or a constant row by row, may be left alone
+    left = spelling.product == "map" or (checkpoints and "jvp" not in self.form)
+    return dict.fromkeys(("w", "b") if self.bias else ("w",), "either" if left else "layer")
+
+  def _direction(self, h):
+    return jnp.cos(jnp.arange(h.shape[-1], dtype=h.dtype) + 1)
+
+  def spelled(self, p, h):
+    act = (lambda y: y) if self.linear else jnp.tanh
+    f = lambda h: act(self.spelling(h[None], p["w"], p.get("b")))[0]
+    y, along = (FORWARD | REVERSE)[self.form](f, h, self._direction(h))
+    return jnp.tanh(y + along)
+
+  def canonical(self, p, h, tap):
+    y = tap("w", h, p["w"], p.get("b"))
+    y, slope = (y, 1.0) if self.linear else (jnp.tanh(y), 1 - jnp.tanh(y) ** 2)
+    v = jnp.broadcast_to(self._direction(h), h.shape)
+    if self.form in FORWARD:
+      return jnp.tanh(y + slope * tap("w", v, p["w"]))
+    return jnp.tanh(y + tap("w", v * slope, p["w"].T, turned=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class LowRank(Block):
   """`h @ w + (h @ a) @ b + c`; "merged": `h @ (w + a @ b)`, "product": `h @ w + h @ (a @ b)`."""
@@ -364,9 +475,43 @@ class Norm(Block):
     return self.canonical(p, h, lambda name, x, w: x @ w)
 
 
+def _vmapped_rows(one):
+  """A lookup of all tokens from one of a single token."""
+
+  def all_rows(w, ids):
+    every = lambda i: one(w, i)
+    for _ in range(ids.ndim):
+      every = jax.vmap(every)
+    return every(ids)
+
+  return all_rows
+
+
+# Rows of w[2, d] at ids[...].
+LOOKUPS = {
+  "gather": lambda w, ids: w[ids],
+  "take": lambda w, ids: jnp.take(w, ids, axis=0),
+  "onehot": lambda w, ids: jnp.einsum("...i,io->...o", jax.nn.one_hot(ids, 2, dtype=w.dtype), w),
+  "scalar": _vmapped_rows(lambda w, i: w[i]),
+  "map": lambda w, ids: lax.map(lambda i: w[i], ids),
+  "map of scalars": lambda w, ids: lax.map(lambda i: w[i], ids.reshape(-1)).reshape(*ids.shape, -1),
+  "dynamic slice": _vmapped_rows(lambda w, i: lax.dynamic_slice(w, (i, 0), (1, w.shape[1]))[0]),
+  "dynamic slice in map": lambda w, ids: lax.map(
+    lambda i: lax.dynamic_slice_in_dim(w, i, 1)[0], ids.reshape(-1)
+  ).reshape(*ids.shape, -1),
+  "dynamic index": _vmapped_rows(lambda w, i: lax.dynamic_index_in_dim(w, i, keepdims=False)),
+  "at get": lambda w, ids: w.at[ids].get(mode="clip"),
+  "at get fill": lambda w, ids: w.at[ids].get(mode="fill", fill_value=0),
+  "columns": lambda w, ids: jnp.moveaxis(w.T[:, ids], 0, -1),
+  "reshaped": lambda w, ids: w.reshape(2, 2, -1)[ids].reshape(*ids.shape, -1),
+  "doubled": lambda w, ids: (2 * w)[ids],
+  "jit": lambda w, ids: jax.jit(lambda w, ids: w[ids])(w, ids),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Embed(Block):
-  """Adds rows of a table: "gather", "take", or products with "onehot" vectors."""
+  """Adds rows of a table, looked up in one of `LOOKUPS`."""
 
   look_up: str = "gather"
 
@@ -380,41 +525,47 @@ class Embed(Block):
     return (h[..., 0] > 0).astype(int)
 
   def canonical(self, p, h, tap):
-    return h + tap("w", jax.nn.one_hot(self._ids(h), 2, dtype=h.dtype), p["w"])
+    number = 2.0 if self.look_up == "doubled" else 1.0
+    return h + tap("w", number * jax.nn.one_hot(self._ids(h), 2, dtype=h.dtype), p["w"])
 
   def spelled(self, p, h):
-    ids = self._ids(h)
-    if self.look_up == "onehot":
-      return h + jnp.einsum("...i,io->...o", jax.nn.one_hot(ids, 2, dtype=h.dtype), p["w"])
-    return h + (p["w"][ids] if self.look_up == "gather" else jnp.take(p["w"], ids, axis=0))
+    return h + LOOKUPS[self.look_up](p["w"], self._ids(h))
 
 
 @dataclasses.dataclass(frozen=True)
 class Joined(Block):
-  """A product with several parameters joined along its inputs or its outputs."""
+  """A product with several parameters joined along its inputs or its outputs, and a bias of all."""
 
   axis: int = 0
   late: bool = False  # transposed after they were joined
+  bias: bool = False
 
   def init(self, rng, width, tokens):
     w = normal(rng, width, width)
     first, second = np.split(w, [width // 2], self.axis)
-    return {"first": first, "second": second}, width
+    bias = {"b": normal(rng, width)} if self.bias else {}
+    return {"first": first, "second": second} | bias, width
 
   def roles(self):
-    return {"first": "layer", "second": "layer"}
+    role = "layer" if self.axis == 1 else "sum"
+    return {"first": "layer", "second": "layer"} | ({"b": role} if self.bias else {})
 
   def canonical(self, p, h, tap):
+    b = p.get("b", 0.0)
     if self.axis == 1:
+      cut = p["first"].shape[1]
+      bs = (b[:cut], b[cut:]) if self.bias else (None, None)
       return jnp.tanh(
-        jnp.concatenate([tap("first", h, p["first"]), tap("second", h, p["second"])], -1)
+        jnp.concatenate(
+          [tap(name, h, p[name], b) for name, b in zip(("first", "second"), bs, strict=True)], -1
+        )
       )
     left, right = jnp.split(h, [p["first"].shape[0]], -1)
-    return jnp.tanh(tap("first", left, p["first"]) + tap("second", right, p["second"]))
+    return jnp.tanh(tap("first", left, p["first"]) + tap("second", right, p["second"]) + b)
 
   def spelled(self, p, h):
     if self.late:
       w = jnp.concatenate([p["first"].T, p["second"].T], 1 - self.axis).T
     else:
       w = jnp.concatenate([p["first"], p["second"]], self.axis)
-    return jnp.tanh(h @ w)
+    return jnp.tanh(h @ w + p.get("b", 0.0))
