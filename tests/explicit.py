@@ -4,6 +4,10 @@ A network is written canonically, in plain Python without scans, vmaps or wrappe
 `tap(name, x, w, b)` for each dense product `x @ w + b` of rows `x[..., inputs]`. A tap keeps `x`
 and adds a perturbation of zero to the output, whose gradient is `dy`. The sums are NumPy's, in
 float64.
+
+Further arguments of a tap: `stack` numbers the matrices of one name. `coordinate` is a number that
+the bias is multiplied by. `fixed` says that the rows are no examples' but in the loss once, and
+`turned` that `w` is the transpose of what it is elsewhere.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+class Use(NamedTuple):
+  """Rows, and the gradients of what they are taken to."""
+
+  x: np.ndarray  # [rows, inputs + 1], with the homogeneous coordinate
+  dy: np.ndarray  # [rows, outputs]
+  w: np.ndarray
+  b: np.ndarray | None
+  fixed: bool
+  turned: bool
 
 
 class Matrix(NamedTuple):
@@ -40,7 +55,7 @@ def factors(loss, params, x, y, groups=1, terms=1) -> dict[str, list[tuple]]:
 
   Args:
     loss: `loss(params, x, y, tap)`, the mean over the examples of `x` and `y`, with calls
-      `tap(name, x, w, b=None, stack=0)` for `x @ w + b`; `stack` numbers the matrices of one name.
+      `tap(name, x, w, b=None, stack=0, coordinate=1.0, fixed=False, turned=False)`.
     params: any pytree.
     x: inputs, examples first.
     y: labels, examples first.
@@ -54,13 +69,18 @@ def factors(loss, params, x, y, groups=1, terms=1) -> dict[str, list[tuple]]:
   return out
 
 
-def evaluate(loss_fn, params, x, y, groups=1, terms=1, transform=lambda f: f) -> Explicit:
+def evaluate(
+  loss_fn, params, x, y, groups=1, terms=1, transform=lambda f: f, marked=None
+) -> Explicit:
   """Loss, group gradients and statistics; arguments as of `factors`.
 
-  `transform` is applied to the function that gives gradients: `jax.jit` for a large network.
+  `transform` is applied to the function that gives gradients: `jax.jit` for a large network. With
+  `marked(params, x, tap)`, which gives `(z[..., C], weights[...], "softmax" or "normal")` of the
+  terms of each mark, `G` is the sum of `w_t J_t' H_t J_t` over terms t and rows of the output.
   """
   each = [
-    _group(loss_fn, params, x[i::groups], y[i::groups], terms, transform) for i in range(groups)
+    _group(loss_fn, params, x[i::groups], y[i::groups], groups, terms, transform, marked)
+    for i in range(groups)
   ]
   matrices = {
     key: first._replace(
@@ -73,49 +93,116 @@ def evaluate(loss_fn, params, x, y, groups=1, terms=1, transform=lambda f: f) ->
   return Explicit(float(loss), grads, matrices)
 
 
-def _group(loss, params, x, y, terms, transform) -> Explicit:
+def _group(loss, params, x, y, groups, terms, transform, marked) -> Explicit:
   keys: list[tuple[str, int]] = []
+  roles: list[tuple[float, bool, bool]] = []
 
-  def tapped(params, eps):
+  def tapped(params, eps, function=lambda params, tap: loss(params, x, y, tap)):
     keys.clear()
+    roles.clear()
     uses, outputs = [], []
 
-    def tap(name, x, w, b=None, stack=0):
-      out = x @ w if b is None else x @ w + b
+    def tap(name, x, w, b=None, stack=0, coordinate=1.0, fixed=False, turned=False):
+      out = x @ w if b is None else x @ w + coordinate * b
       outputs.append(out)
       out = out if eps is None else out + eps[len(keys)]
       keys.append((name, stack))
+      roles.append((0.0 if b is None else coordinate, fixed, turned))
       uses.append((x, w, b))
       return out
 
-    return loss(params, x, y, tap), (uses, outputs)
+    return function(params, tap), (uses, outputs)
 
   like = jax.eval_shape(lambda params: tapped(params, None)[1][1], params)
   eps = [jnp.zeros(out.shape, out.dtype) for out in like]
   value_and_grad = transform(jax.value_and_grad(tapped, (0, 1), has_aux=True))
   (value, (uses, _)), (grads, dys) = value_and_grad(params, eps)
 
-  by_key: dict[tuple[str, int], list[tuple]] = {}
-  for key, use, dy in zip(keys, uses, dys, strict=True):
-    by_key.setdefault(key, []).append((*use, dy))
-  matrices = {key: _matrix(found, len(x) * terms) for key, found in by_key.items()}
+  of_uses = list(zip(list(keys), uses, list(roles), strict=True))
+  scale: float | None = len(x) * terms
+  if marked:
+    scale, of_terms = None, lambda params, tap: marked(params, x, tap)
+    dys = _columns(lambda eps: tapped(params, eps, of_terms)[0], eps, dys)
+
+  by_key: dict[tuple[str, int], list[Use]] = {}
+  for (key, (rows, w, b), (coordinate, *role)), dy in zip(of_uses, dys, strict=True):
+    rows = _rows(rows)
+    rows = np.concatenate([rows, np.full_like(rows[:, :1], coordinate)], axis=1)
+    by_key.setdefault(key, []).append(Use(rows, _rows(dy), w, b, *role))
+  matrices = {key: _matrix(found, scale, groups) for key, found in by_key.items()}
   return Explicit(float(value), [grads], matrices)
 
 
-def _matrix(uses, scale) -> Matrix:
-  """Statistics of one matrix: `A` a mean over the rows of all its uses, `G` a scaled sum."""
-  w, biases = uses[0][1], [b for _, _, b, _ in uses if b is not None]
+def _columns(terms, eps, dys):
+  """For each output `[columns, ..., outputs]`, of which `sum_t w_t J_t' H_t J_t` is the square."""
+  columns = []
+  for number, (z, weights, kind) in enumerate(terms(eps)):
+    shape = (-1, z.shape[-1])
+    of_eps = lambda eps, number=number, shape=shape: terms(eps)[number][0].reshape(shape)
+    z, weights = of_eps(eps), weights.reshape(-1)
+    hessians = jax.vmap(jax.hessian(jax.nn.logsumexp))(z)
+    if kind == "normal":
+      hessians = jnp.broadcast_to(jnp.eye(z.shape[1]), hessians.shape)
+    values, vectors = np.linalg.eigh(weights[:, None, None] * hessians)
+    roots = vectors * np.sqrt(np.maximum(values, 0))[:, None]
+    jacobians = jax.jacrev(of_eps)(eps)  # [terms, classes, *rows, outputs]
+    columns.append([np.einsum("tc...,tcd->td...", jacobian, roots) for jacobian in jacobians])
+  joined = [
+    np.concatenate([piece.reshape(-1, *dy.shape) for piece in pieces])
+    for *pieces, dy in zip(*columns, dys, strict=True)
+  ]
+  return joined
+
+
+def _matrix(uses, scale, groups) -> Matrix:
+  """Statistics of one matrix; those of its transpose's uses are added to them, both balanced.
+
+  The homogeneous coordinate is 0 in the rows of uses without a bias, but 1 where there is none.
+  """
+  straight = [use for use in uses if not use.turned]
+  turned = [use for use in uses if use.turned]
+  w = straight[0].w if straight else turned[0].w.T
+  biases = [use.b for use in straight if use.b is not None]
   b = biases[0] if biases else None
-  inputs = np.concatenate([_homogeneous(_rows(x), own, not biases) for x, _, own, _ in uses])
-  dys = np.concatenate([_rows(dy) for *_, dy in uses])
-  A, G = inputs.T @ inputs / len(inputs), scale * (dys.T @ dys)
+  if not biases:
+    straight = [
+      use._replace(x=np.append(use.x[:, :-1], np.ones_like(use.x[:, -1:]), 1)) for use in straight
+    ]
+  A, G = _factors(straight, scale, groups) if straight else (0.0, 0.0)
+  if turned:
+    other = _factors([use._replace(x=use.x[:, :-1]) for use in turned], scale, groups)
+    other = np.pad(other[1], (0, 1)), other[0]
+    if not straight:
+      A, G = other
+    else:
+      first, second = _balanced(A, G, b is not None), _balanced(*other, b is not None)
+      A, G = first[0] + second[0], first[1] + second[1]
   return Matrix(np.asarray(w, float), None if b is None else np.asarray(b, float), A, G)
 
 
-def _homogeneous(rows, b, always) -> np.ndarray:
-  """Rows with a last coordinate of 1, or 0 where no bias is added that is added elsewhere."""
-  ones = np.ones_like(rows[:, :1])
-  return np.concatenate([rows, ones if always or b is not None else 0 * ones], axis=1)
+def _factors(uses, scale, groups):
+  """`A`, the mean over rows, of which fixed ones are shared by the groups; `G`, a scaled sum.
+
+  Fixed rows, M of them in a use, are a mean over M in place of one over the examples. Without
+  `scale` the sum is of columns that are scaled.
+  """
+  counts = [(1 / groups if use.fixed else 1.0) for use in uses]
+  pairs = list(zip(counts, uses, strict=True))
+  A = sum(count * use.x.T @ use.x for count, use in pairs)
+  A = A / sum(count * len(use.x) for count, use in pairs)
+  numbers = [len(use.x) if use.fixed else scale for use in uses] if scale else [1.0] * len(uses)
+  G = sum(number * (use.dy.T @ use.dy) for number, use in zip(numbers, uses, strict=True))
+  return A, G
+
+
+def _balanced(A, G, homogeneous):
+  """The same product with equal mean diagonals; zero where it is zero."""
+  own = A if homogeneous else A[:-1, :-1]
+  means = np.mean(np.diag(own)), np.mean(np.diag(G))
+  if 0 in means:
+    return 0 * A, 0 * G
+  root = np.sqrt(means[1] / means[0])
+  return A * root, G / root
 
 
 def _rows(array) -> np.ndarray:

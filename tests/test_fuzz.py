@@ -28,13 +28,13 @@ FUZZ = {
 }
 
 
-@hypothesis.settings(max_examples=12, derandomize=True, **FUZZ)
+@hypothesis.settings(max_examples=5, derandomize=True, **FUZZ)
 @hypothesis.given(network=networks.networks)
 def test_a_few_random_networks(network):
   check(network)
 
 
-@hypothesis.settings(max_examples=60, derandomize=True, **FUZZ)
+@hypothesis.settings(max_examples=50, derandomize=True, **FUZZ)
 @hypothesis.given(network=networks.networks)
 def test_layers_of_a_few_random_networks(network):
   captured(network, network.data())
@@ -62,6 +62,7 @@ def captured(network, data):
     has_aux=network.aux,
     groups=network.groups,
     micro_batches=network.micro_batches,
+    fisher=network.fisher,
   )
   check_roles(capture, network.roles())
   return capture
@@ -71,7 +72,10 @@ def check(network):
   """Compares everything that capture gives of a network with the explicit sums."""
   params, x, y = data = network.data()
   capture = captured(network, data)
-  expected = explicit.evaluate(network.canonical, params, x, y, network.groups, network.terms)
+  marked = network.marked if network.fisher == "exact" else None
+  expected = explicit.evaluate(
+    network.canonical, params, x, y, network.groups, network.terms, marked=marked
+  )
   single = any(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
   for fresh, (loss, grads, stats) in results(capture, network.refresh, *data):
     loss, aux = loss if network.aux else (loss, None)
@@ -148,10 +152,11 @@ def check_factors(layers, factors, params, matrices):
       columns = [np.flatnonzero(np.any(matrix.w == value, axis=0))[0] for value in w[0]]
       np.testing.assert_array_equal(matrix.w[np.ix_(rows, columns)], w)
       assert w.shape == matrix.w.shape
-      if layer.bias is not None:
+      if layer.biases:
         if matrix.b is not None:
           np.testing.assert_array_equal(matrix.b[columns], b[0])
-        assert parent(layers.paths[layer.bias]) == parent(layers.paths[layer.weight])
+        for bias in layer.biases:
+          assert parent(layers.paths[bias.leaf]) == parent(layers.paths[layer.weight])
         rows.append(-1)
       wanted = matrix.A[np.ix_(rows, rows)]
       wanted = np.diag(wanted) if layer.diagonal[0] else wanted

@@ -2,8 +2,27 @@
 
 from hypothesis import strategies as st
 
-from networks.blocks import BIAS_TRAPS, ODD, PENALTIES, Dense, Embed, Joined, LowRank, Norm, Odd
-from networks.network import AROUND, LOSSES, Blocks, Network
+from networks.blocks import (
+  BIAS_NUMBERS,
+  BIAS_TRAPS,
+  FORWARD,
+  LOOKUPS,
+  NUMBERS,
+  ODD,
+  PENALTIES,
+  REVERSE,
+  VIEWS,
+  Dense,
+  Derivative,
+  Embed,
+  Joined,
+  LowRank,
+  Norm,
+  Numbered,
+  Odd,
+  Viewed,
+)
+from networks.network import AROUND, AROUND_TOKENS, EMPIRICAL, EXACT, Blocks, Network
 from networks.repeated import EXPERTS, REPEATS, STACKED, STACKS, Experts, Shared, Stack
 from networks.spelling import ACTIVATIONS, CLASSES, PRODUCTS, STORED, SUMS, WIDTHS, WRAPS, Spelling
 from networks.tokens import QKV, Attention, Convolve, Recurrent
@@ -34,8 +53,9 @@ DENSE = {
 }
 BLOCKS = [
   (6, Dense, DENSE),
-  (1.5, Dense, DENSE | {"bias": BIAS_TRAPS}),
-  (1, Dense, DENSE | {"penalty_on_w": PENALTIES}),
+  (1, Dense, DENSE | {"bias": BIAS_NUMBERS}),
+  (1, Dense, DENSE | {"bias": BIAS_TRAPS}),
+  (1, Dense, DENSE | {"penalty_on_w": [*PENALTIES, "spectral"]}),
   (0.3, Dense, DENSE | {"bias": ["bias"], "penalty_on_b": ["l2"]}),
   (
     3,
@@ -79,10 +99,22 @@ BLOCKS = [
       "bias": [True, False],
     },
   ),
-  (4, Odd, {"use": ODD, "bias": [True, False], "besides": [True, False]}),
+  (3, Viewed, {"use": VIEWS, "bias": [True, False], "besides": [True, False]}),
+  (3, Odd, {"use": ODD, "bias": [True, False], "besides": [True, False]}),
   (1, Norm, {"after": [True, False]}),
-  (1, Embed, {"look_up": ["gather", "take", "onehot"]}),
-  (1, Joined, {"axis": [0, 1], "late": [True, False]}),
+  (2, Embed, {"look_up": LOOKUPS}),
+  (1, Joined, {"axis": [0, 1], "late": [True, False], "bias": [True, False]}),
+  (1.5, Numbered, {"outputs": WIDTHS, "number": NUMBERS}),
+  (
+    3,
+    Derivative,
+    {
+      "form": [*FORWARD, *REVERSE],
+      "linear": [True, False],
+      "bias": [True, True, False],
+      "spelling": _spelling,
+    },
+  ),
 ]
 TOKEN_BLOCKS = [
   (
@@ -120,12 +152,16 @@ HEAD = {
   "activation": ["softplus"],
 }
 NETWORK = {
-  "loss": LOSSES,
   "groups": [1, 2, 2, 2, 3],
   "micro_batches": [1, 1, 2],
   "refresh": ["true", "both", "traced"],
   "seed": range(100),
 }
+# Kinds of blocks at fixed points: lookups at constant indices are views, and in a scan over uses
+# there is no saying how many points there are.
+AT_POINTS = (Dense, LowRank, Norm, Joined, Numbered, Attention, Convolve)
+# Kinds that know no other token, nor how many rows a constant has.
+OF_A_TOKEN = (LowRank, Norm, Joined, Numbered, Embed, Shared, Stack, Odd)
 
 
 def _draw(rng, kind, options, **fields):
@@ -135,34 +171,51 @@ def _draw(rng, kind, options, **fields):
   return kind(**fields)
 
 
-def _block(rng, tokens):
+def _block(rng, tokens, fixed):
   table = BLOCKS + (TOKEN_BLOCKS if tokens else [])
+  if fixed:
+    table = [row for row in table if row[1] in AT_POINTS]
   ((_, kind, options),) = rng.choices(table, [weight for weight, *_ in table])
   return _draw(rng, kind, options)
 
 
-def _tree(rng, tokens):
+def _tree(rng, tokens, fixed):
   """A block, or two of them joined."""
   if rng.random() < 2 / 3:
-    return _block(rng, tokens)
-  blocks = (_block(rng, tokens), _block(rng, tokens))
-  return Blocks(blocks, rng.choice(["row", "residual", "sum", "gate"]), _around(rng))
+    return _block(rng, tokens, fixed)
+  blocks = (_block(rng, tokens, fixed), _block(rng, tokens, fixed))
+  how = rng.choice(["row", "residual", "sum", "gate"])
+  return Blocks(blocks, how, _around(rng, tokens, blocks))
 
 
-def _around(rng):
+def _around(rng, tokens, blocks):
+  of_a_token = [isinstance(b, OF_A_TOKEN) or _is_plain(b) for b in blocks]
+  if tokens and all(of_a_token) and rng.random() < 0.5:
+    return rng.choice(list(AROUND_TOKENS))
   return rng.choice(["none", rng.choice(list(AROUND))])
+
+
+def _is_plain(block):
+  return isinstance(block, Dense) and block.bias != "positions"
 
 
 def draw_network(rng) -> Network:
   """A random network, from a `random.Random`."""
   tokens, aux = rng.choice([0, 4]), rng.choice([True, False])
-  body = [_tree(rng, tokens) for _ in range(rng.choice([1, 2]))]
+  fixed = rng.choice([0, 0, 0, 0, 0, 5])
+  fisher = rng.choice(["empirical"] * 5 + ["exact"])
+  body = [_tree(rng, tokens, fixed) for _ in range(rng.choice([1, 2]))]
+  blocks = (*body, _draw(rng, Dense, HEAD))
   return _draw(
     rng,
     Network,
     NETWORK,
-    body=Blocks((*body, _draw(rng, Dense, HEAD)), around=_around(rng)),
+    body=Blocks(blocks, around=_around(rng, tokens, blocks)),
     tokens=tokens,
+    loss=rng.choice(EXACT if fisher == "exact" else EMPIRICAL),
+    fisher=fisher,
+    fixed=fixed,
+    weak=rng.choice([False] * 4 + [True]),
     aux=aux,
     unused=aux and rng.choice([True, False]),
   )

@@ -48,7 +48,7 @@ class Shared(Block):
 
   def roles(self):
     both = {self.spelling.bias, (self.last or self.spelling).bias}
-    role = {"same": "either" if "either" in both else "layer", "some": "fallback"}
+    role = {"same": "either" if "either" in both else "layer", "some": self.spelling.bias}
     bias = {} if self.bias == "none" else {"b": role[self.bias]}
     products = {self.spelling.product, (self.last or self.spelling).product}
     if len(products) > 1 and any("swapped" in product for product in products):
@@ -57,10 +57,9 @@ class Shared(Block):
 
   def canonical(self, p, h, tap):
     w = read(self.stored, p["w"], h.shape[-1])
-    joined = p.get("b") if self.bias == "same" else None
     for use in range(self.times):
-      y = tap("w", h, w, joined)
-      h = jnp.tanh(y + p["b"] if self.bias == "some" and use < self.times - 1 else y)
+      without = self.bias == "some" and use == self.times - 1
+      h = jnp.tanh(tap("w", h, w, None if without else p.get("b")))
     return h
 
   def spelled(self, p, h):
