@@ -229,7 +229,7 @@ class Derivative(Block):
     spelling = self.spelling
     around = (spelling.around_product, spelling.around_sum, spelling.around_both)
     checkpoints = any("checkpoint" in wrap or "saved" in wrap for wrap in around)
-    # what a checkpoint is differentiated to, or a constant row by row, may be left alone
+    # what a checkpoint is differentiated to, a pass of its own, or constants row by row: left alone
     left = spelling.product == "map" or (checkpoints and "jvp" not in self.form)
     return dict.fromkeys(("w", "b") if self.bias else ("w",), "either" if left else "layer")
 
@@ -243,11 +243,16 @@ class Derivative(Block):
     return jnp.tanh(y + along)
 
   def canonical(self, p, h, tap):
-    y = tap("w", h, p["w"], p.get("b"))
+    mapped = self.spelling.product == "map"  # then the bias is in no layer
+    joined, added = (None, p.get("b", 0.0)) if mapped else (p.get("b"), 0.0)
+    forward = lambda: tap("w", h, p["w"], joined) + added
+    y = forward()
     y, slope = (y, 1.0) if self.linear else (jnp.tanh(y), 1 - jnp.tanh(y) ** 2)
     v = jnp.broadcast_to(self._direction(h), h.shape)
     if self.form in FORWARD:
       return jnp.tanh(y + slope * tap("w", v, p["w"]))
+    if self.form == "grad each" and not self.linear:  # the gradient has a forward pass of its own
+      slope = 1 - jnp.tanh(forward()) ** 2
     return jnp.tanh(y + tap("w", v * slope, p["w"].T, turned=True))
 
 
