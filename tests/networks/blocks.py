@@ -48,7 +48,8 @@ BIAS_TRAPS = {
   "half": lambda y, b: y + jnp.concatenate([b, b]),
 }
 
-# Of `STORED`, those whose last axis is that of a matrix, entries in its order.
+# Of `STORED`, those with an axis of the matrix last, and entries in its order: a product with a
+# constant reads the same matrix. Of the others it reads another one, and is no more than a penalty.
 WHOLE_COLUMNS = ("plain", "transposed", "leading", "middle", "rows")
 
 # Terms of the loss without the batch, of w[i, o] as it is kept.
@@ -90,10 +91,7 @@ class Dense(Block):
   def roles(self):
     joins = self.bias == "bias" or self.bias in BIAS_NUMBERS
     bias = {} if self.bias == "none" else {"b": self.spelling.bias if joins else "fallback"}
-    roles = {"w": "layer"} | ({"b": "layer"} if self.bias == "positions" else bias)
-    if self.penalty_on_w == "spectral" and self.stored not in WHOLE_COLUMNS:
-      return dict.fromkeys(roles, "either")  # the product and the penalty read different matrices
-    return roles
+    return {"w": "layer"} | ({"b": "layer"} if self.bias == "positions" else bias)
 
   def _finish(self, y, h, b, join):
     """What comes after the product: the residual, and a bias that is not added by `join`."""
