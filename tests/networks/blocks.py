@@ -248,6 +248,8 @@ class Derivative(Block):
     y, slope = (y, 1.0) if self.linear else (jnp.tanh(y), 1 - jnp.tanh(y) ** 2)
     v = jnp.broadcast_to(self._direction(h), h.shape)
     if self.form in FORWARD:
+      if self.form not in ("jvp", "linearize") and h.shape[0] != EXAMPLES:
+        v = v[0]  # what a `vmap` over something else does not repeat
       return jnp.tanh(y + slope * tap("w", v, p["w"]))
     if self.form == "grad each" and not self.linear:  # the gradient has a forward pass of its own
       slope = 1 - jnp.tanh(forward()) ** 2
