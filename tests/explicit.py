@@ -78,22 +78,19 @@ def evaluate(
   `marked(params, x, tap)`, which gives `(z[..., C], weights[...], "softmax" or "normal")` of the
   terms of each mark, `G` is the sum of `w_t J_t' H_t J_t` over terms t and rows of the output.
   """
-  each = [
-    _group(loss_fn, params, x[i::groups], y[i::groups], groups, terms, transform, marked)
-    for i in range(groups)
-  ]
-  matrices = {
-    key: first._replace(
-      A=np.mean([group.matrices[key].A for group in each], axis=0),
-      G=np.mean([group.matrices[key].G for group in each], axis=0),
-    )
-    for key, first in each[0].matrices.items()
-  }
-  loss, grads = np.mean([group.loss for group in each]), [group.grads[0] for group in each]
-  return Explicit(float(loss), grads, matrices)
+  losses, grads, uses = zip(
+    *(
+      _group(loss_fn, params, x[i::groups], y[i::groups], transform, marked) for i in range(groups)
+    ),
+    strict=True,
+  )
+  scale = None if marked else len(x) // groups * terms
+  matrices = {key: _matrix([group[key] for group in uses], scale) for key in uses[0]}
+  return Explicit(float(np.mean(losses)), list(grads), matrices)
 
 
-def _group(loss, params, x, y, groups, terms, transform, marked) -> Explicit:
+def _group(loss, params, x, y, transform, marked):
+  """Its loss, gradient, and the uses of each matrix."""
   keys: list[tuple[str, int]] = []
   roles: list[tuple[float, bool, bool]] = []
 
@@ -119,9 +116,8 @@ def _group(loss, params, x, y, groups, terms, transform, marked) -> Explicit:
   (value, (uses, _)), (grads, dys) = value_and_grad(params, eps)
 
   of_uses = list(zip(list(keys), uses, list(roles), strict=True))
-  scale: float | None = len(x) * terms
   if marked:
-    scale, of_terms = None, lambda params, tap: marked(params, x, tap)
+    of_terms = lambda params, tap: marked(params, x, tap)
     dys = _columns(lambda eps: tapped(params, eps, of_terms)[0], eps, dys)
 
   by_key: dict[tuple[str, int], list[Use]] = {}
@@ -129,8 +125,7 @@ def _group(loss, params, x, y, groups, terms, transform, marked) -> Explicit:
     rows = _rows(rows)
     rows = np.concatenate([rows, np.full_like(rows[:, :1], coordinate)], axis=1)
     by_key.setdefault(key, []).append(Use(rows, _rows(dy), w, b, *role))
-  matrices = {key: _matrix(found, scale, groups) for key, found in by_key.items()}
-  return Explicit(float(value), [grads], matrices)
+  return value, grads, by_key
 
 
 def _columns(terms, eps, dys):
@@ -154,45 +149,44 @@ def _columns(terms, eps, dys):
   return joined
 
 
-def _matrix(uses, scale, groups) -> Matrix:
+def _matrix(groups, scale) -> Matrix:
   """Statistics of one matrix; those of its transpose's uses are added to them, both balanced.
 
   The homogeneous coordinate is 0 in the rows of uses without a bias, but 1 where there is none.
   """
-  straight = [use for use in uses if not use.turned]
-  turned = [use for use in uses if use.turned]
-  w = straight[0].w if straight else turned[0].w.T
-  biases = [use.b for use in straight if use.b is not None]
-  b = biases[0] if biases else None
-  if not biases:
-    straight = [
-      use._replace(x=np.append(use.x[:, :-1], np.ones_like(use.x[:, -1:]), 1)) for use in straight
-    ]
-  A, G = _factors(straight, scale, groups) if straight else (0.0, 0.0)
-  if turned:
-    other = _factors([use._replace(x=use.x[:, :-1]) for use in turned], scale, groups)
-    other = np.pad(other[1], (0, 1)), other[0]
-    if not straight:
-      A, G = other
-    else:
-      first, second = _balanced(A, G, b is not None), _balanced(*other, b is not None)
-      A, G = first[0] + second[0], first[1] + second[1]
-  return Matrix(np.asarray(w, float), None if b is None else np.asarray(b, float), A, G)
+  straight = [[use for use in uses if not use.turned] for uses in groups]
+  turned = [[use._replace(x=use.x[:, :-1]) for use in uses if use.turned] for uses in groups]
+  w = straight[0][0].w if straight[0] else turned[0][0].w.T
+  biases = [use.b for use in straight[0] if use.b is not None]
+  b = np.asarray(biases[0], float) if biases else None
+  pairs = []
+  if straight[0]:
+    pairs.append(_factors(straight, scale))
+    if not biases:
+      pairs[0][0][-1, -1] = 1.0
+  if turned[0]:
+    G, A = _factors(turned, scale)
+    pairs.append((np.pad(A, (0, 1)), G))
+  if len(pairs) > 1:
+    pairs = [_balanced(*pair, bool(biases)) for pair in pairs]
+  A, G = (sum(factors) for factors in zip(*pairs, strict=True))
+  return Matrix(np.asarray(w, float), b, A, G)
 
 
-def _factors(uses, scale, groups):
-  """`A`, the mean over rows, of which fixed ones are shared by the groups; `G`, a scaled sum.
+def _factors(groups, scale):
+  """`A`, the mean over rows, of which fixed ones are the groups' in common; `G`, a scaled sum.
 
   Fixed rows, M of them in a use, are a mean over M in place of one over the examples. Without
   `scale` the sum is of columns that are scaled.
   """
-  counts = [(1 / groups if use.fixed else 1.0) for use in uses]
-  pairs = list(zip(counts, uses, strict=True))
-  A = sum(count * use.x.T @ use.x for count, use in pairs)
-  A = A / sum(count * len(use.x) for count, use in pairs)
-  numbers = [len(use.x) if use.fixed else scale for use in uses] if scale else [1.0] * len(uses)
-  G = sum(number * (use.dy.T @ use.dy) for number, use in zip(numbers, uses, strict=True))
-  return A, G
+  A, G = [], []
+  for uses in groups:
+    shares = [1 / len(groups) if use.fixed else 1.0 for use in uses]
+    total = sum(share * use.x.T @ use.x for share, use in zip(shares, uses, strict=True))
+    A.append(total / sum(share * len(use.x) for share, use in zip(shares, uses, strict=True)))
+    scales = [len(use.x) if use.fixed and scale else scale or 1.0 for use in uses]
+    G.append(sum(own * (use.dy.T @ use.dy) for own, use in zip(scales, uses, strict=True)))
+  return np.mean(A, axis=0), np.mean(G, axis=0)
 
 
 def _balanced(A, G, homogeneous):

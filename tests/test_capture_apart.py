@@ -72,6 +72,9 @@ PENALTIES = {
   "l2": lambda p, fit: fit + 1e-2 * 0.5 * squares(p),
   "half of a sum": lambda p, fit: jnp.sum(jnp.stack([fit, 1e-2 * squares(p)])) / 2 + fit / 2,
   "norm": lambda p, fit: jnp.sqrt(squares(p) + 1) * 0.1 + fit,
+  "products with other matrices": lambda p, fit: (
+    fit + (p["w2"].reshape(-1) @ jnp.ones(H * H)) ** 2 + jnp.sum((p["w2"][:2] @ jnp.ones(H)) ** 2)
+  ),
   "subtracted, divided": lambda p, fit: -(squares(p) / 7 - fit),
   "orthogonal": lambda p, fit: fit + jnp.sum((p["w2"].T @ p["w2"] - jnp.eye(H)) ** 2),
   "scan": lambda p, fit: lax.scan(lambda c, r: (c + jnp.sum(r**2), None), fit, p["w2"])[0],

@@ -28,13 +28,13 @@ FUZZ = {
 }
 
 
-@hypothesis.settings(max_examples=5, derandomize=True, **FUZZ)
+@hypothesis.settings(max_examples=4, derandomize=True, **FUZZ)
 @hypothesis.given(network=networks.networks)
 def test_a_few_random_networks(network):
   check(network)
 
 
-@hypothesis.settings(max_examples=50, derandomize=True, **FUZZ)
+@hypothesis.settings(max_examples=40, derandomize=True, **FUZZ)
 @hypothesis.given(network=networks.networks)
 def test_layers_of_a_few_random_networks(network):
   captured(network, network.data())

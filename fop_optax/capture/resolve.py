@@ -73,8 +73,13 @@ def resolve(
       refused.setdefault(use.leaf, "it is a weight in one place and a bias in another")
 
   blocks: list[Block] = []
+  apart = dict(found.apart)
   for leaf in sorted({use.leaf for use in found.uses.values()} - set(refused)):
-    parts = _blocks([use for use in found.uses.values() if use.leaf == leaf], shapes[leaf])
+    own = [use for use in found.uses.values() if use.leaf == leaf]
+    parts = _blocks(own, shapes[leaf])
+    if isinstance(parts, str) and any(use.fixed for use in own):  # then no rows, but a penalty
+      apart.setdefault(leaf, parts)
+      parts = _blocks([use for use in own if not use.fixed], shapes[leaf])
     if isinstance(parts, str):
       refused[leaf] = parts
     else:
@@ -99,12 +104,12 @@ def resolve(
   covered = {leaf for layer in layers for leaf in layer.leaves}
   unused = "no gradient of the loss reaches it"
   fallbacks = {
-    leaf: refused.get(leaf) or found.apart.get(leaf, unused)
+    leaf: refused.get(leaf) or apart.get(leaf, unused)
     for leaf in range(len(shapes))
     if leaf not in covered
   }
-  notes = _notes(found, layers, places, paths)
-  frozen = frozenset(fallbacks) - frozenset(refused) - frozenset(found.apart)
+  notes = _notes(found, apart, layers, places, paths)
+  frozen = frozenset(fallbacks) - frozenset(refused) - frozenset(apart)
   return Resolved(tuple(layers), places, rows, coordinates, fallbacks, frozen, notes)
 
 
@@ -124,12 +129,16 @@ def _refuse_without_batch(found: Found, uses: Mapping[Key, Use], refused: dict[i
 
 
 def _notes(
-  found: Found, layers: Sequence[Layer], places: Mapping[Key, Place], paths: Sequence[str]
+  found: Found,
+  apart: Mapping[int, str],
+  layers: Sequence[Layer],
+  places: Mapping[Key, Place],
+  paths: Sequence[str],
 ) -> tuple[str, ...]:
   """Sentences on terms of the loss that have no batch."""
   notes: dict[str, list[str]] = {}
   covered = {leaf for layer in layers for leaf in layer.leaves}
-  for leaf, why in found.apart.items():
+  for leaf, why in apart.items():
     if leaf in covered:
       note = f"penalty left out of the curvature ({why})"
       notes.setdefault(note, []).append(paths[leaf])

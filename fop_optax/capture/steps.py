@@ -239,9 +239,12 @@ def gathered(equation: Any, indices: np.ndarray) -> views.View | None:
   """Steps that a `gather` at known indices is, of whole slices along one axis; else None."""
   numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
   shape, y = tuple(equation.invars[0].aval.shape), equation.outvars[0].aval
-  if len(numbers.collapsed_slice_dims) != 1 or numbers.operand_batching_dims:
+  collapsed = numbers.collapsed_slice_dims
+  # a batched `dynamic_slice` keeps the axis that it looks up, with a size of 1
+  looked_up = collapsed or [i for i, size in enumerate(sizes) if size == 1 < shape[i]]
+  if len(looked_up) != 1 or numbers.operand_batching_dims:
     return None
-  (axis,) = numbers.collapsed_slice_dims
+  (axis,) = looked_up
   starts = dict(zip(numbers.start_index_map, np.moveaxis(indices, -1, 0), strict=True))
   if equation.params["mode"] == lax.GatherScatterMode.CLIP:
     starts = {i: np.clip(start, 0, shape[i] - sizes[i]) for i, start in starts.items()}
@@ -263,7 +266,7 @@ def gathered(equation: Any, indices: np.ndarray) -> views.View | None:
     ("slice", tuple(low), tuple(high), (1,) * len(shape)),
     _chosen(axis, chosen.ravel(), [end - start for start, end in zip(low, high, strict=True)]),
     ("transpose", (axis, *rest)),
-    ("reshape", (*chosen.shape, *(sizes[i] for i in rest))),
+    ("reshape", (*chosen.shape, *(size for i, size in enumerate(sizes) if i not in collapsed))),
     ("transpose", tuple(order.tolist())),
   )
 

@@ -48,7 +48,8 @@ BIAS_TRAPS = {
   "half": lambda y, b: y + jnp.concatenate([b, b]),
 }
 
-# Of `STORED`, those whose last axis is that of a matrix, entries in its order.
+# Of `STORED`, those with an axis of the matrix last, and entries in its order: a product with a
+# constant reads the same matrix. Of the others it reads another one, and is no more than a penalty.
 WHOLE_COLUMNS = ("plain", "transposed", "leading", "middle", "rows")
 
 # Terms of the loss without the batch, of w[i, o] as it is kept.
@@ -90,10 +91,7 @@ class Dense(Block):
   def roles(self):
     joins = self.bias == "bias" or self.bias in BIAS_NUMBERS
     bias = {} if self.bias == "none" else {"b": self.spelling.bias if joins else "fallback"}
-    roles = {"w": "layer"} | ({"b": "layer"} if self.bias == "positions" else bias)
-    if self.penalty_on_w == "spectral" and self.stored not in WHOLE_COLUMNS:
-      return dict.fromkeys(roles, "either")  # the product and the penalty read different matrices
-    return roles
+    return {"w": "layer"} | ({"b": "layer"} if self.bias == "positions" else bias)
 
   def _finish(self, y, h, b, join):
     """What comes after the product: the residual, and a bias that is not added by `join`."""
@@ -229,7 +227,7 @@ class Derivative(Block):
     spelling = self.spelling
     around = (spelling.around_product, spelling.around_sum, spelling.around_both)
     checkpoints = any("checkpoint" in wrap or "saved" in wrap for wrap in around)
-    # what a checkpoint is differentiated to, or a constant row by row, may be left alone
+    # what a checkpoint is differentiated to, a pass of its own, or constants row by row: left alone
     left = spelling.product == "map" or (checkpoints and "jvp" not in self.form)
     return dict.fromkeys(("w", "b") if self.bias else ("w",), "either" if left else "layer")
 
@@ -243,11 +241,18 @@ class Derivative(Block):
     return jnp.tanh(y + along)
 
   def canonical(self, p, h, tap):
-    y = tap("w", h, p["w"], p.get("b"))
+    mapped = self.spelling.product == "map"  # then the bias is in no layer
+    joined, added = (None, p.get("b", 0.0)) if mapped else (p.get("b"), 0.0)
+    forward = lambda: tap("w", h, p["w"], joined) + added
+    y = forward()
     y, slope = (y, 1.0) if self.linear else (jnp.tanh(y), 1 - jnp.tanh(y) ** 2)
     v = jnp.broadcast_to(self._direction(h), h.shape)
     if self.form in FORWARD:
+      if self.form not in ("jvp", "linearize") and h.shape[0] != EXAMPLES:
+        v = v[0]  # what a `vmap` over something else does not repeat
       return jnp.tanh(y + slope * tap("w", v, p["w"]))
+    if self.form == "grad each" and not self.linear:  # the gradient has a forward pass of its own
+      slope = 1 - jnp.tanh(forward()) ** 2
     return jnp.tanh(y + tap("w", v * slope, p["w"].T, turned=True))
 
 
