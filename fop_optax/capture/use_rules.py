@@ -45,13 +45,10 @@ def convolve(frame: Frame, equation: Any, operands: Sequence[Value]):
 def gather(frame: Frame, equation: Any, operands: Sequence[Value]):
   """Looking up rows of a weight is a use of a layer; at fixed indices it is a view."""
   view, indices = operands[0].view, operands[1].constant
-  if view and indices and frame.free:  # indices that are the same in every example are a lookup
-    taken = steps.gathered(equation, indices.value)
-    matching = None if taken else lookup.match(equation, 0)
-    if matching and not isinstance(matching, str):
-      taken = lookup.selection(matching, indices.value, tuple(equation.outvars[0].aval.shape))
-    if taken:
-      return [Value(view=steps.moved(view, taken, tuple(equation.invars[0].aval.shape)))]
+  # the same indices in every example are a lookup
+  taken = steps.gathered(equation, indices.value) if view and indices and frame.free else None
+  if view and taken:
+    return [Value(view=steps.moved(view, taken, tuple(equation.invars[0].aval.shape)))]
   return product(frame, equation, operands, lookup.match)
 
 

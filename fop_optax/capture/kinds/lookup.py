@@ -15,7 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from fop_optax import moments, views
+from fop_optax import moments
 from fop_optax.capture.values import Atom, Matching, atom
 
 
@@ -206,34 +206,6 @@ def _match(
         axes[axis] = (atom(kind, order, y[axis]),)
   n = math.prod(y[axis] for axis in rows)
   return Matching(product, steps, n_stack, inputs, outputs, n, tuple(axes))
-
-
-def selection(matching: Matching, indices: np.ndarray, shape: tuple[int, ...]) -> views.View | None:
-  """The steps that a lookup at constant indices is, from its operand to its output, of `shape`.
-
-  None if the weight is a stack of several, or an index is out of range.
-  """
-  product = matching.product
-  assert isinstance(product, Lookup)
-  rows, found = product.index(indices)
-  if product.y_stack or not np.all(found):
-    return None
-  row_axes = (*product.y_rows, *product.y_windows)
-  flat = rows.transpose(np.argsort(row_axes)).ravel()
-  n, start, outputs = len(flat), int(flat[0]), matching.outputs
-  stride = int(flat[1]) - start if n > 1 else 1
-  if stride > 0 and np.array_equal(flat, start + stride * np.arange(n)):
-    chosen = ("slice", (start, 0), (start + stride * (n - 1) + 1, outputs), (stride, 1))
-  else:
-    chosen = ("take", 0, tuple(map(int, flat)))
-  axes = (*sorted(row_axes), *product.y_out)
-  return (
-    *matching.steps,
-    ("reshape", (matching.inputs, outputs)),
-    chosen,
-    ("reshape", tuple(shape[axis] for axis in axes)),
-    ("transpose", tuple(int(i) for i in np.argsort(axes))),
-  )
 
 
 def _ints(axes: Sequence[Any]) -> tuple[int, ...]:
