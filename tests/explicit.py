@@ -10,6 +10,7 @@ the bias is multiplied by. `fixed` says that the rows are no examples' but in th
 `turned` that `w` is the transpose of what it is elsewhere.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -78,23 +79,10 @@ def evaluate(
   `marked(params, x, tap)`, which gives `(z[..., C], weights[...], "softmax" or "normal")` of the
   terms of each mark, `G` is the sum of `w_t J_t' H_t J_t` over terms t and rows of the output.
   """
-  losses, grads, uses = zip(
-    *(
-      _group(loss_fn, params, x[i::groups], y[i::groups], transform, marked) for i in range(groups)
-    ),
-    strict=True,
-  )
-  scale = None if marked else len(x) // groups * terms
-  matrices = {key: _matrix([group[key] for group in uses], scale) for key in uses[0]}
-  return Explicit(float(np.mean(losses)), list(grads), matrices)
-
-
-def _group(loss, params, x, y, transform, marked):
-  """Its loss, gradient, and the uses of each matrix."""
   keys: list[tuple[str, int]] = []
   roles: list[tuple[float, bool, bool]] = []
 
-  def tapped(params, eps, function=lambda params, tap: loss(params, x, y, tap)):
+  def tapped(params, eps, x, y, function=loss_fn):
     keys.clear()
     roles.clear()
     uses, outputs = [], []
@@ -108,45 +96,65 @@ def _group(loss, params, x, y, transform, marked):
       uses.append((x, w, b))
       return out
 
-    return function(params, tap), (uses, outputs)
+    return function(params, x, y, tap), (uses, outputs)
 
-  like = jax.eval_shape(lambda params: tapped(params, None)[1][1], params)
-  eps = [jnp.zeros(out.shape, out.dtype) for out in like]
-  value_and_grad = transform(jax.value_and_grad(tapped, (0, 1), has_aux=True))
-  (value, (uses, _)), (grads, dys) = value_and_grad(params, eps)
+  def terms_of(params, eps, x):
+    return tapped(params, eps, x, None, lambda params, x, y, tap: marked(params, x, tap))[0]
 
-  of_uses = list(zip(list(keys), uses, list(roles), strict=True))
-  if marked:
-    of_terms = lambda params, tap: marked(params, x, tap)
-    dys = _columns(lambda eps: tapped(params, eps, of_terms)[0], eps, dys)
+  gradient = transform(jax.value_and_grad(tapped, (0, 1), has_aux=True))
+  jacobians = transform(functools.partial(_jacobians, terms_of))
+  losses, grads, by_group = [], [], []
+  for group in range(groups):
+    args = x[group::groups], y[group::groups]
+    like = jax.eval_shape(lambda params, args=args: tapped(params, None, *args)[1][1], params)
+    named = list(zip(keys, roles, strict=True))
+    eps = [jnp.zeros(out.shape, out.dtype) for out in like]
+    (loss, (uses, _)), (grad, dys) = gradient(params, eps, *args)
+    if marked:
+      dys = _columns(jacobians(params, eps, args[0]), dys)
+    losses.append(loss)
+    grads.append(grad)
+    by_group.append(_by_key(named, uses, dys))
+  scale = None if marked else len(x) // groups * terms
+  matrices = {key: _matrix([uses[key] for uses in by_group], scale) for key in by_group[0]}
+  return Explicit(float(np.mean(losses)), grads, matrices)
 
-  by_key: dict[tuple[str, int], list[Use]] = {}
-  for (key, (rows, w, b), (coordinate, *role)), dy in zip(of_uses, dys, strict=True):
+
+def _by_key(named, uses, dys) -> dict[tuple[str, int], list[Use]]:
+  out: dict[tuple[str, int], list[Use]] = {}
+  for (key, (coordinate, *role)), (rows, w, b), dy in zip(named, uses, dys, strict=True):
     rows = _rows(rows)
     rows = np.concatenate([rows, np.full_like(rows[:, :1], coordinate)], axis=1)
-    by_key.setdefault(key, []).append(Use(rows, _rows(dy), w, b, *role))
-  return value, grads, by_key
+    out.setdefault(key, []).append(Use(rows, _rows(dy), w, b, *role))
+  return out
 
 
-def _columns(terms, eps, dys):
+def _jacobians(terms_of, params, eps, x):
+  """For each mark the weighted Hessians of its terms, and their Jacobians `[terms, C, ...]`."""
+  out = []
+  for number, (z, weights, kind) in enumerate(terms_of(params, eps, x)):
+    shape = (-1, z.shape[-1])
+    of_eps = lambda eps, number=number, shape=shape: terms_of(params, eps, x)[number][0].reshape(
+      shape
+    )
+    hessians = jax.vmap(jax.hessian(jax.nn.logsumexp))(z.reshape(shape))
+    if kind == "normal":
+      hessians = jnp.broadcast_to(jnp.eye(z.shape[-1]), hessians.shape)
+    out.append((weights.reshape(-1, 1, 1) * hessians, jax.jacrev(of_eps)(eps)))
+  return out
+
+
+def _columns(marks, dys):
   """For each output `[columns, ..., outputs]`, of which `sum_t w_t J_t' H_t J_t` is the square."""
   columns = []
-  for number, (z, weights, kind) in enumerate(terms(eps)):
-    shape = (-1, z.shape[-1])
-    of_eps = lambda eps, number=number, shape=shape: terms(eps)[number][0].reshape(shape)
-    z, weights = of_eps(eps), weights.reshape(-1)
-    hessians = jax.vmap(jax.hessian(jax.nn.logsumexp))(z)
-    if kind == "normal":
-      hessians = jnp.broadcast_to(jnp.eye(z.shape[1]), hessians.shape)
-    values, vectors = np.linalg.eigh(weights[:, None, None] * hessians)
+  for hessians, jacobians in marks:
+    values, vectors = np.linalg.eigh(hessians)
     roots = vectors * np.sqrt(np.maximum(values, 0))[:, None]
-    jacobians = jax.jacrev(of_eps)(eps)  # [terms, classes, *rows, outputs]
     columns.append([np.einsum("tc...,tcd->td...", jacobian, roots) for jacobian in jacobians])
-  joined = [
+  return [
     np.concatenate([piece.reshape(-1, *dy.shape) for piece in pieces])
     for *pieces, dy in zip(*columns, dys, strict=True)
   ]
-  return joined
 
 
 def _matrix(groups, scale) -> Matrix:
