@@ -379,9 +379,9 @@ def test_joined_weights_are_parts_of_the_joined_layer():
   loss = lambda p, x, y: whole(joined(p), x, y)
   captured = fop_optax.capture(loss, params, x, y, strict=True)
   _, grads, stats = captured.value_and_grad(params, x, y)
-  _, joined_grads, (_, (ab, cd), _) = fop_optax.capture(whole, joined(params), x, y).value_and_grad(
-    joined(params), x, y
-  )
+  _, joined_grads, (_, (ab, cd), *_) = fop_optax.capture(
+    whole, joined(params), x, y
+  ).value_and_grad(joined(params), x, y)
   jax.tree.map(relative, joined(grads), joined_grads)
   a, b, c, d = stats.factors
   for part, (A, G) in ((a, (ab.A, ab.G[:, :3, :3])), (b, (ab.A, ab.G[:, 3:, 3:]))):
