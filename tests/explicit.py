@@ -169,9 +169,9 @@ def _matrix(groups, scale) -> Matrix:
   b = np.asarray(biases[0], float) if biases else None
   pairs = []
   if straight[0]:
-    pairs.append(_factors(straight, scale))
     if not biases:
-      pairs[0][0][-1, -1] = 1.0
+      straight = [[use._replace(x=_with_ones(use.x)) for use in uses] for uses in straight]
+    pairs.append(_factors(straight, scale))
   if turned[0]:
     G, A = _factors(turned, scale)
     pairs.append((np.pad(A, (0, 1)), G))
@@ -205,6 +205,10 @@ def _balanced(A, G, homogeneous):
     return 0 * A, 0 * G
   root = np.sqrt(means[1] / means[0])
   return A * root, G / root
+
+
+def _with_ones(rows) -> np.ndarray:
+  return np.concatenate([rows[:, :-1], np.ones_like(rows[:, -1:])], axis=1)
 
 
 def _rows(array) -> np.ndarray:
