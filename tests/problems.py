@@ -101,7 +101,11 @@ def value_and_grad(params, batch, refresh=True, groups=2):
     jax.tree.map(lambda g, row=row: jnp.tensordot(row.astype(g.dtype), g, 1), by_group)
     for row in contrast_rows(groups)
   )
-  return jnp.mean(values), mean, Stats(jnp.asarray(refresh), tuple(factors), contrasts)
+  return (
+    jnp.mean(values),
+    mean,
+    Stats(jnp.asarray(refresh), tuple(factors), contrasts, jnp.mean(values)),
+  )
 
 
 def per_example_grads(params, batch):

@@ -84,7 +84,14 @@ def resolve(
       refused[leaf] = parts
     else:
       blocks += parts
-  homogeneous = join_biases(blocks, found.biases, shapes, refused)
+  placed = {use.key for block in blocks for uses_of_it in block for use in uses_of_it}
+  biases_of = []
+  for bias in found.biases:
+    if bias.use not in placed and found.uses[bias.use].fixed:  # that product is a penalty
+      apart.setdefault(bias.bias.leaf, "it is added to a product without the batch")
+    else:
+      biases_of.append(bias)
+  homogeneous = join_biases(blocks, biases_of, shapes, refused)
 
   layers: list[Layer] = []
   places: dict[Key, Place] = {}
