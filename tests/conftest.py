@@ -3,13 +3,15 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most programs here run once: compiling them takes the time, and LLVM's passes a quarter of that.
+# Most programs here run once: compiling them takes the time, and of that LLVM's passes a quarter,
+# the MLIR emitters of fusions a third.
 os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
   )
 )
 

@@ -1,29 +1,21 @@
-"""`capture` and `Captured`: the public face of this package."""
+"""`capture`: finds the layers of a loss; the public face of this package."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
-import functools
-import math
 from typing import Any
 
 import jax
 from jax.extend.core import primitives
-import jax.numpy as jnp
-import numpy as np
 
-from fop_optax import _compat
 from fop_optax.capture import auxiliary, flow, layer_table
 from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import check_params, classify
-from fop_optax.capture.backward import WithStatistics, by_layer, plain
-from fop_optax.capture.check import Check, Finding, Outcome
+from fop_optax.capture.captured import Captured, Spec
 from fop_optax.capture.examples.assumptions import analyse
 from fop_optax.capture.fisher import FISHERS, check_marked
-from fop_optax.capture.growth import Growth
 from fop_optax.capture.resolve import resolve
 from fop_optax.capture.trace import Signature, growing, raw_numbers, terms_of, trace_twice
-from fop_optax.capture.values import Key
-from fop_optax.layers import Factors, Layers, Stats
+from fop_optax.layers import Layers
 
 PyTree = Any
 
@@ -45,7 +37,7 @@ def capture(
   terms_per_example: int | None = None,
   max_dim: int = 8192,
   strict: bool = False,
-) -> "Captured":
+) -> Captured:
   """Finds the layers of a loss, for gradients by group of examples and Kronecker statistics.
 
   The loss is traced on shapes alone, never run. A parameter is in a layer if every gradient of the
@@ -192,262 +184,6 @@ def capture(
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-  """What `capture` was told beside shapes."""
-
-  loss_fn: Callable[..., Any]
-  has_aux: bool
-  arguments: int  # number of them, after params
-  batch_argnums: int | Sequence[int] | None
-  numbers: frozenset[int]  # leaves of arguments in the form of keys that are none
-  micro_batches: int
-  terms_per_example: int | None
-  max_dim: int
-  fisher: str
-  every: int
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Captured:
-  """A loss whose layers are known; made by `fop_optax.capture`.
-
-  `str(captured)` is a table of its parameters, their layers and the reasons of those in none.
-
-  Attributes:
-    layers: the layers, static and hashable: all that an optimizer needs.
-    fallbacks: path of each parameter in no layer -> why.
-    notes: what else was found, a sentence each; they stand below the table.
-  """
-
-  layers: Layers
-  fallbacks: Mapping[str, str]
-  notes: tuple[str, ...]
-  _spec: Spec
-  _terms: int  # R as the loss had it at the time of capture
-  _aux_roles: tuple[auxiliary.Role, ...]
-  _growth: Growth | None
-  _found: tuple[Key, ...]  # uses at the time of capture, and those of them that are layers
-  _accepted: tuple[Key, ...]
-  _loops: batches.Loops
-
-  def __str__(self) -> str:
-    return layer_table.table(self.layers, self.fallbacks, self.notes)
-
-  def value_and_grad(
-    self,
-    params: PyTree,
-    *args: Any,
-    refresh: bool | jax.Array = True,
-    key: jax.Array | None = None,
-    loss_scale: jax.typing.ArrayLike | None = None,
-  ) -> tuple[Any, PyTree, Stats]:
-    """Loss, gradient of the mean loss, and statistics of this batch, in one backward pass.
-
-    Inside `jax.shard_map` all three are the device's own. One mean makes those of the whole batch:
-    `jax.lax.pmean(captured.value_and_grad(params, *args), axis_name)`.
-
-    Args:
-      params: as given to `capture`.
-      *args: as given to `capture`; the batch size may differ.
-      refresh: whether to form Kronecker statistics. A Python bool makes two compiled variants, of
-        which the one without costs no more than the gradient by groups; a traced bool makes one.
-        `fop_optax.refresh_due(opt_state)` gives it.
-      key: for `fisher="sampled"`, a new one each step.
-      loss_scale: S, a number or a traced scalar (as of `jmp.DynamicLossScale`), for float16, whose
-        gradients of a mean would underflow. The backward pass starts from S instead of 1, and the
-        gradient, contrasts and G come back divided by what that makes of them, as the loss itself
-        is never multiplied: write `loss_fn` without S. What overflows comes back not finite, so
-        that the caller can lower S; the optimizer makes no step then.
-
-    Returns:
-      `(loss, grads, stats)`, or `((loss, aux), grads, stats)` with `has_aux`.
-
-    Raises:
-      ValueError: if the batch cannot be divided, params or args are not like the captured ones, in
-        their number, shapes or layers, or `loss_scale` is no positive number.
-    """
-    _check_scale(loss_scale)
-    leaves = self.layers.leaves(params, "params")
-    signature, chunks = self._inputs(params, args)
-    # in `shard_map` the gradient is that of the device, as it is without a check of types: AD would
-    # add up cotangents of what all devices share, but could not divide them by their number
-    axes = _compat.varying(signature.args.dynamic(chunks.leaves))
-    leaves = _compat.vary(leaves, axes)
-    static = isinstance(refresh, (bool, np.bool_))
-    shards = chunks.shards
-    if static and (chunks.count == 1 or not refresh):
-      shards = batches.Shards()  # nothing to wait for: a sum is added up where it is formed
-    zeros = _compat.vary(_zeros(self.layers, leaves, shards), axes)
-    if static and not refresh:
-      backward = plain(signature, leaves, chunks.leaves, zeros, loss_scale)
-      combine = tuple
-    else:
-      flag = None if static else jnp.asarray(refresh)
-      backward, combine = self._with_statistics(signature, leaves, chunks, zeros, flag, loss_scale)
-      if self._spec.fisher == "sampled" and key is None:
-        raise ValueError(
-          "With fisher='sampled' labels are drawn: pass `value_and_grad(..., key=key)`, with a new"
-          " `key = jax.random.fold_in(seed, step)` each step."
-        )
-    results = chunks.run(backward, self._loops, key)
-
-    by_leaf = list(zip(*(result.grads for result in results), strict=True))
-    unflatten = functools.partial(jax.tree.unflatten, signature.params)
-    contrasts = zip(*map(batches.contrasts, by_leaf), strict=True)
-    factors = jax.tree.map(lambda *f: batches.mean(f), *(r.factors for r in results))
-    factors = combine(jax.tree.map(lambda f: jnp.sum(f, axis=1), factors))  # over the shards
-    loss = batches.mean([result.loss for result in results])
-    stats = Stats(jnp.asarray(refresh, bool), factors, tuple(map(unflatten, contrasts)), loss)
-    grads = unflatten(map(batches.mean, by_leaf))
-    if not self._spec.has_aux:
-      return loss, grads, stats
-    auxes = [result.aux for result in results]
-    aux = auxiliary.merge(self._aux_roles, auxes, signature.args.dynamic(chunks.leaves))
-    return (loss, aux), grads, stats
-
-  def check(self, params: PyTree, *args: Any, key: jax.Array | None = None) -> tuple[Finding, ...]:
-    """Evaluates on one batch what capture assumes of the loss, and prints what holds.
-
-    To be run once before a long training. It takes a handful of evaluations of the gradient, three
-    of which compile a program of their own. The findings are, by name:
-
-    - `finite`: loss and gradient are;
-    - `repeatable`: evaluated again, the loss is the same;
-    - `mean`: the batch taken twice has the same loss and gradient. A sum over the examples, or over
-      a number written into the loss, has twice as much;
-    - `order`: so has the batch in another order;
-    - `pieces`: so have, in the mean, the pieces that `groups` and `micro_batches` cut the batch
-      into (where it is captured in one, as few equal ones as can be);
-    - `gradient`: `value_and_grad` gives the gradient of `jax.grad`;
-    - `aux`: what is put together from the pieces is that of the whole batch;
-    - `reached`: every parameter has a gradient;
-    - `statistics`: those of all layers are finite, and none is zero.
-
-    Two outcomes are the same if loss and gradient differ by less than the square root of the
-    rounding unit of the coarsest floating type that the loss computes in, relative to their norms.
-    With a loss that depends on a key `mean`, `order`, `pieces` and `aux` are not tried: other
-    batches draw other numbers. BatchNorm does not hold in `pieces` (and `aux`), as it should be.
-
-    Args:
-      params: as given to `capture`, but arrays.
-      *args: as given to `capture`, but arrays: a batch.
-      key: for `fisher="sampled"`; by default `jax.random.key(0)`.
-
-    Returns:
-      The findings, tuples `(name, holds, text)`; `holds` is None where nothing could be tried.
-
-    Raises:
-      ValueError: as `value_and_grad`; under `jax.jit`.
-
-    Example:
-      >>> import fop_optax, jax.numpy as jnp
-      >>> loss_fn = lambda params, x: jnp.sum((x @ params["w"]) ** 2)  # a sum, not a mean
-      >>> params, x = {"w": jnp.ones((3, 2))}, jnp.arange(24.0).reshape(8, 3)
-      >>> captured = fop_optax.capture(loss_fn, params, x)
-      >>> findings = captured.check(params, x)  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
-      holds: The loss, 25848, and its gradient are finite. ...
-      holds: Evaluated again the loss is the same (25848 and 25848).
-      does not hold: The batch taken twice has twice the loss (25848 and 51696, gradients 0.5
-      apart). It is a sum over the examples, or divided by a number written into it: ...
-      >>> [finding.name for finding in findings if finding.holds is False]
-      ['mean', 'pieces']
-    """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, args))):
-      raise ValueError(
-        "`captured.check` evaluates the loss and prints: call it outside of `jax.jit`, once before"
-        " training."
-      )
-    signature, chunks = self._inputs(params, args)
-    if self._spec.fisher == "sampled" and key is None:
-      key = jax.random.key(0)
-    value, grads, stats = jax.jit(self.value_and_grad)(params, *args, key=key)
-    loss, aux = value if self._spec.has_aux else (value, ())
-    check = Check(
-      signature=signature,
-      params=jax.tree.leaves(params),
-      chunks=chunks,
-      layers=self.layers,
-      aux_roles=self._aux_roles,
-      captured=Outcome(loss, jax.tree.leaves(grads), aux),
-      factors=stats.factors,
-    )
-    findings = check.findings()
-    for finding in findings:
-      print(finding)
-    return findings
-
-  def _inputs(self, params, args):
-    """The loss with the roles of its arguments, and the batch as it will be cut."""
-    spec = self._spec
-    if len(args) != spec.arguments:
-      raise ValueError(
-        f"The loss got {len(args)} arguments after params, but {spec.arguments} in"
-        " `fop_optax.capture(loss, params, *args)`. Pass the same ones, in their order."
-      )
-    arguments = classify(args, spec.batch_argnums, spec.numbers)
-    signature = Signature(spec.loss_fn, spec.has_aux, jax.tree.structure(params), arguments)
-    leaves = jax.tree.leaves(args)
-    chunks = batches.Chunks(arguments, leaves, self.layers.groups, spec.micro_batches, spec.every)
-    chunks.size  # noqa: B018  raises if the batch cannot be divided
-    return signature, chunks
-
-  def _with_statistics(self, signature, leaves, chunks, zeros, refresh, loss_scale):
-    """The backward pass with statistics for the inputs at hand, if their layers are ours."""
-    size = chunks.size
-    chunk = chunks.chunk(0, 0)
-    traced = signature.trace(leaves, chunks.leaves, chunk, self._growth)
-    if traced.growth is self._growth and tuple(traced.found.uses) == self._found:
-      uses = {key: traced.found.uses[key] for key in self._accepted}
-    else:  # the program depends on the batch size
-      traced, twice = trace_twice(signature, leaves, chunks.leaves, size, chunk)
-      uses = growing(traced, twice, size)
-    layers = self.layers
-    resolved = resolve(traced.found, uses, layers.shapes, layers.paths, self._spec.max_dim)
-    if resolved.layers != layers.entries:
-      raise ValueError(
-        "The loss has other layers with these arguments than it had in `fop_optax.capture`:"
-        f" {len(resolved.layers)} instead of {len(layers)}. Capture it with the arguments of"
-        " training."
-        + "".join(
-          f"\n  now: {now}\n  captured: {then}"
-          for now, then in zip(resolved.layers, layers, strict=False)
-          if now != then
-        )[:2000]
-      )
-    terms, examples = None, analyse(traced, None, signature.args, size)
-    if self._spec.fisher == "empirical":
-      read = examples.terms if size > 1 else self._terms
-      terms = terms_of(traced.found, size, self._spec.terms_per_example, read)
-    check_marked(self._spec.fisher, traced.found.marks)
-    backward = WithStatistics(
-      traced=traced,
-      uses=uses,
-      resolved=resolved,
-      params=leaves,
-      zeros=zeros,
-      rows=examples.rows(uses),
-      examples=size,
-      chunks=chunks.count,
-      terms=terms,
-      every=self._spec.every,
-      refresh=refresh,
-      fisher=self._spec.fisher,
-      loss_scale=loss_scale,
-      branch=self._loops.micro_batches,
-    )
-    return backward, functools.partial(by_layer, resolved)
-
-
-def _zeros(layers: Layers, leaves: Sequence[Any], shards: batches.Shards) -> tuple[Factors, ...]:
-  """Zeros of the factors' shapes by shard, in float32 or the parameter's better precision."""
-  dtypes = [jnp.promote_types(leaves[layer.weight].dtype, jnp.float32) for layer in layers]
-  return tuple(
-    Factors(*(shards.zeros(shape, dtype) for shape in layer.factor_shapes))
-    for layer, dtype in zip(layers, dtypes, strict=True)
-  )
-
-
 def _check_options(groups, micro_batches, fisher, terms, max_dim):
   for name, value in (("groups", groups), ("micro_batches", micro_batches), ("max_dim", max_dim)):
     if not isinstance(value, int) or value < 1:
@@ -458,17 +194,6 @@ def _check_options(groups, micro_batches, fisher, terms, max_dim):
     )
   if fisher not in FISHERS:
     raise ValueError(f"`capture(fisher={fisher!r})` is unknown: one of {', '.join(FISHERS)}.")
-
-
-def _check_scale(scale):
-  if scale is None:
-    return
-  known = not isinstance(scale, jax.core.Tracer)
-  if jnp.ndim(scale) or (known and not 0 < float(scale) < math.inf):
-    shown = f"an array of shape {list(jnp.shape(scale))}" if jnp.ndim(scale) else scale
-    raise ValueError(
-      f"`value_and_grad(..., loss_scale=S)` takes one positive number, as 2.0**15, not {shown}."
-    )
 
 
 def _every(fraction: float) -> int:
