@@ -52,6 +52,8 @@ def capture(
   .. math:: A = \\frac{1}{NT} \\sum x x^\\top, \\qquad G = NR \\sum dy\\, dy^\\top,
 
   so that :math:`A \\otimes G` estimates the block of the empirical Fisher matrix of the mean loss.
+  Of a product of complex numbers with real weights (`re + 1j im`) a row is one of real numbers, two
+  of them where both parts of `y` are used: `Re(x dy) = Re x Re dy - Im x Im dy`.
 
   Args:
     loss_fn: `loss_fn(params, *args)`, the mean loss over the batch, or `(loss, aux)`.

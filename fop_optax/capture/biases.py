@@ -38,9 +38,11 @@ def after(linear: Linear, steps: views.View, shape: Shape) -> Linear | None:
   return moved
 
 
-def scaled(linear: Linear, factor: float) -> Linear | None:
+def scaled(linear: Linear, factor: complex) -> Linear | None:
   """`linear` times a number."""
-  return dataclasses.replace(linear, factor=factor * linear.factor) if factor else None
+  if not factor or isinstance(factor, complex):
+    return None
+  return dataclasses.replace(linear, factor=factor * linear.factor)
 
 
 def _transposed(linear: Linear, permutation: tuple[int, ...]) -> Linear:

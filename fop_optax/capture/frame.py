@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from jax.extend import core
+from jax.extend.core import primitives
 
 from fop_optax import _compat
 from fop_optax.capture import flow, steps
@@ -43,6 +44,9 @@ class Found:
   as_rows: dict[Key, set[Path]] = dataclasses.field(default_factory=dict)
 
 
+PARTS = {primitives.real_p: (0,), primitives.imag_p: (1,)}
+
+
 @dataclasses.dataclass
 class Frame:
   """The walk of one jaxpr: at `path`, within scans of lengths `scans`, the innermost at `loop`.
@@ -69,7 +73,7 @@ class Frame:
     self.terms: set[Any] = set()  # variables that the loss is a sum of, known from its inputs on
     self.pending: set[Pending] = set()  # all that there were
     self.at(0, False)
-    readers: dict[Any, list[Any]] = {}
+    self.readers = readers = dict[Any, list[Any]]()
     for index in self.live:
       equation = self.jaxpr.eqns[index]
       for atom in equation.invars:
@@ -118,6 +122,17 @@ class Frame:
     """Notes that parameters are in no layer, as what is made of them has met the batch."""
     for _, leaf, why in sorted(pending):
       self.found.refused.setdefault(leaf, why)
+
+  def parts_read(self, variable: Any) -> tuple[int, ...]:
+    """Which parts of a complex variable a gradient comes back to: 0, the real one, 1 or both."""
+    parts = set[int]()
+    for reader in self.readers.get(variable, ()):
+      moves = reader is not None and reader.primitive in steps.steps()
+      if moves and len(reader.outvars) == 1:
+        parts.update(self.parts_read(reader.outvars[0]))
+      else:
+        parts.update(PARTS.get(reader and reader.primitive, (0, 1)))
+    return tuple(sorted(parts))
 
   def source(self, equation: Any) -> str:
     line = self.line(equation)

@@ -43,7 +43,7 @@ class Moments:
   """
 
   product: Product
-  coefficient: float
+  coefficient: complex
   coordinate: float
   homogeneous: bool
   flipped: bool
@@ -57,6 +57,12 @@ class Moments:
   def __call__(self, x: jax.Array, dy: jax.Array, like: Factors) -> Factors:
     """The sums over the rows of each shard, scaled, in the shapes and dtypes of `like`."""
     x, dy, count = self._thin(x, dy)
+    if jnp.iscomplexobj(dy):
+      assert isinstance(self.product, Dense)
+      product, x, dy = self.product.as_real(self.coefficient * x, dy)
+      scale, examples = (count * self.scale[0], count * self.scale[1]), self.examples // self.every
+      real = dataclasses.replace(self, product=product, coefficient=1.0, scale=scale)
+      return dataclasses.replace(real, examples=examples, every=1)(x, dy, like)
     scale_a, scale_g = (count * scale for scale in self.scale)
     shards = like.A.shape[1]
     x_axis, y_axis = self._examples_at(x, dy) if shards > 1 else (None, None)

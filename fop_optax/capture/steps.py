@@ -35,7 +35,7 @@ def _unchanged(equation: Any) -> Steps:
 
 
 def _convert(equation: Any) -> Steps | None:
-  floating = jnp.issubdtype(equation.params["new_dtype"], jnp.floating)
+  floating = jnp.issubdtype(equation.params["new_dtype"], jnp.inexact)  # complex numbers, too
   return [()] if floating else None
 
 

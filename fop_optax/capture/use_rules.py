@@ -31,7 +31,7 @@ from fop_optax.layers import Bias
 def dot(frame: Frame, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
   """The product of a weight with anything else is a use of a layer."""
   dtypes = [equation.invars[i].aval.dtype for i in (0, 1)]
-  if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+  if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
     why = f"it is used in a product of {dtypes[0]} and {dtypes[1]}"
     return frame.refuse(equation, operands, why)
   return product(frame, equation, operands, dense.match)
@@ -69,6 +69,8 @@ def product(
   frame: Frame, equation: Any, operands: Sequence[Value], match: Callable
 ) -> list[Value] | None:
   weights = [side for side in (0, 1) if operands[side].views]
+  if match is not dense.match and weights and view_rules.is_complex(equation.outvars[0]):
+    return frame.refuse(equation, operands, f"it is complex in a `{equation.primitive}`")
   if not weights:
     return shifted_product(frame, equation, operands) if match is dense.match else None
   if len(weights) == 2:
@@ -135,6 +137,8 @@ def note_use(
   frame: Frame, equation: Any, matching: Matching, view: ParamView, part: int = 0
 ) -> Linear | None:
   """Notes a use of a weight; what its output is to a bias that may follow."""
+  if matching.product.kind == "dense" and view_rules.is_complex(equation.outvars[0]):
+    matching = dense.of_complex(matching, frame.parts_read(equation.outvars[0]))
   key = Key(frame.here, part)
   within = math.prod(frame.scans[depth] for depth in view.levels)
   shape, taken = frame.found.shapes[view.leaf], view.steps + matching.steps
@@ -204,7 +208,7 @@ def tokens(frame: Frame, equation: Any, operands: Sequence[Value], axis: int) ->
       shape = (*shape[:axis], 1, *shape[axis:])
       core_shape = (*view.shape[:axis], 1, *view.shape[axis:]) if view else ()
       view = steps.viewed(view, (("reshape", core_shape),), core_shape) if view else None
-    if view:
+    if view and not view_rules.is_complex(variable):
       cut = Window(axis, start, shape[axis])
       found = table.match(shape, i, view, frame.found.shapes[view.leaf], cut)
     if found:
@@ -230,13 +234,17 @@ def add(frame: Frame, equation: Any, operands: Sequence[Value]) -> list[Value] |
     linears = min(sums, key=lambda linears: _order(linears[0])) if sums else ()
     shifted = [operand.shifted for operand in operands if operand.shifted]
     return [Value(linears=linears, shifted=shifted[0] if len(shifted) == 1 else None)]
+  imaginary = view_rules.is_complex(equation.outvars[0])
   if len(holders) == 2:
-    return view_rules.whole(frame, equation, operands)
+    form = view_rules.pair if imaginary else view_rules.whole
+    return form(frame, equation, operands)
   (holder,) = holders
   (other,) = [operand for operand in operands if not operand.views]
   view = holder.view
   if view and len(view.shape) == len(shape) and not (other.batch or other.tainted):
     return [Value(view=view)]  # x (w + c) has the gradient of x w: none goes through c
+  if imaginary:
+    return frame.refuse(equation, operands, "it is added to complex numbers")
   why = bias(frame, holder, sums[0], shape) if sums else view_rules.WHOLE[equation.primitive]
   if why:
     side, use = int(bool(operands[1].views)), None
@@ -270,7 +278,7 @@ def bias(frame: Frame, holder: Value, linears: Sequence[Linear], shape: tuple[in
     if view.levels and place:
       place = biases.stacked(place, math.prod(frame.scans[depth] for depth in view.levels))
     bias = Bias(view.leaf, view.steps + taken + _ends(view), place)
-    frame.found.biases.append(BiasUse(bias, linear.use, view.scale / linear.factor))
+    frame.found.biases.append(BiasUse(bias, linear.use, view.scale.real / linear.factor))
   return ""
 
 

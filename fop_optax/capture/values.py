@@ -37,11 +37,14 @@ class ParamView:
   shape: tuple[int, ...]
   levels: tuple[int, ...] = ()
   vector: bool = False
-  scale: float = 1.0
+  scale: complex = 1.0
 
 
 class Part(NamedTuple):
-  """A view that is one piece of a variable: `size` entries from `start` on along `axis`."""
+  """A view that is one piece of a variable: `size` entries from `start` on along `axis`.
+
+  Pieces lie side by side, or, of complex numbers, all on all of the variable, which is their sum.
+  """
 
   view: ParamView
   axis: int
@@ -108,13 +111,15 @@ class Constant:
   def value(self) -> np.ndarray:
     return np.asarray(self._evaluate())
 
-  def number(self) -> float | None:
+  def number(self) -> complex | None:
     """The value if it is one finite number, once or repeated, else None."""
     value = self.value
-    if not value.size or not np.issubdtype(value.dtype, np.number) or np.iscomplexobj(value):
+    if not value.size or not np.issubdtype(value.dtype, np.number):
       return None
-    first = float(value.flat[0])
-    return first if np.isfinite(first) and np.all(value == value.flat[0]) else None
+    first = complex(value.flat[0])
+    if not np.isfinite(first) or not np.all(value == value.flat[0]):
+      return None
+    return first if first.imag else first.real
 
 
 class Shifted(NamedTuple):
@@ -261,7 +266,7 @@ class Use:
   loop: Path
   each: bool
   where: Callable[[], str] = dataclasses.field(compare=False)
-  scale: float = 1.0
+  scale: complex = 1.0
   repeats: int = 0
   fold: Fold | None = None
 

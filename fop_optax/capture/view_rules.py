@@ -10,10 +10,11 @@ import math
 from typing import Any
 
 from jax.extend.core import primitives
+import jax.numpy as jnp
 
 from fop_optax.capture import biases, steps
 from fop_optax.capture.frame import Frame
-from fop_optax.capture.values import Linear, ParamView, Value
+from fop_optax.capture.values import Linear, ParamView, Part, Value
 
 WHOLE = {
   primitives.cond_p: "it is used inside a branch (`cond`)",
@@ -22,8 +23,8 @@ WHOLE = {
   primitives.custom_vjp_call_p: "it goes into a function with a rule of its own (`custom_vjp`)",
   primitives.dynamic_slice_p: "it is sliced at a traced index; scan over the slices instead",
   primitives.concatenate_p: "it is joined with other arrays before it is used (`concatenate`)",
-  primitives.convert_element_type_p: "it is cast to a type that is not real floating",
-  primitives.complex_p: "it becomes a part of complex numbers",
+  primitives.convert_element_type_p: "it is cast to a type that is not floating",
+  primitives.complex_p: "it becomes a part of complex numbers, but not of a weight",
   primitives.mul_p: "it is multiplied entry by entry (`mul`)",
   primitives.div_p: "it is divided entry by entry (`div`)",
   primitives.add_p: "it is added to something that is not the output of one layer (`add`)",
@@ -132,6 +133,36 @@ def scale(frame: Frame, equation: Any, operands: Sequence[Value]) -> list[Value]
   return whole(frame, equation, operands)
 
 
+def pair(frame: Frame, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
+  """Complex numbers of real parameters, `re + 1j im` or `complex(re, im)`: two parts, all of it."""
+  if equation.primitive is primitives.complex_p:
+    operands = [operands[0], times(operands[1], 1j)]
+  shape = tuple(equation.outvars[0].aval.shape)
+  fixed = [o for o in operands if not (o.view or o.batch or o.tainted)]
+  found = [o.view for o in operands if o.view and o.view.shape == shape]
+  if not shape or len(found) + len(fixed) < len(operands):
+    return whole(frame, equation, operands)
+  if len(found) == 1:
+    return [Value(view=found[0])]
+  return [Value(parts=tuple(Part(view, 0, 0, shape[0]) for view in found))]
+
+
+def conjugate(frame: Frame, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
+  """The conjugate of a number times real entries is its conjugate times them."""
+  rescaled = lambda view: dataclasses.replace(view, scale=view.scale.conjugate())
+  value = operands[0]
+  return [
+    Value(
+      view=rescaled(value.view) if value.view else None,
+      parts=tuple(part._replace(view=rescaled(part.view)) for part in value.parts),
+    )
+  ]
+
+
+def is_complex(variable: Any) -> bool:
+  return jnp.issubdtype(variable.aval.dtype, jnp.complexfloating)
+
+
 def same(frame: Frame, equation: Any, operands: Sequence[Value]) -> list[Value] | None:
   """Values that pass unchanged, as through `optimization_barrier`."""
   if any(device is not None for device in equation.params.get("devices", ())):
@@ -153,7 +184,7 @@ def _each(linears: Sequence[Linear], function: Callable[[Linear], Linear | None]
   return tuple(after for linear in linears if (after := function(linear)) is not None)
 
 
-def times(value: Value, number: float) -> Value:
+def times(value: Value, number: complex) -> Value:
   """What is known of a value times a number."""
   scale = lambda view: dataclasses.replace(view, scale=number * view.scale)
   return dataclasses.replace(

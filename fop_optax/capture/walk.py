@@ -291,6 +291,8 @@ def _rules() -> dict[Any, Callable[..., list[Value] | None]]:
     primitives.dynamic_slice_p: use_rules.dynamic_slice,
     **{p: use_rules.stack for name, p in unexported.items() if name == "stack"},
     **dict.fromkeys((primitives.add_p, primitives.sub_p), use_rules.add),
+    primitives.complex_p: view_rules.pair,
+    primitives.conj_p: view_rules.conjugate,
     **dict.fromkeys((primitives.mul_p, primitives.div_p, primitives.neg_p), view_rules.scale),
     **dict.fromkeys(flow.INLINED, _inline),
     primitives.scan_p: _scan,

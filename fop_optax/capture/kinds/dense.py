@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fop_optax import moments
 from fop_optax.capture.values import Atom, Matching, Part, Window, atom
@@ -30,6 +31,7 @@ class Dense:
   x_cut: Window | None = None  # where the weight is one of several joined ones, what it meets of x
   y_cut: Window | None = None  # and what of y it makes
   repeats: int = 1  # rows that are repeated so often, in y along a new leading axis
+  parts: tuple[int, ...] = ()  # of complex numbers, which are rows: 0 real, 1 imaginary
 
   kind = "dense"
 
@@ -57,6 +59,15 @@ class Dense:
       x_in=later(self.x_in),
       x_cut=cut(self.x_cut),
     )
+
+  def as_real(self, x: jax.Array, dy: jax.Array) -> tuple["Dense", jax.Array, jax.Array]:
+    """The product of real numbers that has the same gradient, `Re(x dy') = Re x Re dy' - Im ...`.
+
+    Parts of `x` and `dy` are rows of their own, along a new leading axis.
+    """
+    xs, dys = (jnp.real(x), -jnp.imag(x)), (jnp.real(dy), jnp.imag(dy))
+    x, dy = (jnp.stack([part[i] for i in self.parts]) for part in (xs, dys))
+    return dataclasses.replace(self.repeated(len(self.parts), True), parts=()), x, dy
 
   def input_moment(self, x: jax.Array, bias: bool, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r x_r x_r'`, of `[x_r; 1]` with `bias`."""
@@ -122,6 +133,13 @@ def match(
     shape[product.y_cut.axis] = product.y_cut.size
   axes = _atoms(shape, product)
   return Matching(product, steps, stack, inputs, outputs, n, axes, product.y_cut)
+
+
+def of_complex(matching: Matching, parts: tuple[int, ...]) -> Matching:
+  """A product of complex numbers with a real weight: a row each for these parts of the output."""
+  assert isinstance(matching.product, Dense)
+  product = dataclasses.replace(matching.product, parts=parts)
+  return matching._replace(product=product, rows=len(parts) * matching.rows)
 
 
 def _part(product: Dense, part: Part, w_stack, w_in, w_out) -> Dense:
