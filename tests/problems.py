@@ -3,6 +3,7 @@
 A second way to what `fop_optax.capture` finds: explicit per-example inputs and output gradients.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +79,7 @@ def loss(params, batch):
   return jnp.mean(jax.vmap(lambda x, y: example_loss(params, x, y)[0])(*batch))
 
 
+@functools.partial(jax.jit, static_argnames="groups")
 def value_and_grad(params, batch, refresh=True, groups=2):
   """Loss, gradient and `Stats`, from per-example gradients and explicit factors."""
   names = sorted(k for k, v in params.items() if isinstance(v, dict))
@@ -108,6 +110,7 @@ def value_and_grad(params, batch, refresh=True, groups=2):
   )
 
 
+@jax.jit
 def per_example_grads(params, batch):
   """Gradient of each example, leaves `[examples, *param]`."""
   one = lambda params, x, y: example_loss(params, x, y)[0]

@@ -148,6 +148,11 @@ def test_fixed_points_are_rows_of_their_own():
   for options in ({"groups": 2}, {"micro_batches": 3}):
     chunked = fop_optax.capture(loss, p, X, Y, terms_per_example=1, **options)
     close(chunked.value_and_grad(p, X, Y)[2].factors, factors)
+  # nor with a penalty that is the product of a constant with another matrix
+  other = lambda p, x, y: loss(p, x, y) + (p["w2"].reshape(-1) @ jnp.ones(H * H)) ** 2
+  found, same = captured(other, p, X, Y)
+  assert "penalty left out of the curvature" in str(found)
+  close(same, factors)
 
 
 def hessian(u, x):

@@ -17,7 +17,7 @@ from selection import slow_but
 
 import fop_optax
 
-QUICK = ("sgd", "kfac", "fop", "kfac per example", "fop per example")  # the others are slow
+QUICK = ("sgd", "kfac", "fop", "fop per example")  # the others are slow
 
 
 @pytest.fixture(params=slow_but(ROWS, *QUICK, name=lambda row: row.name))
@@ -36,12 +36,8 @@ def data(row_name, seed=0, dtype=jnp.float32):
   (row,) = (row for row in ROWS if row.name == row_name)
   params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
   batch = problems.make_batch(seed=seed, dtype=dtype)
-  _, grads, stats = GRADIENT(params, batch)
-  return (GRADIENTS(params, batch) if row.per_example else grads), stats
-
-
-GRADIENT = jax.jit(problems.value_and_grad)
-GRADIENTS = jax.jit(problems.per_example_grads)
+  _, grads, stats = problems.value_and_grad(params, batch)
+  return (problems.per_example_grads(params, batch) if row.per_example else grads), stats
 
 
 def due(row, state):

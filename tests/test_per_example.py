@@ -2,7 +2,7 @@
 
 import functools
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,7 @@ def test_kronecker_is_the_dense_matrix(method, scaling, limits):
     assert_close(updates, jax.tree.map(want, grads, blocks, params))
 
 
+@settings(max_examples=8)  # a program for each number of examples and of groups
 @given(
   seed=st.integers(0, 99),
   examples=st.sampled_from([4, 12, 160]),
@@ -208,6 +209,7 @@ def test_kronecker_is_kfac_where_norms_are_constant(method, scaling):
     params = optax.apply_updates(params, got)
 
 
+@pytest.mark.slow
 def test_kronecker_is_not_kfac_elsewhere():
   sizes = ((20, 32), (32, 10))
   params = problems.make_params(dtype=jnp.float64, sizes=sizes)

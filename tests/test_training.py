@@ -23,7 +23,7 @@ def test_capture_finds_what_was_computed_by_hand():
   for groups in (1, 2, 4):
     captured = fop_optax.capture(batch_loss, params, *batch, groups=groups)
     assert captured.layers == problems.layers_of(params, groups)
-    ours = captured.value_and_grad(params, *batch)
+    ours = jax.jit(captured.value_and_grad)(params, *batch)
     theirs = problems.value_and_grad(params, batch, groups=groups)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, theirs)
 
@@ -47,8 +47,15 @@ def close(a, b):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), a, b)
 
 
-@pytest.mark.parametrize("name", ["kfac", "fop"])
-@pytest.mark.parametrize("scaling", ["factored", "exact"])
+@pytest.mark.parametrize(
+  ("name", "scaling"),
+  [
+    ("fop", "factored"),
+    ("kfac", "exact"),
+    pytest.param("fop", "exact", marks=pytest.mark.slow),
+    pytest.param("kfac", "factored", marks=pytest.mark.slow),
+  ],
+)
 def test_steps_in_a_loop_a_scan_and_a_vmap_are_the_same(name, scaling):
   step, init, batch = make_step(name, scaling=scaling, curvature_update_period=2)
   seeds = [problems.make_params(seed) for seed in range(3)]

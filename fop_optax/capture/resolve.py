@@ -79,7 +79,7 @@ def resolve(
     parts = _blocks(own, shapes[leaf])
     if isinstance(parts, str) and any(use.fixed for use in own):  # then no rows, but a penalty
       apart.setdefault(leaf, parts)
-      parts = _blocks([use for use in own if not use.fixed], shapes[leaf])
+      parts = _blocks(_without_penalties(own, shapes[leaf]), shapes[leaf])
     if isinstance(parts, str):
       refused[leaf] = parts
     else:
@@ -194,6 +194,15 @@ def _blocks(uses: list[Use], shape: tuple[int, ...]) -> list[Block] | str:
     else:
       merged.append((own, Block(same, [])))
   return [block for _, block in merged]
+
+
+def _without_penalties(uses: list[Use], shape: tuple[int, ...]) -> list[Use]:
+  """The uses without those of fixed rows that do not fit the others: no layers, but penalties."""
+  kept = [use for use in uses if not use.fixed]
+  for use in uses:
+    if use.fixed and not isinstance(_blocks([*kept, use], shape), str):
+      kept.append(use)
+  return kept
 
 
 def _layer(
