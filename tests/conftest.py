@@ -21,7 +21,7 @@ import pytest
 
 
 def pytest_configure(config):
-  """Programs are compiled once for all workers, and for the next run: their number takes the time."""
+  """Programs are compiled once for all workers and later runs: compiling them takes the time."""
   jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
