@@ -249,6 +249,15 @@ def test_checkpoint_keeps_its_memory():
   assert plain < 0.6 * temporaries(without)
 
 
+def test_a_batch_size_in_the_loss_is_named_where_pieces_do_not_fit():
+  loss = lambda p, x, y: cross_entropy(p, x.reshape(N, D), y)
+  fop_optax.capture(loss, P, X, Y)
+  with pytest.raises(TypeError) as raised:
+    fop_optax.capture(loss, P, X, Y, groups=2)
+  said = f"on {N // 2} examples, one piece of 2 (groups=2, micro_batches=1)"
+  assert any(said in note for note in raised.value.__notes__)
+
+
 # Bad input: what is done, and the words of the error.
 
 P, X, Y = inputs()
@@ -323,6 +332,10 @@ BAD = {
   "two marks": (lambda: fop_optax.capture(lambda p, x, y: sum(
     cross_entropy(p, jnp.stack([x] * 2, 1), jnp.stack([y] * 2, 1)) for _ in range(2)) / 2, P, X, Y),
     r"2 marked losses.*Pass `terms_per_example`"),
+  "mark in a branch": (lambda: fop_optax.capture(lambda p, x, y: cross_entropy(p, x, y)
+    + jax.lax.cond(x.sum() > 0, lambda: cross_entropy(p, x, y), lambda: 0.0), P, X, Y,
+    fisher="sampled"),
+    r"marked loss stands inside of `cond`.* at .*test_capture_batch.py.*would leave it out"),
   "labels": (lambda: fop_optax.softmax_cross_entropy(X, X[:, :2]),
              r"float32\[8, 4\] and float32\[8, 2\]"),
   "predictions": (lambda: fop_optax.squared_error(X, X[:, 0]), r"\[8, 4\] and \[8\]"),

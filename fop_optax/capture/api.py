@@ -148,7 +148,8 @@ def capture(
   )
   shapes = tuple(tuple(leaf.shape) for leaf in leaves)
   chunks = batches.Chunks(signature.args, leaves_of_args, groups, micro_batches, every)
-  traced, twice = trace_twice(signature, leaves, chunks.leaves, chunks.size)
+  with chunks.explained():
+    traced, twice = trace_twice(signature, leaves, chunks.leaves, chunks.size)
   uses = growing(traced, twice, chunks.size)
   resolved = resolve(traced.found, uses, shapes, paths, max_dim)
   if chunks.size == 1 and twice:  # a single example's axis is like any other of size one
@@ -158,7 +159,7 @@ def capture(
   examples.check(groups, micro_batches)
   if fisher == "empirical":
     terms_of(traced.found, chunks.size, terms_per_example, examples.terms)
-  check_marked(fisher, traced.found.marks)
+  check_marked(fisher, traced.found.marks, traced.found.hidden)
   roles: tuple[auxiliary.Role, ...] = ()
   if chunks.count > 1:
     roles = auxiliary.roles(traced, twice, len(leaves), signature.args.batch, chunks.size)

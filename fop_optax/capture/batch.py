@@ -4,7 +4,8 @@ Example `i` belongs to group `i mod groups`, and within it to one of `micro_batc
 reshape `[B] -> [B / chunks, chunks]`, which leaves a sharded batch axis sharded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
 import math
@@ -133,6 +134,20 @@ class Chunks:
           f" Use a multiple of {unit * devices}, so that no example has to change its device."
         )
     return batch // self.count
+
+  @contextlib.contextmanager
+  def explained(self) -> Iterator[None]:
+    """Errors of the loss say that it got a piece of the batch."""
+    try:
+      yield
+    except Exception as error:
+      if self.count > 1:
+        error.add_note(
+          f"fop_optax traces the loss on {self.size} examples, one piece of {self.count} (groups="
+          f"{self.groups}, micro_batches={self.micro_batches}). If a batch size is written into the"
+          " loss, take it from the arrays at hand, as `len(x)`."
+        )
+      raise
 
   @property
   def shards(self) -> Shards:

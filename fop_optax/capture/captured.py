@@ -80,7 +80,8 @@ class Captured:
     """Loss, gradient of the mean loss, and statistics of this batch, in one backward pass.
 
     Inside `jax.shard_map` all three are the device's own. One mean makes those of the whole batch:
-    `jax.lax.pmean(captured.value_and_grad(params, *args), axis_name)`.
+    `jax.lax.pmean(captured.value_and_grad(params, *args), axis_name)`. Give each device a key of
+    its own there, `jax.random.fold_in(key, jax.lax.axis_index(axis_name))`.
 
     Args:
       params: as given to `capture`.
@@ -231,7 +232,8 @@ class Captured:
     """The backward pass with statistics for the inputs at hand, if their layers are ours."""
     size = chunks.size
     chunk = chunks.chunk(0, 0)
-    traced = signature.trace(leaves, chunks.leaves, chunk, self._growth)
+    with chunks.explained():
+      traced = signature.trace(leaves, chunks.leaves, chunk, self._growth)
     if traced.growth is self._growth and tuple(traced.found.uses) == self._found:
       uses = {key: traced.found.uses[key] for key in self._accepted}
     else:  # the program depends on the batch size
@@ -254,7 +256,7 @@ class Captured:
     if self._spec.fisher == "empirical":
       read = examples.terms if size > 1 else self._terms
       terms = terms_of(traced.found, size, self._spec.terms_per_example, read)
-    check_marked(self._spec.fisher, traced.found.marks)
+    check_marked(self._spec.fisher, traced.found.marks, traced.found.hidden)
     backward = WithStatistics(
       traced=traced,
       uses=uses,

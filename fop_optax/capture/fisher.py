@@ -39,8 +39,8 @@ FISHERS = ("empirical", "sampled", "exact")
 Pullback = Callable[[list[jax.Array]], Any]  # cotangents of the marks' parameters -> factors
 
 
-def check_marked(fisher: str, marks: Sequence[Mark]) -> None:
-  """Checks that the output distribution is known where it is needed.
+def check_marked(fisher: str, marks: Sequence[Mark], hidden: Sequence[str]) -> None:
+  """Checks that the output distribution is known where it is needed, and of all marked losses.
 
   Raises:
     ValueError: if it is not.
@@ -51,6 +51,13 @@ def check_marked(fisher: str, marks: Sequence[Mark]) -> None:
       " the loss with `fop_optax.softmax_cross_entropy(logits, labels)` or"
       " `fop_optax.squared_error(predictions, targets)` (outside of `cond`, `while_loop` and of"
       " gradients within the loss), or capture with fisher='empirical'."
+    )
+
+  if fisher != "empirical" and hidden:
+    raise ValueError(
+      f"A marked loss stands inside of `cond`, `while_loop` or a `jit` with shardings{hidden[0]},"
+      f" where `capture(fisher={fisher!r})` would leave it out. Take it out of there (choose its"
+      " arguments, or weights of its terms, with `jnp.where`), or capture with fisher='empirical'."
     )
 
 

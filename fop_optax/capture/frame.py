@@ -26,6 +26,7 @@ class Found:
     refused: for each parameter with a use that is not understood, the first reason.
     apart: for each parameter that is used in other ways where there is no batch, the first of them.
     marks: the marked losses.
+    hidden: the lines of those in equations that are taken whole, as `cond`.
     meetings: where a product with a constant meets the batch: the equation, the operand, and along
       which axis of the output it is repeated. None: nowhere, one row of it is as good as another.
     as_weight: for sums of a parameter and what depends on the batch, which are tables if they are
@@ -39,6 +40,7 @@ class Found:
   refused: dict[int, str] = dataclasses.field(default_factory=dict)
   apart: dict[int, str] = dataclasses.field(default_factory=dict)
   marks: list[Mark] = dataclasses.field(default_factory=list)
+  hidden: list[str] = dataclasses.field(default_factory=list)
   meetings: dict[Path, dict[int, int | None]] = dataclasses.field(default_factory=dict)
   as_weight: dict[Key, set[Path]] = dataclasses.field(default_factory=dict)
   as_rows: dict[Key, set[Path]] = dataclasses.field(default_factory=dict)

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import jax
+from jax.extend import core
 from jax.extend.core import primitives
 import jax.numpy as jnp
 
@@ -67,6 +68,12 @@ class Mark:
     for _ in self.scans:
       one = jax.vmap(one)
     return one(weights, parameters)
+
+
+def has_mark(equation: Any) -> bool:
+  """Whether a mark stands within an equation."""
+  inner = [each for jaxpr in core.jaxprs_in_params(equation.params) for each in jaxpr.eqns]
+  return any(read_mark(each, (), ()) is not None or has_mark(each) for each in inner)
 
 
 def read_mark(equation: Any, path: Path, scans: Sequence[int]) -> Mark | None:

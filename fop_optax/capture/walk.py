@@ -24,7 +24,7 @@ from fop_optax import _compat
 from fop_optax.capture import flow, meetings, steps, use_rules, view_rules
 from fop_optax.capture.frame import Found, Frame, is_apart
 from fop_optax.capture.growth import Growth
-from fop_optax.capture.marks import read_mark
+from fop_optax.capture.marks import has_mark, read_mark
 from fop_optax.capture.values import Constant, Key, ParamView, Value
 
 
@@ -121,6 +121,8 @@ def _outputs(frame: Frame, index: int, equation: Any, operands: Sequence[Value])
   if frame.is_live:
     rule = _rules().get(equation.primitive, view_rules.whole)
     outputs = rule(frame, equation, operands)
+    if outputs is None and has_mark(equation):
+      frame.found.hidden.append(frame.source(equation))
   if equation.primitive not in flow.INLINED or outputs is None:
     _read_sums(frame, operands, outputs or ())
   if nested and outputs is not None:

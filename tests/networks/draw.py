@@ -1,5 +1,7 @@
 """What a network is drawn from: how often each kind of block comes, and values of its fields."""
 
+import dataclasses
+
 from hypothesis import strategies as st
 
 from networks.blocks import (
@@ -176,7 +178,10 @@ def _block(rng, tokens, fixed):
   if fixed:
     table = [row for row in table if row[1] in AT_POINTS]
   ((_, kind, options),) = rng.choices(table, [weight for weight, *_ in table])
-  return _draw(rng, kind, options)
+  block = _draw(rng, kind, options)
+  if fixed and isinstance(block, Dense) and block.bias == "positions":
+    block = dataclasses.replace(block, bias="bias")  # a table at fixed points is a penalty
+  return block
 
 
 def _tree(rng, tokens, fixed):
