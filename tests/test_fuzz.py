@@ -34,7 +34,7 @@ def test_a_few_random_networks(network):
   check(network)
 
 
-@hypothesis.settings(max_examples=40, derandomize=True, **FUZZ)
+@hypothesis.settings(max_examples=25, derandomize=True, **FUZZ)
 @hypothesis.given(network=networks.networks)
 def test_layers_of_a_few_random_networks(network):
   captured(network, network.data())

@@ -15,7 +15,7 @@ import fop_optax
 ORACLES = pathlib.Path(__file__).parent / "oracles"
 
 
-@pytest.fixture(params=["float64", "float32"])
+@pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def precision(request):
   """A dtype and the relative tolerance it must meet."""
   with jax.enable_x64(request.param == "float64"):

@@ -82,9 +82,13 @@ class Block:
     return fop_dense(self.F, self.inverse, average, contrasts) if fop else self.inverse @ average
 
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-  ("scaling", "limits"), [("factored", (8192, 1024)), ("exact", (8192, 1024)), ("exact", (5, 4))]
+  ("scaling", "limits"),
+  [("factored", (8192, 1024)), SLOW("exact", (8192, 1024)), ("exact", (5, 4))],
 )
 def test_kronecker_is_the_dense_matrix(method, scaling, limits):
   tx = METHODS[method](
@@ -183,8 +187,10 @@ def of_constant_norms(params, x, t, u):
   return jnp.sum(jnp.abs(x @ params["w"] - t)) + 0.3 * jnp.sum(u * (x @ params["v"]))
 
 
-@pytest.mark.parametrize("scaling", ["factored", "exact"])
-@pytest.mark.parametrize("method", ["kfac", "fop"])
+@pytest.mark.parametrize(
+  ("method", "scaling"),
+  [("fop", "factored"), ("kfac", "exact"), SLOW("fop", "exact"), SLOW("kfac", "factored")],
+)
 def test_kronecker_is_kfac_where_norms_are_constant(method, scaling):
   rng = np.random.default_rng(0)
   params = {"v": jnp.asarray(rng.normal(size=(5, 3))), "w": jnp.asarray(rng.normal(size=(5, 4)))}

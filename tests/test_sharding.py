@@ -59,7 +59,6 @@ def put(mesh, params, *batch):
   slow_but(
     [{}, {"micro_batches": 2}, {"groups": 4}, {"fisher": "exact"}, {"curvature_fraction": 0.5}],
     "{'groups': 4}",
-    "{'fisher': 'exact'}",
   ),
 )
 def test_eight_devices_are_one(options):

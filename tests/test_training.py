@@ -51,7 +51,7 @@ def close(a, b):
   ("name", "scaling"),
   [
     ("fop", "factored"),
-    ("kfac", "exact"),
+    pytest.param("kfac", "exact", marks=pytest.mark.slow),
     pytest.param("fop", "exact", marks=pytest.mark.slow),
     pytest.param("kfac", "factored", marks=pytest.mark.slow),
   ],
