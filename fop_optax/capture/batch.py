@@ -179,12 +179,15 @@ class Chunks:
     Under a trace groups that are written out share one inner `jit`, so that they are traced once.
     """
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in self.leaves)
-    if traced:
-      backward = jax.jit(backward)
+
+    def of_chunk(chunk, key):  # of an object, which has no source line, JAX would print all fields
+      return backward(chunk, key)
+
+    of_chunk = jax.jit(of_chunk) if traced else of_chunk
 
     def one(group, micro):
       own = None if key is None else fold_in(key, group + self.groups * micro)
-      return backward(self.chunk(group, micro), own)
+      return of_chunk(self.chunk(group, micro), own)
 
     def every(micro):
       if self.groups == 1 or not (traced and loops.groups):
