@@ -179,8 +179,12 @@ def _block(rng, tokens, fixed):
     table = [row for row in table if row[1] in AT_POINTS]
   ((_, kind, options),) = rng.choices(table, [weight for weight, *_ in table])
   block = _draw(rng, kind, options)
-  if fixed and isinstance(block, Dense) and block.bias == "positions":
-    block = dataclasses.replace(block, bias="bias")  # a table at fixed points is a penalty
+  if not isinstance(block, Dense):
+    return block
+  if fixed and block.bias == "positions":  # a table at fixed points is a penalty
+    block = dataclasses.replace(block, bias="bias")
+  if block.spelling.bias == "either" and block.penalty_on_w == "spectral":
+    block = dataclasses.replace(block, penalty_on_w="l2")  # turned, it makes the bias count in G
   return block
 
 
