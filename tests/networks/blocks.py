@@ -402,8 +402,8 @@ ODD = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Odd(Block):
-  """A weight used as no layer can be, maybe `besides` a product; nor is the bias after it one."""
+class Used(Block):
+  """A square weight used in one of several ways, maybe `besides` a product, and a bias after it."""
 
   use: str
   bias: bool = False
@@ -412,6 +412,11 @@ class Odd(Block):
   def init(self, rng, width, tokens):
     p = {"w": normal(rng, width, width)}
     return p | ({"b": normal(rng, width)} if self.bias else {}), width
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd(Used):
+  """A weight used as no layer can be, maybe `besides` a product; nor is the bias after it one."""
 
   def roles(self):
     return {"w": "fallback"} | ({"b": "fallback"} if self.bias else {})
@@ -427,16 +432,8 @@ class Odd(Block):
 
 
 @dataclasses.dataclass(frozen=True)
-class Viewed(Block):
+class Viewed(Used):
   """A weight used as one of `VIEWS`, maybe `besides` a product, with a bias after their sum."""
-
-  use: str
-  bias: bool = False
-  besides: bool = False
-
-  def init(self, rng, width, tokens):
-    p = {"w": normal(rng, width, width)}
-    return p | ({"b": normal(rng, width)} if self.bias else {}), width
 
   def roles(self):
     weight = "fallback" if self.use == "gathered" and self.besides else "layer"
