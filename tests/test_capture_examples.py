@@ -3,12 +3,15 @@
 Almost all is read from a trace on shapes: no program is compiled.
 """
 
+import math
 import re
 import warnings
 
 import equinox as eqx
 from flax import linen, nnx
 import haiku as hk
+import hypothesis
+from hypothesis import strategies as st
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -17,6 +20,8 @@ import optax
 import pytest
 
 import fop_optax
+from fop_optax.capture.examples import axes
+from fop_optax.capture.examples.values import Constant
 
 N, T, D, C = 8, 5, 3, 4
 P = {
@@ -406,3 +411,23 @@ def test_a_fraction_is_taken_along_the_axis_of_examples(loss):
   _, _, stats = jax.jit(capture.value_and_grad)(params, x)
   rows = np.asarray(x[::2]).reshape(-1, D)
   np.testing.assert_allclose(stats.factors[0].A[0], rows.T @ rows / len(rows), rtol=1e-5)
+
+
+SHAPES = st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=4).map(tuple)
+
+
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(shape=SHAPES, data=st.data())
+def test_uniform_axes_after_a_reshape(shape, data):
+  """Exactly those that are, for any array that is repeated along some axes."""
+  uniform = data.draw(st.sets(st.sampled_from(range(len(shape)))))
+  new = [math.prod(shape)]
+  for _ in range(data.draw(st.integers(0, 3))):  # cut in two where it can be
+    size = data.draw(st.sampled_from([n for n in range(1, new[-1] + 1) if new[-1] % n == 0]))
+    new[-1:] = [size, new[-1] // size]
+  once = np.random.default_rng(0).normal(
+    size=[1 if axis in uniform else size for axis, size in enumerate(shape)]
+  )
+  array = np.broadcast_to(once, shape).reshape(new)
+  found = axes.reshape(Constant(frozenset(uniform)), shape, tuple(new)).uniform
+  assert found == {a for a in range(len(new)) if np.all(array == np.take(array, [0], a))}

@@ -59,14 +59,11 @@ def reshape(value: Value, shape: Shape, new: Shape) -> Value:
   if isinstance(value, Unknown):
     return value
   if isinstance(value, Constant):
-    uniform, iota = set(), None
-    for axis in value.uniform:
-      found = _relocated(Piece(axis, shape[axis]), shape, new) or ()
-      uniform |= {piece.axis for piece in found if piece.outer == piece.inner == 1}
+    uniform, iota = _uniform(value.uniform, shape, new), None
     if value.iota is not None:
       found = _relocated(Piece(value.iota, shape[value.iota]), shape, new) or ()
       iota = found[0].axis if len(found) == 1 and found[0].outer == found[0].inner == 1 else None
-    return dataclasses.replace(value, uniform=frozenset(uniform), iota=iota, columns=())
+    return dataclasses.replace(value, uniform=uniform, iota=iota, columns=())
   pieces: list[Piece] = []
   for piece in value.pieces:
     found = (piece,) if piece.axis < 0 else _relocated(piece, shape, new)
@@ -78,6 +75,23 @@ def reshape(value: Value, shape: Shape, new: Shape) -> Value:
   if len(set(axes)) < len(axes):
     return Unknown(value.causes)
   return dataclasses.replace(value, pieces=tuple(merged), columns=())
+
+
+def _uniform(uniform: frozenset[int], shape: Shape, new: Shape) -> frozenset[int]:
+  """The axes after a reshape that lie within neighbouring uniform ones of before."""
+  runs, low, high = [], 1, 1  # entries to the left of a run, and with it
+  for axis, size in enumerate(shape):
+    if axis not in uniform and size != 1:
+      runs.append((low, high))
+      low = high * size
+    high *= size
+  runs.append((low, high))
+  kept, left = set(), 1
+  for axis, size in enumerate(new):
+    within = any(low and left % low == 0 and high % (left * size or 1) == 0 for low, high in runs)
+    kept |= {axis} if within or size == 1 else set()
+    left *= size
+  return frozenset(kept)
 
 
 def _relocated(piece: Piece, shape: Shape, new: Shape) -> tuple[Piece, ...] | None:
