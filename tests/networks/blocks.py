@@ -132,7 +132,7 @@ class Dense(Block):
     w = p["w"]
     if tap is untapped or self.stored not in WHOLE_COLUMNS:
       return total + 0.1 * jnp.sum((w @ jnp.ones(w.shape[-1], w.dtype)) ** 2)
-    w, turned = read(self.stored, p["w"], 0), self.stored != "transposed"
+    w, turned = read(self.stored, w, w.size // w.shape[-1]), self.stored != "transposed"
     w = w.T if turned else w
     y = tap("w", jnp.ones((1, len(w)), w.dtype), w, fixed=True, turned=turned)
     return total + 0.1 * jnp.sum(y**2)
