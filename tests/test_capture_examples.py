@@ -92,6 +92,17 @@ def perturbed(p, x, y):
   return jnp.mean(jax.vmap(jax.grad(lambda x: jnp.sum(jnp.tanh(f(p, x)))))(x) ** 2)
 
 
+def looked_up_in_a_map(p, x, y):
+  rows = lax.map(lambda i: lax.dynamic_slice_in_dim(p["w"], i % D, 1)[0], y.reshape(-1))
+  return cross_entropy(rows.reshape(*y.shape, C) + f(p, x), y).mean()
+
+
+def along_a_constant(p, x, y):
+  by_row = lambda x: f(p, x.reshape(-1, D)).reshape(*x.shape[:-1], C)
+  z, tangent = jax.jvp(by_row, (x,), (jnp.broadcast_to(jnp.arange(1.0, D + 1), x.shape),))
+  return cross_entropy(jnp.tanh(z + tangent), y).mean()
+
+
 weighted = lambda v, w: jnp.sum(v * w) / jnp.sum(w)
 batch = (X, Y)
 tokens = (XT, YT)
@@ -411,6 +422,12 @@ def test_a_fraction_is_taken_along_the_axis_of_examples(loss):
   _, _, stats = jax.jit(capture.value_and_grad)(params, x)
   rows = np.asarray(x[::2]).reshape(-1, D)
   np.testing.assert_allclose(stats.factors[0].A[0], rows.T @ rows / len(rows), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [looked_up_in_a_map, along_a_constant])
+def test_terms_are_read_whatever_comes_before(loss):
+  (note,) = captured(loss, tokens, groups=2).notes
+  assert note.startswith(f"{T} terms an example")
 
 
 SHAPES = st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=4).map(tuple)

@@ -1,6 +1,6 @@
 """Lookups by index: `gather`, with which indexing and `take_along_axis` are written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -78,6 +78,24 @@ def gather(
     count=value.count if isinstance(operand, Batch) else Count(),
     moment=None,
     causes=causes,
+    columns=(),
+  )
+
+
+def window(operand: Constant, starts: Sequence[Value]) -> Value:
+  """A part of a table that begins at numbers of the example at which a scan stands."""
+  found = [v for v in starts if isinstance(v, Batch) and v.pieces]
+  pieces = {piece for value in found for piece in value.pieces}
+  if len(pieces) != 1 or not all(isinstance(v, Constant) or v in found for v in starts):
+    return Unknown(causes_of(starts))
+  return dataclasses.replace(
+    found[0],
+    pieces=tuple(pieces),
+    active=operand.active,
+    degree=operand.degree,
+    count=Count(),
+    moment=None,
+    causes=causes_of(starts),
     columns=(),
   )
 

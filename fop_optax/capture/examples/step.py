@@ -183,6 +183,8 @@ class Step:
       pieces = [self._cut(first, [(axis, (i, i + 1, 1))], shape) for i in range(shape[axis])]
       return [axes.squeeze(piece, [axis], len(shape)) for piece in pieces]
     if name == "dynamic_slice":
+      if isinstance(first, Constant) and any(isinstance(v, Batch) for v in self.operands[1:]):
+        return lookup.window(first, self.operands[1:])
       sizes = params["slice_sizes"]
       windows = enumerate((0, n, 1) for n in sizes)
       return self._with(self._cut(_uncounted(first), windows, shape), self.operands[1:])
