@@ -368,7 +368,10 @@ def test_max_dim_keeps_diagonals():
   relative(G, np.diagonal(full[1].G, axis1=1, axis2=2))
 
 
-@pytest.mark.parametrize("groups, micro_batches", [(1, 1), (2, 2), (2, 4), (4, 1), (8, 1)])
+@pytest.mark.parametrize(
+  ("groups", "micro_batches"),
+  [(1, 1), (2, 2), (2, 4), (4, 1), pytest.param(8, 1, marks=pytest.mark.slow)],
+)
 def test_any_groups_and_micro_batches_give_the_same_mean(groups, micro_batches):
   params, x, y = mlp_inputs()
   capture = lambda **options: fop_optax.capture(mlp, params, x, y, **options)

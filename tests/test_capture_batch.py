@@ -356,7 +356,8 @@ def test_equinox_module_with_its_functions_says_how_to_split_it():
     fop_optax.capture(loss, model, X, Y)
 
 
-@pytest.mark.parametrize("micro_batches", [SLOW(1), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batches", [1, 2])
 def test_groups_in_a_loop_are_groups_written_out(micro_batches):
   """A long program goes in a loop under `jit`, and is written out when it runs eagerly."""
   rng = np.random.default_rng(0)

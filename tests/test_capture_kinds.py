@@ -399,7 +399,8 @@ def some_network(params, x, y):
   return fop_optax.softmax_cross_entropy(h.mean(1) @ params["head"], y)
 
 
-@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 2])
 def test_statistics_of_a_fraction_are_those_of_these_examples(groups):
   shapes = {"table": (9, 5), "tokens": (5, 6), "merged": (6, 6), "bias": (6,)}
   shapes |= {"kernel": (3, 6, 4), "head": (4, 3)}

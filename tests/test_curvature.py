@@ -268,7 +268,7 @@ def test_views_stacks_and_shared_leaves():
     np.testing.assert_allclose(np.ravel(updates["scan"][i]), want, rtol=1e-8)
 
 
-@pytest.mark.parametrize("n", [7, 385, 801])
+@pytest.mark.parametrize("n", [7, 385, pytest.param(801, marks=pytest.mark.slow)])
 def test_positive_inverse(n):
   rng = np.random.default_rng(n)
   x = rng.normal(size=(2, 2 * n, n))

@@ -116,8 +116,15 @@ def test_params_are_needed_for_weight_decay_only():
     decaying.update(grads, decaying.init(params), stats=stats)
 
 
-@pytest.mark.parametrize("make", [fop_optax.scale_by_kfac, fop_optax.scale_by_fop])
-@pytest.mark.parametrize("scaling", ["factored", "exact"])
+@pytest.mark.parametrize(
+  ("make", "scaling"),
+  [
+    (fop_optax.scale_by_kfac, "exact"),
+    (fop_optax.scale_by_fop, "factored"),
+    pytest.param(fop_optax.scale_by_kfac, "factored", marks=pytest.mark.slow),
+    pytest.param(fop_optax.scale_by_fop, "exact", marks=pytest.mark.slow),
+  ],
+)
 def test_norm_constraint_is_one_factor_over_all_layers(make, scaling):
   params, layers = setup()
   kwargs = {"damping": 1e-2, "scaling": scaling}

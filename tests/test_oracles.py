@@ -3,6 +3,7 @@
 Conventions differ between projects; each conversion stands where it is used.
 """
 
+import functools
 import pathlib
 
 import jax
@@ -37,8 +38,12 @@ def kfac_direction(captured, params, batch, damping, scaling):
   return jax.tree.map(jnp.negative, updates), stats
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("scaling", ["factored", "exact"])
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+  ("groups", "scaling"), [(1, "factored"), (2, "exact"), SLOW(2, "factored"), SLOW(1, "exact")]
+)
 @pytest.mark.parametrize("damping", [0.01, 0.1])
 def test_kfac_jax_from_the_loss(precision, groups, scaling, damping):
   dtype, tolerance = precision

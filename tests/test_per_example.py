@@ -88,7 +88,7 @@ SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
   ("scaling", "limits"),
-  [("factored", (8192, 1024)), SLOW("exact", (8192, 1024)), ("exact", (5, 4))],
+  [SLOW("factored", (8192, 1024)), SLOW("exact", (8192, 1024)), ("exact", (5, 4))],
 )
 def test_kronecker_is_the_dense_matrix(method, scaling, limits):
   tx = METHODS[method](
@@ -242,8 +242,15 @@ def test_halves_folded_are_the_whole():
     assert_close(one.running.factors, two.running.factors, 1e-12)
 
 
-@pytest.mark.parametrize("curvature", ["kronecker", "exact"])
-@pytest.mark.parametrize("make", [fop_optax.kfac_per_example, fop_optax.fop_per_example])
+@pytest.mark.parametrize(
+  ("make", "curvature"),
+  [
+    (fop_optax.kfac_per_example, "kronecker"),
+    (fop_optax.fop_per_example, "exact"),
+    SLOW(fop_optax.kfac_per_example, "exact"),
+    SLOW(fop_optax.fop_per_example, "kronecker"),
+  ],
+)
 def test_a_step_that_is_not_finite_is_counted_and_harmless(make, curvature):
   params, grads = gradients()
   tx = make(0.1, curvature=curvature, momentum=None)
@@ -273,7 +280,7 @@ def test_norm_constraint_of_exact(method):
     assert_close(bound, optax.tree.scale(nu, free))
 
 
-@pytest.mark.parametrize("curvature", ["kronecker", "exact"])
+@pytest.mark.parametrize("curvature", [SLOW("kronecker"), "exact"])
 def test_options_of_fop(curvature):
   params, grads = (dict(tree["fc0"]) for tree in gradients())
 
@@ -310,8 +317,15 @@ def test_equal_groups_are_kfac():
     assert_close(fop, kfac, 1e-12)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("curvature", ["kronecker", "exact"])
+@pytest.mark.parametrize(
+  ("curvature", "kind"),
+  [
+    ("kronecker", AxisType.Auto),
+    ("exact", AxisType.Explicit),
+    SLOW("kronecker", AxisType.Explicit),
+    SLOW("exact", AxisType.Auto),
+  ],
+)
 def test_eight_devices_are_one(curvature, kind):
   params, grads = (dict(tree["fc0"]) for tree in gradients(examples=32))
   tx = fop_optax.fop_per_example(0.1, curvature=curvature)
@@ -324,6 +338,7 @@ def test_eight_devices_are_one(curvature, kind):
   assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_dimension_numbers():
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
@@ -470,7 +485,7 @@ def test_an_empty_leaf_gets_an_empty_update():
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, params)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["kfac", SLOW("fop")])
 def test_aggregating(method):
   """As the aggregator of `process`: private gradients in, a step of any optimizer out."""
   params, grads = gradients()
@@ -504,6 +519,7 @@ def test_leaves_kept_from_it_are_averaged_beside_it():
   assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 
 
+@pytest.mark.slow
 def test_microbatching():
   params, batch = problem()
   tx = fop_optax.fop_per_example(0.1)

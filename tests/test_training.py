@@ -96,6 +96,7 @@ def test_a_donated_state_and_no_recompilation():
   assert np.isfinite(loss)
 
 
+@pytest.mark.slow
 def test_static_variants_train_like_the_traced_one():
   step, init, batch = make_step("fop", curvature_update_period=3)
   params = problems.make_params()
