@@ -48,7 +48,7 @@ def test_random_networks(network):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=5 * EXAMPLES, derandomize=False, **FUZZ)
+@hypothesis.settings(max_examples=2 * EXAMPLES, derandomize=False, **FUZZ)
 @hypothesis.given(network=networks.networks)
 def test_layers_of_random_networks(network):
   captured(network, network.data())  # which takes a fraction of what factors take
