@@ -29,6 +29,9 @@ SPELLINGS = {
   "transposed": (
     real, lambda p, x: jnp.mean(((p["re"].T - 1j * p["im"].T).conj() @ x.T).real ** 2),
   ),
+  "reshaped": (
+    real, lambda p, x: jnp.mean((x @ (p["re"] + 1j * p["im"]).reshape(1, D, C)[0]).real ** 2),
+  ),
   "over i": (real, lambda p, x: jnp.mean((x @ (p["re"] - p["im"] / 1j)).real ** 2)),
   "imaginary": (imaginary, lambda p, x: jnp.mean((x @ (p["re"] + 1j * p["im"])).T.imag ** 2)),
 }  # fmt: skip
@@ -80,6 +83,23 @@ def test_half_of_the_examples_for_curvature():
   (_, _, thin), _ = evaluated(loss, PARAMS, X, curvature_fraction=0.5)
   (_, _, half), _ = evaluated(loss, PARAMS, X[::2])
   jax.tree.map(close, thin.factors, half.factors)
+
+
+def test_a_slice_of_a_complex_weight():
+  loss = lambda p, x: jnp.mean(jnp.abs(x[:, :2] @ (p["re"] + 1j * p["im"])[:2]) ** 2)
+  (_, grads, ours), layers = evaluated(loss, PARAMS, X)
+  cut = {name: w[:2] for name, w in PARAMS.items()}
+  whole = lambda p, x: jnp.mean(jnp.abs(x[:, :2] @ (p["re"] + 1j * p["im"])) ** 2)
+  (_, _, theirs), _ = evaluated(whole, cut, X)
+  assert [layer.inputs for layer in layers] == [2, 2]
+  jax.tree.map(close, ours.factors, theirs.factors)
+  jax.tree.map(close, grads, jax.grad(loss)(PARAMS, X))
+
+
+def test_one_entry_of_complex_numbers_is_no_layer():
+  loss = lambda p, x: jnp.mean(jnp.abs(x @ p["re"] * (p["re"] + 1j * p["im"])[0, 0]) ** 2)
+  with pytest.raises(ValueError, match=r"\['im'\]: it is used in `squeeze`"):
+    fop_optax.capture(loss, PARAMS, X)
 
 
 def test_what_is_not_a_complex_weight_has_a_true_reason():

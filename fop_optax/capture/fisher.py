@@ -55,7 +55,7 @@ def check_marked(fisher: str, marks: Sequence[Mark], hidden: Sequence[str]) -> N
 
   if fisher != "empirical" and hidden:
     raise ValueError(
-      f"A marked loss stands inside of `cond`, `while_loop` or a `jit` with shardings{hidden[0]},"
+      f"A marked loss stands inside of {hidden[0]},"
       f" where `capture(fisher={fisher!r})` would leave it out. Take it out of there (choose its"
       " arguments, or weights of its terms, with `jnp.where`), or capture with fisher='empirical'."
     )

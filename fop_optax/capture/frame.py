@@ -26,7 +26,7 @@ class Found:
     refused: for each parameter with a use that is not understood, the first reason.
     apart: for each parameter that is used in other ways where there is no batch, the first of them.
     marks: the marked losses.
-    hidden: the lines of those in equations that are taken whole, as `cond`.
+    hidden: the equations that are taken whole, as `cond`, with one inside, and their lines.
     meetings: where a product with a constant meets the batch: the equation, the operand, and along
       which axis of the output it is repeated. None: nowhere, one row of it is as good as another.
     as_weight: for sums of a parameter and what depends on the batch, which are tables if they are

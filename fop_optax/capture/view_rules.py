@@ -49,13 +49,18 @@ def move(frame: Frame, equation: Any, operands: Sequence[Value]) -> list[Value] 
   taken = steps.steps()[equation.primitive](equation)
   if taken is None:
     return whole(frame, equation, operands)
+  before = tuple(equation.invars[0].aval.shape)
+  if value.parts and all(part.size == before[part.axis] for part in value.parts):  # a sum
+    if not all(variable.aval.shape for variable in equation.outvars):
+      return whole(frame, equation, operands)
+    moved = [[steps.moved(part.view, step, before) for part in value.parts] for step in taken]
+    return [_sum(views) for views in moved]
   if value.parts:
     shape = tuple(equation.outvars[0].aval.shape)
     parts = steps.parts_after(value.parts, taken[0], shape) if len(taken) == 1 else None
     if parts:
       return [Value(parts=parts)]
     return frame.refuse(equation, operands, WHOLE[primitives.concatenate_p])
-  before = tuple(equation.invars[0].aval.shape)
   return [
     Value(
       view=steps.moved(value.view, step, before) if value.view else None,
@@ -144,7 +149,12 @@ def pair(frame: Frame, equation: Any, operands: Sequence[Value]) -> list[Value] 
     return whole(frame, equation, operands)
   if len(found) == 1:
     return [Value(view=found[0])]
-  return [Value(parts=tuple(Part(view, 0, 0, shape[0]) for view in found))]
+  return [_sum(found)]
+
+
+def _sum(found: Sequence[ParamView]) -> Value:
+  """A variable that is the sum of views: each is all of it."""
+  return Value(parts=tuple(Part(view, 0, 0, view.shape[0]) for view in found))
 
 
 def conjugate(frame: Frame, equation: Any, operands: Sequence[Value]) -> list[Value] | None:

@@ -122,7 +122,7 @@ def _outputs(frame: Frame, index: int, equation: Any, operands: Sequence[Value])
     rule = _rules().get(equation.primitive, view_rules.whole)
     outputs = rule(frame, equation, operands)
     if outputs is None and has_mark(equation):
-      frame.found.hidden.append(frame.source(equation))
+      frame.found.hidden.append(f"`{equation.primitive}`{frame.source(equation)}")
   if equation.primitive not in flow.INLINED or outputs is None:
     _read_sums(frame, operands, outputs or ())
   if nested and outputs is not None:
