@@ -1,7 +1,8 @@
 """Random networks in random spellings against explicit gradients and factors, none silently wrong.
 
-`FUZZ_EXAMPLES` sets how many networks the slow test draws. A failure prints the network's
-specification: `check(<specification>)` with the names of `networks` imported reproduces it.
+The slow tests draw the same 200 networks every time; `FUZZ_EXAMPLES=n` draws n new ones. A failure
+prints the network's specification: `check(<specification>)` with the names of `networks` imported
+reproduces it.
 """
 
 import functools
@@ -19,6 +20,7 @@ import fop_optax
 
 pytestmark = pytest.mark.usefixtures("x64")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
+DERANDOMIZE = "FUZZ_EXAMPLES" not in os.environ
 FUZZ = {
   "deadline": None,
   "database": None,
@@ -41,14 +43,14 @@ def test_layers_of_a_few_random_networks(network):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=EXAMPLES, derandomize=False, **FUZZ)
+@hypothesis.settings(max_examples=EXAMPLES, derandomize=DERANDOMIZE, **FUZZ)
 @hypothesis.given(network=networks.networks)
 def test_random_networks(network):
   check(network)
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=2 * EXAMPLES, derandomize=False, **FUZZ)
+@hypothesis.settings(max_examples=2 * EXAMPLES, derandomize=DERANDOMIZE, **FUZZ)
 @hypothesis.given(network=networks.networks)
 def test_layers_of_random_networks(network):
   captured(network, network.data())  # which takes a fraction of what factors take

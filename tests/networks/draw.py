@@ -204,6 +204,13 @@ def _around(rng, tokens, blocks):
   return rng.choice(["none", rng.choice(list(AROUND))])
 
 
+def _may_double(blocks):
+  """A constant counts the same with each example twice, but in a loop over the two."""
+  return not any(
+    isinstance(b, Blocks) and b.around in ("map", "scan of checkpoints") for b in blocks
+  )
+
+
 def _is_plain(block):
   return isinstance(block, Dense) and block.bias != "positions"
 
@@ -215,11 +222,14 @@ def draw_network(rng) -> Network:
   fisher = rng.choice(["empirical"] * 5 + ["exact"])
   body = [_tree(rng, tokens, fixed) for _ in range(rng.choice([1, 2]))]
   blocks = (*body, _draw(rng, Dense, HEAD))
+  around = _around(rng, tokens, blocks)
+  if around == "twice the batch" and not _may_double(body):
+    around = "none"
   return _draw(
     rng,
     Network,
     NETWORK,
-    body=Blocks(blocks, around=_around(rng, tokens, blocks)),
+    body=Blocks(blocks, around=around),
     tokens=tokens,
     loss=rng.choice(EXACT if fisher == "exact" else EMPIRICAL),
     fisher=fisher,
