@@ -39,25 +39,29 @@ FISHERS = ("empirical", "sampled", "exact")
 Pullback = Callable[[list[jax.Array]], Any]  # cotangents of the marks' parameters -> factors
 
 
-def check_marked(fisher: str, marks: Sequence[Mark], hidden: Sequence[str]) -> None:
+def check_marked(
+  fisher: str, marks: Sequence[Mark], hidden: Sequence[str], who: str | None = None
+) -> None:
   """Checks that the output distribution is known where it is needed, and of all marked losses.
 
   Raises:
     ValueError: if it is not.
   """
+  remedy = ", or capture with fisher='empirical'." if who is None else "."
+  who = who or f"`capture(fisher={fisher!r})`"
   if fisher != "empirical" and not marks:
     raise ValueError(
-      f"`capture(fisher={fisher!r})` needs to know the distribution of the model's output. Write"
+      f"{who} needs to know the distribution of the model's output. Write"
       " the loss with `fop_optax.softmax_cross_entropy(logits, labels)` or"
       " `fop_optax.squared_error(predictions, targets)` (outside of `cond`, `while_loop` and of"
-      " gradients within the loss), or capture with fisher='empirical'."
+      " gradients within the loss)" + remedy
     )
 
   if fisher != "empirical" and hidden:
     raise ValueError(
       f"A marked loss stands inside of {hidden[0]},"
-      f" where `capture(fisher={fisher!r})` would leave it out. Take it out of there (choose its"
-      " arguments, or weights of its terms, with `jnp.where`), or capture with fisher='empirical'."
+      f" where {who} would leave it out. Take it out of there (choose its arguments, or weights of"
+      " its terms, with `jnp.where`)" + remedy
     )
 
 
@@ -114,6 +118,14 @@ def _residual(mark: Mark, z: jax.Array, key: jax.Array) -> jax.Array:
   axis = _classes(mark)
   labels = jax.random.categorical(key, z, axis=axis)
   return jax.nn.softmax(z, axis) - jax.nn.one_hot(labels, z.shape[axis], axis=axis, dtype=z.dtype)
+
+
+def times_hessian(mark: Mark, z: jax.Array, v: jax.Array) -> jax.Array:
+  """`H v` of each term."""
+  if mark.distribution != SOFTMAX:
+    return v
+  p = jax.nn.softmax(z, _classes(mark))
+  return p * v - p * jnp.sum(p * v, _classes(mark), keepdims=True)
 
 
 def _times_root(mark: Mark, z: jax.Array, v: jax.Array) -> jax.Array:
