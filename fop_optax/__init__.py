@@ -2,6 +2,8 @@
 
 from fop_optax.capture import Captured as Captured
 from fop_optax.capture import capture as capture
+from fop_optax.capture.quadratic_model import QuadraticModel as QuadraticModel
+from fop_optax.capture.quadratic_model import quadratic_model as quadratic_model
 from fop_optax.diagnostics import diagnostics as diagnostics
 from fop_optax.dimensions import DimensionNumbers as DimensionNumbers
 from fop_optax.layers import Layer as Layer
@@ -9,6 +11,7 @@ from fop_optax.layers import Layers as Layers
 from fop_optax.layers import Stats as Stats
 from fop_optax.losses import softmax_cross_entropy as softmax_cross_entropy
 from fop_optax.losses import squared_error as squared_error
+from fop_optax.optimizers.adaptive_damping import adapt_damping as adapt_damping
 from fop_optax.optimizers.fop import ScaleByFopState as ScaleByFopState
 from fop_optax.optimizers.fop import fop as fop
 from fop_optax.optimizers.fop import scale_by_fop as scale_by_fop
@@ -23,6 +26,7 @@ from fop_optax.optimizers.kfac_per_example import kfac_per_example as kfac_per_e
 from fop_optax.optimizers.kfac_per_example import (
   scale_by_kfac_per_example as scale_by_kfac_per_example,
 )
+from fop_optax.optimizers.refresh import WarmupPeriod as WarmupPeriod
 from fop_optax.optimizers.refresh import refresh_due as refresh_due
 from fop_optax.projection import FopDirection as FopDirection
 from fop_optax.projection import fop_direction as fop_direction

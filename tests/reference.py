@@ -17,15 +17,15 @@ class Reference:
   """The optimizer of one layer; `step` takes what one step brings and returns the update."""
 
   def __init__(
-    self, rate, damping, decay, momentum, scaling, statistics_period, inverse_period, fop
+    self, rate, damping, decay, momentum, scaling, statistics_period, inverse_period, fop, relative
   ):
     self.rate, self.damping, self.decay, self.momentum = rate, damping, decay, momentum
     self.statistics_period, self.inverse_period = statistics_period, inverse_period
-    self.scaling, self.fop = scaling, fop
+    self.scaling, self.fop, self.relative = scaling, fop, relative
     self.count, self.folds, self.trace, self.log = 0, 0, 0.0, []
 
   def step(self, A, G, average, contrast):
-    if self.count % self.statistics_period == 0:
+    if self.count % self.statistics_period(self.count) == 0:
       if self.folds == 0:
         self.A, self.G = A, G
       else:
@@ -35,8 +35,10 @@ class Reference:
           weight * self.G + (1 - weight) * G,
         )
       self.folds += 1
-    if self.count % self.inverse_period == 0:
-      self.inverse = damped_inverse(self.A, self.G, self.damping(self.count), self.scaling)
+    if self.count % self.inverse_period(self.count) == 0:
+      mean = np.linalg.eigvalsh(np.kron(self.A, self.G)).mean()
+      damping = self.damping(self.count) + self.relative(self.count) * mean
+      self.inverse = damped_inverse(self.A, self.G, damping, self.scaling)
     g = average.reshape(-1)
     direction = self.inverse @ g
     if self.fop:

@@ -53,6 +53,13 @@ def decays(params):
 
 COMMON = ("damping", "decay", "curvature_update_period", "inverse_update_period")
 ALIAS = ("learning_rate", "momentum", "weight_decay")
+# Each layer and each step by itself.
+PLAIN = {
+  "learning_rate": 0.1,
+  "damping": 1e-2,
+  "norm_constraint": None,
+  "curvature_update_period": 10,
+}
 
 ROWS = (
   Row(
@@ -65,9 +72,16 @@ ROWS = (
   Row(
     "kfac",
     fop_optax.kfac,
-    {"learning_rate": 0.1, "damping": 1e-2, "weight_decay": 1e-2, "mask": decays},
+    {**PLAIN, "weight_decay": 1e-2, "mask": decays},
     injected=("decay", "damping", *ALIAS, "curvature_update_period"),
     static=("mask",),
+  ),
+  Row(
+    "kfac defaults",
+    fop_optax.kfac,
+    {"learning_rate": 0.1},
+    blockwise=False,
+    injected=("norm_constraint", "curvature_update_period", *ALIAS),
   ),
   Row(
     "kfac exact",
@@ -75,18 +89,24 @@ ROWS = (
     {
       "learning_rate": optax.linear_schedule(0.1, 0.01, 10),
       "damping": optax.linear_schedule(0.1, 0.01, 10),
+      "relative_damping": optax.linear_schedule(0.5, 0.05, 10),
       "scaling": "exact",
-      "norm_constraint": 1e-3,
+      "norm_constraint": optax.linear_schedule(1e-3, 1e-2, 10),
       "momentum": None,
-      "curvature_update_period": 2,
-      "inverse_update_period": 3,
+      "curvature_update_period": fop_optax.WarmupPeriod(2, 2),
+      "inverse_update_period": fop_optax.WarmupPeriod(1, 3),
       "stagger": True,
     },
     blockwise=False,
-    injected=(*COMMON, "norm_constraint", "learning_rate"),
+    injected=(*COMMON, "relative_damping", "norm_constraint", "learning_rate"),
   ),
+  Row("fop", fop_optax.fop, PLAIN, injected=(*COMMON[:3], *ALIAS)),
   Row(
-    "fop", fop_optax.fop, {"learning_rate": 0.1, "damping": 1e-2}, injected=(*COMMON[:3], *ALIAS)
+    "fop defaults",
+    fop_optax.fop,
+    {"learning_rate": 0.1, "relative_damping": 0.5},
+    blockwise=False,
+    injected=("relative_damping", "norm_constraint", "curvature_update_period", *ALIAS),
   ),
   Row(
     "fop literal",
@@ -98,6 +118,7 @@ ROWS = (
       "total_gradient": "sum",
       "beta": 0.1,
       "nesterov": True,
+      "norm_constraint": None,
     },
     injected=("beta", *ALIAS),
   ),

@@ -22,6 +22,7 @@ BATCH = problems.make_batch()
   ("kwargs", "message"),
   [
     ({"damping": -1e-3}, "`damping=-0.001` should be at least 0"),
+    ({"relative_damping": -1.0}, "`relative_damping=-1.0` should be at least 0"),
     ({"decay": 1.0}, r"`decay=1.0` should be in \[0, 1\)"),
     ({"momentum": -0.1}, r"`momentum=-0.1` should be in \[0, 1\)"),
     ({"weight_decay": -1}, "`weight_decay=-1` should be at least 0"),

@@ -13,6 +13,7 @@ import pytest
 
 from experiments import comparison, configs, data, optimizers
 from experiments.train import Row
+from fop_optax.optimizers import common
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -114,7 +115,8 @@ def test_grids_are_of_one_size_and_hold_the_chosen_values(name):
   assert len(sizes) == 1
   for optimizer, axes in grid.items():
     for field, values in axes.items():
-      assert getattr(getattr(config, optimizer), field) in values
+      chosen = getattr(getattr(config, optimizer), field)
+      assert chosen in values or (chosen is None and common.RELATIVE_DAMPING in values)
 
 
 def test_digits():
@@ -222,3 +224,21 @@ def test_benchmarks_print_a_table(name):
 def test_unknown_case_of_a_benchmark():
   out = module("experiments.benchmarks.step_cost", "--cases", "rnn-16")
   assert out.returncode and "unknown case 'rnn-16': one of mlp-BATCH" in out.stderr
+
+
+@pytest.mark.slow
+def test_defaults(tmp_path):
+  """The sweep over one workload: every method, its files, and the summary."""
+  arguments = ("--workloads", "mlp-digits", "--seeds", "1", "--out", str(tmp_path))
+  done = module("experiments.benchmarks.defaults", *arguments)
+  assert done.returncode == 0, done.stderr
+  with (tmp_path / "runs.csv").open(encoding="utf-8") as file:
+    rows = list(csv.DictReader(file))
+  assert {row["method"] for row in rows} == {"AdamW", "Muon", "K-FAC", "FOP"}
+  assert len(rows) == 14 and all(row["diverged"] == "False" for row in rows)
+  assert all(len(row["curve"].split()) == 80 for row in rows)
+  table = (tmp_path / "table.md").read_text(encoding="utf-8")
+  assert "K-FAC: 0 of 3 runs diverged" in table
+  assert (tmp_path / "losses.png").stat().st_size > 10_000
+  done = module("experiments.benchmarks.defaults", "--methods", "LBFGS")
+  assert done.returncode != 0 and "unknown: LBFGS; methods are AdamW" in done.stderr

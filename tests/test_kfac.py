@@ -31,25 +31,42 @@ def one_step(tx, params, seed=0, groups=2):
   return updates, state, grads, stats
 
 
+# Statistics and inverses by schedules of their own, or inverses whenever there are statistics.
+WARMUP = fop_optax.WarmupPeriod(steps=4, period=3)
+CASES = {
+  "factored": {"scaling": "factored", "curvature_update_period": 3, "inverse_update_period": 2},
+  "exact": {"scaling": "exact", "curvature_update_period": 3},
+  "relative": {
+    "scaling": "factored",
+    "relative_damping": lambda count: 0.5 - 0.02 * jnp.asarray(count, jnp.float64),
+    "curvature_update_period": WARMUP,
+    "inverse_update_period": fop_optax.WarmupPeriod(steps=2, period=4),
+  },
+  "relative, exact": {
+    "scaling": "exact",
+    "relative_damping": 0.3,
+    "curvature_update_period": WARMUP,
+  },
+}
+
+
 @pytest.mark.parametrize("make", [fop_optax.kfac, fop_optax.fop])
-@pytest.mark.parametrize(("scaling", "inverse_period"), [("factored", 2), ("exact", None)])
-def test_twenty_steps(make, scaling, inverse_period):
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_twenty_steps(make, case):
   params, layers = setup()
   rate = lambda count: 0.3 * 0.5 ** (jnp.asarray(count, jnp.float64) / 10)
   damping = lambda count: jnp.maximum(0.1 - 0.006 * jnp.asarray(count, jnp.float64), 0.01)
-  tx = make(
-    rate,
-    layers,
-    damping=damping,
-    decay=0.6,
-    momentum=0.8,
-    scaling=scaling,
-    curvature_update_period=3,
-    inverse_update_period=inverse_period,
-  )
+  options = {"damping": damping, "decay": 0.6, "momentum": 0.8, "norm_constraint": None}
+  tx = make(rate, layers, **options, **case)
   is_fop = make is fop_optax.fop
+  schedule = lambda value: value if callable(value) else lambda count: value
+  statistics = schedule(case["curvature_update_period"])
+  inverses = schedule(case.get("inverse_update_period", statistics))
+  relative = schedule(case.get("relative_damping", 0.0))
   references = {
-    name: Reference(rate, damping, 0.6, 0.8, scaling, 3, inverse_period or 3, is_fop)
+    name: Reference(
+      rate, damping, 0.6, 0.8, case["scaling"], statistics, inverses, is_fop, relative
+    )
     for name in NAMES
   }
 
@@ -77,7 +94,11 @@ def test_twenty_steps(make, scaling, inverse_period):
 def test_stages_of_the_alias():
   params, layers = setup()
   direction, _, grads, _ = one_step(fop_optax.scale_by_kfac(layers), params)
-  kwargs = {"weight_decay": 0.3, "mask": lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)}
+  kwargs = {
+    "norm_constraint": None,
+    "weight_decay": 0.3,
+    "mask": lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree),
+  }
   updates, _, _, _ = one_step(
     fop_optax.kfac(0.1, layers, nesterov=True, momentum=0.5, **kwargs), params
   )
@@ -90,7 +111,7 @@ def test_stages_of_the_alias():
   np.testing.assert_allclose(direction["gain"], want, rtol=1e-12)
 
 
-def test_fallback_is_adam_at_a_hundredth_of_the_rate():
+def test_fallback_is_adam_at_a_fraction_of_the_rate():
   """It decays as leaves in layers do: `weight_decay` times the rate itself, where `mask` says."""
   params, layers = setup()
   none = lambda tree: jax.tree.map(lambda _: False, tree)
@@ -98,7 +119,7 @@ def test_fallback_is_adam_at_a_hundredth_of_the_rate():
   for rate, decay, mask in ((0.2, 0.0, None), (schedule, 0.3, None), (0.2, 0.3, none)):
     tx = fop_optax.kfac(rate, layers, weight_decay=decay, mask=mask)
     updates, _, grads, _ = one_step(tx, params)
-    adam = optax.adam(0.002)
+    adam = optax.adam(0.03 * 0.2)
     want, _ = adam.update(grads["gain"], adam.init(params["gain"]))
     want -= 0.2 * (0 if mask else decay) * params["gain"]
     np.testing.assert_allclose(updates["gain"], want, rtol=1e-6)  # optax's schedules are single
@@ -144,6 +165,46 @@ def test_norm_constraint_is_one_factor_over_all_layers(make, scaling):
     for name in NAMES:
       np.testing.assert_allclose(matrix(bound, name), nu * matrix(free, name), rtol=1e-8)
     np.testing.assert_allclose(bound["gain"], free["gain"])
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(None, False), (0.9, False), (0.9, True)])
+def test_norm_constraint_bounds_the_step_that_is_taken(momentum, nesterov):
+  """Its squared length in `M`, momentum and all; reached where gradients agree, as they do here."""
+  params, layers = setup()
+  kappa = 1e-4
+  tx = fop_optax.kfac(
+    lambda count: 0.5 / (1 + 0.001 * count),
+    layers,
+    damping=1e-2,
+    momentum=momentum,
+    nesterov=nesterov,
+    norm_constraint=kappa,
+  )
+  _, state, grads, stats = one_step(tx, params)
+  stats = stats._replace(refresh=jnp.asarray(False))
+  inverses = [
+    damped_inverse(*(np.asarray(x[0]) for x in factors), 1e-2, "factored")
+    for factors in stats.factors
+  ]
+  update = jax.jit(tx.update)
+  for _ in range(60):
+    updates, state = update(grads, state, params, stats=stats)
+    steps = [matrix(updates, name).ravel() for name in NAMES]
+    length = sum(u @ np.linalg.solve(C, u) for u, C in zip(steps, inverses, strict=True))
+    assert length < kappa * (1 + 1e-6)
+  assert length > 0.9 * kappa
+
+
+def test_damping_that_is_given_or_not():
+  """Relative by default; absolute alone where only that is given; both add up."""
+  params, layers = setup()
+  step = lambda **kwargs: one_step(fop_optax.scale_by_kfac(layers, **kwargs), params)[0]
+  equal = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+  equal(step(), step(relative_damping=1.0))
+  equal(step(damping=1e-2), step(damping=1e-2, relative_damping=0.0))
+  equal(step(relative_damping=0.2), step(damping=0.0, relative_damping=0.2))
+  both, alone = step(damping=1e-2, relative_damping=1.0), step(damping=1e-2)
+  assert all(not np.allclose(both[n]["w"], alone[n]["w"], rtol=1e-2) for n in NAMES)
 
 
 def test_a_step_that_is_not_finite_is_counted_and_harmless():

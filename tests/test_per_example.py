@@ -161,7 +161,18 @@ def test_gradients_and_contrasts_are_the_captured_ones(groups):
   grads = problems.per_example_grads(params, batch)
 
   settings = per_example.Settings("kronecker", None, 8192, 1024, groups)
-  options = per_example.Options(0.1, 0.9, "factored", 1, None, False, None, 1.0, True)
+  options = per_example.Options(
+    damping=0.1,
+    relative_damping=None,
+    decay=0.9,
+    scaling="factored",
+    curvature_update_period=1,
+    inverse_update_period=None,
+    stagger=False,
+    norm_constraint=None,
+    learning_rate=1.0,
+    per_example=True,
+  )
   seen = lambda grads, state, params=None, *, stats: ((grads, stats.contrasts), state)
   inner = lambda layers: optax.GradientTransformationExtraArgs(lambda params: (), seen)
   state = fop_optax.scale_by_kfac_per_example().init(params)
@@ -495,7 +506,8 @@ def test_aggregating(method):
     METHODS[method](damping=1e-2),
     optax.sgd(0.1, momentum=0.9),
   )
-  direct = getattr(fop_optax, f"{method}_per_example")(0.1, damping=1e-2, momentum=0.9)
+  make = getattr(fop_optax, f"{method}_per_example")
+  direct = make(0.1, damping=1e-2, momentum=0.9, norm_constraint=None)
   state, other = tx.init(params), direct.init(params)
   step = jax.jit(tx.update)
   for seed in range(2):

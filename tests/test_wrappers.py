@@ -15,8 +15,15 @@ import fop_optax
 SIZES = ((5, 5), (5, 5))  # one stack: quick to compile
 PARAMS = problems.make_params(sizes=SIZES)
 LAYERS = problems.layers_of(PARAMS)
+OPTIONS = {
+  "damping": 1e-3,
+  "momentum": None,
+  "norm_constraint": None,
+  "curvature_update_period": 10,
+  "fallback": optax.sgd(0.1),
+}
 MAKERS = {
-  name: functools.partial(make, layers=LAYERS, momentum=None, fallback=optax.sgd(0.1))
+  name: functools.partial(make, layers=LAYERS, **OPTIONS)
   for name, make in (("kfac", fop_optax.kfac), ("fop", fop_optax.fop))
 }
 OPTIMIZERS = {name: make(0.1) for name, make in MAKERS.items()}

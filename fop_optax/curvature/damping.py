@@ -1,9 +1,30 @@
-"""Damping `F + lambda I` shared out between two Kronecker factors, and how small it may be."""
+"""Damping `F + lambda I`: its size, its shares in two Kronecker factors, how small it may be."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fop_optax.layers import Factors
+
+
+class Damping(NamedTuple):
+  r"""Damping of each block, in units of the loss and in units of the block.
+
+  .. math::
+    \lambda = \mathrm{absolute} + \mathrm{relative} \,
+      \frac{\mathrm{tr} A}{\dim A} \frac{\mathrm{tr} G}{\dim G}
+
+  What `relative` is multiplied by is the mean eigenvalue of `A (x) G`.
+  """
+
+  absolute: jax.Array  # shape=()
+  relative: jax.Array  # shape=()
+
+  def of(self, factors: Factors) -> jax.Array:
+    """Lambda of one block, in the dtype of its factors."""
+    absolute, relative = (x.astype(factors.A.dtype) for x in self)
+    return absolute + relative * _mean_diagonal(factors.A) * _mean_diagonal(factors.G)
 
 
 def split_damping(factors: Factors, damping: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax import moments
+from fop_optax.curvature.damping import Damping
 from fop_optax.curvature.precondition import matmul
 
 
@@ -30,6 +31,11 @@ class Gram(NamedTuple):
   U: jax.Array  # [B, B]
   S: jax.Array  # [B], at least 0
   finite: jax.Array  # bool, shape=(): whether all gradients are finite, and their squares
+
+  def damping(self, damping: Damping, parameters: int) -> jax.Array:
+    """Lambda; the mean eigenvalue of `F` is `sum S` over the number of parameters."""
+    absolute, relative = (x.astype(self.S.dtype) for x in damping)
+    return absolute + relative * jnp.sum(self.S) / parameters
 
 
 def gram(gradients: Sequence[jax.Array], dtype: jax.typing.DTypeLike) -> Gram:

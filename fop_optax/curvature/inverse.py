@@ -18,7 +18,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fop_optax.curvature.damping import add_damping, block_rounding, rounding, split_damping
+from fop_optax.curvature.damping import (
+  Damping,
+  add_damping,
+  block_rounding,
+  rounding,
+  split_damping,
+)
 from fop_optax.curvature.positive import positive_inverse
 from fop_optax.curvature.precondition import Side, multiply, sandwich, transposed
 from fop_optax.layers import Factors
@@ -158,13 +164,13 @@ def init_inverse(factors: Factors, scaling: Scaling) -> Inverse:
 
 
 def remake(
-  inverse: Inverse, factors: Factors, folds: jax.Array, damping: jax.Array, scaling: Scaling
+  inverse: Inverse, factors: Factors, folds: jax.Array, damping: Damping, scaling: Scaling
 ) -> Inverse:
   """One block's inverse made anew; the last good one stays if that fails, which is counted.
 
   A block without statistics (`folds` is zero) is left without an inverse.
   """
-  value, sound = scaling.invert(factors, damping)
+  value, sound = scaling.invert(factors, damping.of(factors))
   known = folds > 0
   return Inverse(
     value=jax.tree.map(lambda new, old: jnp.where(known & sound, new, old), value, inverse.value),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fop_optax.curvature.damping import Damping
 from fop_optax.curvature.factors import Fold, Running, init_running
 from fop_optax.curvature.inverse import Inverse, Scaling, init_inverse, remake
 from fop_optax.curvature.stacks import Stack, dtype_of, stack_factors
@@ -30,7 +31,7 @@ class CurvatureState(NamedTuple):
   """Curvature of all layers. `refresh_due` knows it by its fields' names."""
 
   count: jax.Array  # int32, shape=(): steps taken
-  curvature_update_period: jax.Array  # int32, shape=()
+  curvature_update_period: jax.Array  # int32, shape=(): at the step to come
   inverse_update_period: jax.Array  # int32, shape=()
   nonfinite_losses: jax.Array  # int32, shape=(): steps skipped for their loss
   nonfinite_gradients: jax.Array  # int32, shape=(): for their gradient (or the loss and it)
@@ -47,8 +48,11 @@ class CurvatureState(NamedTuple):
 
   def settled(self, before: "CurvatureState", finite: jax.Array) -> "CurvatureState":
     """With the count of `before` the step if its update is not `finite`, which is counted."""
+    keep = lambda new, old: jnp.where(finite, new, old)
     return self._replace(
-      count=jnp.where(finite, self.count, before.count),
+      count=keep(self.count, before.count),
+      curvature_update_period=keep(self.curvature_update_period, before.curvature_update_period),
+      inverse_update_period=keep(self.inverse_update_period, before.inverse_update_period),
       nonfinite_directions=self.nonfinite_directions + (self.taken(before) & ~finite),
     )
 
@@ -69,23 +73,25 @@ class Finite(NamedTuple):
     return self.loss & self.gradients
 
 
+Period = jax.typing.ArrayLike | optax.Schedule
+
+
 class CurvatureOptions(NamedTuple):
   """When and how a step updates the curvature."""
 
   decay: jax.typing.ArrayLike
   scaling: Scaling
   fold: Fold  # how statistics go into the running factors
-  curvature_update_period: jax.typing.ArrayLike
-  inverse_update_period: jax.typing.ArrayLike | None
+  curvature_update_period: Period
+  inverse_update_period: Period | None
   stagger: bool
 
-  @property
-  def periods(self) -> tuple[jax.Array, jax.Array]:
-    """Both periods as arrays; an inverse period of None is that of the statistics."""
-    curvature = jnp.asarray(self.curvature_update_period, jnp.int32)
+  def periods(self, count: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Both periods at a step; an inverse period of None is that of the statistics."""
+    curvature = _whole(self.curvature_update_period, count)
     if self.inverse_update_period is None:
       return curvature, curvature
-    return curvature, jnp.asarray(self.inverse_update_period, jnp.int32)
+    return curvature, _whole(self.inverse_update_period, count)
 
 
 def init_curvature(
@@ -110,7 +116,7 @@ def init_curvature(
         layer=jnp.concatenate(owners or [jnp.full(1, -1, jnp.int32)]),
       )
     )
-  return empty_curvature(options.periods, tuple(states))
+  return empty_curvature(options.periods(0), tuple(states))
 
 
 def empty_curvature(
@@ -128,7 +134,7 @@ def advance(
   factors: Sequence[Factors],
   refresh: jax.Array,
   finite: Finite,
-  damping: jax.Array,
+  damping: Damping,
   options: CurvatureOptions,
 ) -> CurvatureState:
   """One step: folds statistics in if `refresh`, remakes the inverses that are due.
@@ -136,7 +142,7 @@ def advance(
   A step whose loss or gradient is not `finite` is counted and changes nothing else; the count
   stands still, so that a refresh that fell on it is made up for by the next.
   """
-  curvature_period, inverse_period = options.periods
+  _, inverse_period = options.periods(state.count)
   refresh = jnp.asarray(refresh) & finite.both
   decay = jnp.asarray(options.decay)
 
@@ -161,7 +167,9 @@ def advance(
       due &= finite.both
     inverse = _remake_all(kept, running, due, damping, options.scaling)
 
-  return state.counted(finite)._replace(
+  state = state.counted(finite)
+  curvature_period, inverse_period = options.periods(state.count)
+  return state._replace(
     curvature_update_period=curvature_period,
     inverse_update_period=inverse_period,
     stacks=tuple(
@@ -174,8 +182,7 @@ def _remake_all(kept, running, due, damping, scaling):
   def remake_all(kept):
     make = jax.vmap(functools.partial(remake, scaling=scaling), (0, 0, 0, None))
     return tuple(
-      make(old, r.factors, r.folds, damping.astype(r.factors.A.dtype))
-      for old, r in zip(kept, running, strict=True)
+      make(old, r.factors, r.folds, damping) for old, r in zip(kept, running, strict=True)
     )
 
   return jax.lax.cond(due, remake_all, lambda kept: kept, kept)
@@ -192,7 +199,7 @@ def _remake_in_turn(kept, running, finite, phase, damping, scaling):
     index, old, r = block
 
     def make(old):
-      return remake(old, r.factors, r.folds, damping.astype(r.factors.A.dtype), scaling)
+      return remake(old, r.factors, r.folds, damping, scaling)
 
     due = finite & ((turn == index % period) | _waiting(old, r))
     return jax.lax.cond(due, make, lambda old: old, old)
@@ -208,3 +215,9 @@ def _remake_in_turn(kept, running, finite, phase, damping, scaling):
 def _waiting(inverse: Inverse, running: Running) -> jax.Array:
   """Whether a block has statistics and nobody has tried to invert them."""
   return (running.folds > 0) & (inverse.made + inverse.failed == 0)
+
+
+def _whole(period: Period, count: jax.typing.ArrayLike) -> jax.Array:
+  """A period at a step: whole steps, at least one."""
+  value = period(jnp.asarray(count)) if callable(period) else period
+  return jnp.maximum(jnp.asarray(value).astype(jnp.int32), 1)

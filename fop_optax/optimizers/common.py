@@ -11,6 +11,7 @@ import optax
 
 from fop_optax import _compat
 from fop_optax.curvature import factors, per_example_factors
+from fop_optax.curvature.damping import Damping
 from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.curvature.stacks import (
   Stack,
@@ -27,7 +28,14 @@ from fop_optax.curvature.state import (
   init_curvature,
 )
 from fop_optax.layers import Layers, Stats, is_masked
+from fop_optax.optimizers.refresh import WarmupPeriod
 from fop_optax.optimizers.whole_steps import all_finite, whole_steps
+
+# Defaults, chosen over many workloads: `python -m experiments.benchmarks.defaults`.
+RELATIVE_DAMPING = 1.0
+NORM_CONSTRAINT = 0.1
+FALLBACK_RATE = 0.03  # of the learning rate
+UPDATE_PERIOD = WarmupPeriod(steps=20, period=10)
 
 Scalar = float | jax.Array
 ScalarOrSchedule = Scalar | optax.Schedule
@@ -37,25 +45,37 @@ ScalarOrSchedule = Scalar | optax.Schedule
 class Options:
   """Hyperparameters that K-FAC and FOP share; checked where they are Python numbers."""
 
-  damping: ScalarOrSchedule
+  damping: ScalarOrSchedule | None
+  relative_damping: ScalarOrSchedule | None
   decay: Scalar
   scaling: str
-  curvature_update_period: Scalar
-  inverse_update_period: Scalar | None
+  curvature_update_period: ScalarOrSchedule
+  inverse_update_period: ScalarOrSchedule | None
   stagger: bool
   norm_constraint: ScalarOrSchedule | None
   learning_rate: ScalarOrSchedule
+  momentum: Scalar | None = None
   per_example: bool = False  # whether statistics are those of `curvature.per_example_factors`
 
   def __post_init__(self):
     one_of("scaling", self.scaling, tuple(SCALINGS))
-    check("damping", self.damping, lambda x: x >= 0, "at least 0")
+    for name in ("damping", "relative_damping"):
+      check(name, getattr(self, name), lambda x: x >= 0, "at least 0")
     check("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
     for name in ("curvature_update_period", "inverse_update_period"):
       whole = lambda x: x >= 1 and x == int(x)
       check(name, getattr(self, name), whole, "a whole number of steps, at least 1")
     check("norm_constraint", self.norm_constraint, lambda x: x > 0, "above 0")
     check("learning_rate", self.learning_rate, lambda x: x >= 0, "at least 0")
+    check("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+
+  def damping_at(self, count: jax.Array) -> Damping:
+    """Damping at a step: what was given, and the default where nothing was."""
+    relative = self.relative_damping
+    if self.damping is None and relative is None:
+      relative = RELATIVE_DAMPING
+    value = lambda x: jnp.zeros(()) if x is None else value_at(x, count)
+    return Damping(value(self.damping), value(relative))
 
   @property
   def curvature(self) -> CurvatureOptions:
@@ -165,7 +185,7 @@ def begin(
     trees = [gather(layers.leaves(tree, "A contrast in `stats`")) for tree in stats.contrasts]
     others = [jnp.stack(parts, axis=1) for parts in zip(*trees, strict=True)]
   finite = Finite(jnp.isfinite(stats.loss), all_finite(matrices + others) & fallback_finite)
-  damping = value_at(options.damping, state.count)
+  damping = options.damping_at(state.count)
   curvature = advance(
     state, stacks, stats.factors, stats.refresh, finite, damping, options.curvature
   )
@@ -191,19 +211,24 @@ def finish(
 def constrain(options: Options, norm2: jax.Array, count: jax.Array) -> jax.Array:
   r"""The factor that keeps a step within `norm_constraint`, 1 where there is none.
 
-  With `norm_constraint` kappa all layers are scaled by one factor (Ba, Grosse and Martens, 2017):
+  With kappa the constraint, alpha the rate and mu the momentum all layers are scaled by one factor
 
   .. math::
-    \nu = \min\Big(1, \sqrt{\kappa / (\alpha^2 \textstyle\sum_l d_l^\top M_l d_l)}\Big)
+    \nu = \min\Big(1, (1 - \mu) \sqrt{\kappa / (\alpha^2 \textstyle\sum_l d_l^\top M_l d_l)}\Big)
 
-  so that a step at rate alpha has at most kappa of twice the KL divergence that `M` predicts;
-  `norm2` is the sum. Where it overflows nu is NaN: the step is skipped, as no direction is known.
+  (Ba, Grosse and Martens, 2017, but for 1 - mu), so that of the step taken, alpha times the trace
+  of directions, the squared length in `M` is at most kappa: twice the KL divergence `M` predicts.
+  The sum of geometrically weighted lengths bounds it, with Nesterov's momentum too, while `M`
+  stays and alpha does not rise. Weight decay and the fallback have no part in it: the one is known
+  beforehand, the other has no metric. `norm2` is the sum over layers. Where it overflows nu is NaN:
+  the step is skipped, as no direction is known.
   """
   if options.norm_constraint is None:
     return jnp.ones((), norm2.dtype)
-  kappa = value_at(options.norm_constraint, count).astype(norm2.dtype)
-  rate = value_at(options.learning_rate, count).astype(norm2.dtype)
-  size = rate**2 * jnp.abs(norm2)
+  value = lambda x: value_at(x, count).astype(norm2.dtype)
+  share = 1 - value(0.0 if options.momentum is None else options.momentum)
+  kappa = value(options.norm_constraint) * share**2
+  size = value(options.learning_rate) ** 2 * jnp.abs(norm2)
   nu = jnp.where(size > kappa, jnp.sqrt(kappa / jnp.where(size > kappa, size, 1)), 1)
   return jnp.where(jnp.isfinite(size), nu, jnp.nan)
 
@@ -312,13 +337,11 @@ def _resolution(stack: Stack, layers: Layers, leaves: Sequence[Any]) -> float:
 def complete(
   options: Options,
   precondition: optax.GradientTransformation,
-  momentum: Scalar | None,
   nesterov: bool,
   weight_decay: Scalar,
   mask: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """An optimizer out of a direction: momentum, weight decay, rate."""
-  check("momentum", momentum, lambda x: 0 <= x < 1, "in [0, 1)")
   check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
   if isinstance(mask, bool | jax.Array) or any(
     isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(mask)
@@ -328,7 +351,7 @@ def complete(
       " `optax.inject_hyperparams` takes any callable for a schedule: declare it with"
       ' `optax.inject_hyperparams(..., static_args="mask")`.'
     )
-  stages = [] if momentum is None else [optax.trace(momentum, nesterov)]
+  stages = [] if options.momentum is None else [optax.trace(options.momentum, nesterov)]
   stages += _decay_and_rate(options.learning_rate, weight_decay, mask)
   return optax.chain(precondition, keep_dtypes(optax.chain(*stages)))
 
@@ -336,11 +359,11 @@ def complete(
 def slow_adamw(
   learning_rate: ScalarOrSchedule, weight_decay: Scalar, mask: Any
 ) -> optax.GradientTransformation:
-  """What takes care of leaves in no layer by default: Adam at a hundredth of the rate.
+  """What takes care of leaves in no layer by default: Adam at a fraction of the rate.
 
   Weight decay is that of the leaves in layers: times the rate itself.
   """
-  adam = (wide_adam(), optax.scale(0.01))
+  adam = (wide_adam(), optax.scale(FALLBACK_RATE))
   return optax.chain(*adam, *_decay_and_rate(learning_rate, weight_decay, mask))
 
 

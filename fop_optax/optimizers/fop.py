@@ -76,11 +76,12 @@ class FopOptions(NamedTuple):
 def scale_by_fop(
   layers: Layers,
   *,
-  damping: ScalarOrSchedule = 1e-3,
+  damping: ScalarOrSchedule | None = None,
+  relative_damping: ScalarOrSchedule | None = None,
   decay: Scalar = 0.95,
   scaling: str = "factored",
-  curvature_update_period: Scalar = 10,
-  inverse_update_period: Scalar | None = None,
+  curvature_update_period: ScalarOrSchedule = common.UPDATE_PERIOD,
+  inverse_update_period: ScalarOrSchedule | None = None,
   stagger: bool = False,
   projection_metric: str = "fisher",
   total_gradient: str = "mean",
@@ -92,19 +93,20 @@ def scale_by_fop(
 ) -> optax.GradientTransformationExtraArgs:
   """Turns gradients into FOP's direction; no rate and no sign.
 
-  See :func:`fop_optax.fop` for more details. `learning_rate` is only what `norm_constraint`
-  reckons with; `fallback` is a direction for the leaves in no layer, by default
-  `optax.scale_by_adam()`.
+  See :func:`fop_optax.fop` for more details. There is no `norm_constraint` unless it is
+  given, and `learning_rate` is only what it reckons with; `fallback` is a direction for the leaves
+  in no layer, by default `optax.scale_by_adam()`.
   """
   options = Options(
-    damping,
-    decay,
-    scaling,
-    curvature_update_period,
-    inverse_update_period,
-    stagger,
-    norm_constraint,
-    learning_rate,
+    damping=damping,
+    relative_damping=relative_damping,
+    decay=decay,
+    scaling=scaling,
+    curvature_update_period=curvature_update_period,
+    inverse_update_period=inverse_update_period,
+    stagger=stagger,
+    norm_constraint=norm_constraint,
+    learning_rate=learning_rate,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
   inner = project(options, fop_options, common.check_layers(layers))
@@ -188,21 +190,22 @@ def fop(
   learning_rate: ScalarOrSchedule,
   layers: Layers,
   *,
-  damping: ScalarOrSchedule = 1e-3,
+  damping: ScalarOrSchedule | None = None,
+  relative_damping: ScalarOrSchedule | None = None,
   decay: Scalar = 0.95,
   momentum: Scalar | None = 0.9,
   nesterov: bool = False,
   weight_decay: Scalar = 0.0,
   mask: Any = None,
   scaling: str = "factored",
-  curvature_update_period: Scalar = 10,
-  inverse_update_period: Scalar | None = None,
+  curvature_update_period: ScalarOrSchedule = common.UPDATE_PERIOD,
+  inverse_update_period: ScalarOrSchedule | None = None,
   stagger: bool = False,
   projection_metric: str = "fisher",
   total_gradient: str = "mean",
   adaptive_step: bool = True,
   beta: ScalarOrSchedule | None = None,
-  norm_constraint: ScalarOrSchedule | None = None,
+  norm_constraint: ScalarOrSchedule | None = common.NORM_CONSTRAINT,
   fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""FOP: natural gradient plus what the difference of two half-batch gradients tells.
@@ -228,13 +231,15 @@ def fop(
     learning_rate: a number, an array or a schedule.
     layers: `captured.layers` of a loss captured with `groups=2` or more.
     damping: see :func:`fop_optax.kfac`, as for all that follow here.
+    relative_damping: damping in units of each block's mean eigenvalue.
     decay: weight of the old average of the factors.
     momentum: decay of the trace of directions, None for none.
     nesterov: whether momentum looks ahead.
     weight_decay: decoupled decay, times the learning rate.
     mask: which leaves decay.
     scaling: `"factored"` or `"exact"`.
-    curvature_update_period: statistics every that many steps (the paper's curvature interval).
+    curvature_update_period: statistics every that many steps (the paper's curvature interval); at
+      each of the first 20, then every 10.
     inverse_update_period: inverses every that many steps; None: whenever statistics came.
     stagger: whether blocks take turns to remake their inverses.
     projection_metric: the matrix in `s`: `"fisher"`, the undamped running `F` (the paper's equation
@@ -244,9 +249,10 @@ def fop(
       says the sum, its prose fits the mean; with the sum, steps are twice as long.
     adaptive_step: whether eta scales each layer's step; else eta is 1.
     beta: None for the formula, or a number or schedule in its place (two groups only).
-    norm_constraint: a bound of the squared length of a step in the damped Fisher metric, eta in it.
-    fallback: a complete optimizer for leaves that are in no layer; by default Adam at a hundredth
-      of `learning_rate`, with `weight_decay` and `mask`.
+    norm_constraint: a bound of the squared length of the step that is taken in the damped Fisher
+      metric, eta in it.
+    fallback: a complete optimizer for leaves that are in no layer; by default Adam at 0.03 of
+      `learning_rate`, with `weight_decay` and `mask`.
 
   Returns:
     A transformation whose `update` takes `stats=`.
@@ -258,12 +264,12 @@ def fop(
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp, optax
     >>> def loss(params, x, y):
-    ...   return jnp.mean((x @ params["w"] + params["b"] - y) ** 2)
+    ...   return fop_optax.squared_error(x @ params["w"] + params["b"], y)
     >>> params = {"w": jnp.zeros((3, 1)), "b": jnp.zeros(1)}
     >>> x = jax.random.normal(jax.random.key(0), (64, 3))
     >>> y = x @ jnp.array([[1.0], [-2.0], [3.0]]) + 0.5
-    >>> captured = fop_optax.capture(loss, params, x, y, groups=2)
-    >>> tx = fop_optax.fop(1.0, captured.layers, momentum=None, curvature_update_period=1)
+    >>> captured = fop_optax.capture(loss, params, x, y, groups=2, fisher="exact")
+    >>> tx = fop_optax.fop(0.1, captured.layers)
     >>> state = tx.init(params)
     >>> @jax.jit
     ... def step(params, state):
@@ -271,7 +277,7 @@ def fop(
     ...   _, grads, stats = captured.value_and_grad(params, x, y, refresh=refresh)
     ...   updates, state = tx.update(grads, state, params, stats=stats)
     ...   return optax.apply_updates(params, updates), state
-    >>> for _ in range(50):
+    >>> for _ in range(100):
     ...   params, state = step(params, state)
     >>> print(params["w"].round(1).ravel(), params["b"].round(1))
     [ 1. -2.  3.] [0.5]
@@ -281,19 +287,21 @@ def fop(
     Batches <https://arxiv.org/abs/2508.13898>`_, 2025
   """
   options = Options(
-    damping,
-    decay,
-    scaling,
-    curvature_update_period,
-    inverse_update_period,
-    stagger,
-    norm_constraint,
-    learning_rate,
+    damping=damping,
+    relative_damping=relative_damping,
+    decay=decay,
+    scaling=scaling,
+    curvature_update_period=curvature_update_period,
+    inverse_update_period=inverse_update_period,
+    stagger=stagger,
+    norm_constraint=norm_constraint,
+    learning_rate=learning_rate,
+    momentum=momentum,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
   inner = project(options, fop_options, common.check_layers(layers))
   return common.by_layer(
     layers,
-    common.complete(options, inner, momentum, nesterov, weight_decay, mask),
+    common.complete(options, inner, nesterov, weight_decay, mask),
     common.keep_dtypes(fallback or common.slow_adamw(learning_rate, weight_decay, mask)),
   )

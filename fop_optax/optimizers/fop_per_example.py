@@ -22,11 +22,12 @@ def scale_by_fop_per_example(
   *,
   groups: int = 2,
   curvature: str = "kronecker",
-  damping: ScalarOrSchedule = 1e-3,
+  damping: ScalarOrSchedule | None = None,
+  relative_damping: ScalarOrSchedule | None = None,
   decay: Scalar = 0.95,
   scaling: str = "factored",
-  curvature_update_period: Scalar = 10,
-  inverse_update_period: Scalar | None = None,
+  curvature_update_period: ScalarOrSchedule = common.UPDATE_PERIOD,
+  inverse_update_period: ScalarOrSchedule | None = None,
   stagger: bool = False,
   projection_metric: str = "fisher",
   total_gradient: str = "mean",
@@ -44,14 +45,15 @@ def scale_by_fop_per_example(
   `norm_constraint` reckons with.
   """
   options = Options(
-    damping,
-    decay,
-    scaling,
-    curvature_update_period,
-    inverse_update_period,
-    stagger,
-    norm_constraint,
-    learning_rate,
+    damping=damping,
+    relative_damping=relative_damping,
+    decay=decay,
+    scaling=scaling,
+    curvature_update_period=curvature_update_period,
+    inverse_update_period=inverse_update_period,
+    stagger=stagger,
+    norm_constraint=norm_constraint,
+    learning_rate=learning_rate,
     per_example=True,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
@@ -116,21 +118,22 @@ def fop_per_example(
   *,
   groups: int = 2,
   curvature: str = "kronecker",
-  damping: ScalarOrSchedule = 1e-3,
+  damping: ScalarOrSchedule | None = None,
+  relative_damping: ScalarOrSchedule | None = None,
   decay: Scalar = 0.95,
   momentum: Scalar | None = 0.9,
   nesterov: bool = False,
   weight_decay: Scalar = 0.0,
   mask: Any = None,
   scaling: str = "factored",
-  curvature_update_period: Scalar = 10,
-  inverse_update_period: Scalar | None = None,
+  curvature_update_period: ScalarOrSchedule = common.UPDATE_PERIOD,
+  inverse_update_period: ScalarOrSchedule | None = None,
   stagger: bool = False,
   projection_metric: str = "fisher",
   total_gradient: str = "mean",
   adaptive_step: bool = True,
   beta: ScalarOrSchedule | None = None,
-  norm_constraint: ScalarOrSchedule | None = None,
+  norm_constraint: ScalarOrSchedule | None = common.NORM_CONSTRAINT,
   dimension_numbers: Dimensions = None,
   max_dim: int = 8192,
   max_vector: int = 1024,
@@ -159,6 +162,7 @@ def fop_per_example(
     groups: number of groups of examples, two or more; the batch is a multiple of it.
     curvature: `"kronecker"` or `"exact"`.
     damping: see :func:`fop_optax.kfac_per_example`, as for all that have no word here.
+    relative_damping: damping in units of a block's mean eigenvalue.
     decay: weight of the old average of the factors.
     momentum: decay of the trace of directions, None for none.
     nesterov: whether momentum looks ahead.
@@ -173,7 +177,8 @@ def fop_per_example(
     total_gradient: `"mean"` or `"sum"`, the gradient eta weighs a step with.
     adaptive_step: whether eta scales each block's step; else eta is 1.
     beta: None for the formula, or a number or schedule in its place (two groups only).
-    norm_constraint: a bound of the squared length of a step in the damped Fisher metric, eta in it.
+    norm_constraint: a bound of the squared length of the step that is taken in the damped Fisher
+      metric, eta in it.
     dimension_numbers: how leaves with two or more axes are matrices. Kronecker only.
     max_dim: the largest side of a matrix whose factor is kept whole; above, its diagonal is.
     max_vector: the largest vector whose block is kept whole; above, its diagonal is.
@@ -193,7 +198,7 @@ def fop_per_example(
     >>> params = {"w": jnp.zeros((3, 3)), "b": jnp.zeros(3)}
     >>> x = jax.random.normal(jax.random.key(0), (64, 3))
     >>> y = jnp.argmax(x, axis=1)
-    >>> tx = fop_optax.fop_per_example(0.1, curvature_update_period=1)
+    >>> tx = fop_optax.fop_per_example(0.1)
     >>> state = tx.init(params)
     >>> @jax.jit
     ... def step(params, state):
@@ -202,26 +207,28 @@ def fop_per_example(
     ...   return optax.apply_updates(params, updates), state
     >>> for _ in range(20):
     ...   params, state = step(params, state)
-    >>> print(jnp.mean(jnp.argmax(x @ params["w"] + params["b"], axis=1) == y))
-    1.0
+    >>> print(jnp.mean(jnp.argmax(x @ params["w"] + params["b"], axis=1) == y) > 0.95)
+    True
 
   References:
     Lu and Armour, `Fisher-Orthogonal Projection Methods for Natural Gradient Descent with Large
     Batches <https://arxiv.org/abs/2508.13898>`_, 2025
   """
   options = Options(
-    damping,
-    decay,
-    scaling,
-    curvature_update_period,
-    inverse_update_period,
-    stagger,
-    norm_constraint,
-    learning_rate,
+    damping=damping,
+    relative_damping=relative_damping,
+    decay=decay,
+    scaling=scaling,
+    curvature_update_period=curvature_update_period,
+    inverse_update_period=inverse_update_period,
+    stagger=stagger,
+    norm_constraint=norm_constraint,
+    learning_rate=learning_rate,
+    momentum=momentum,
     per_example=True,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector, groups)
   inner = _project(options, fop_options, settings)
-  complete = common.complete(options, inner, momentum, nesterov, weight_decay, mask)
+  complete = common.complete(options, inner, nesterov, weight_decay, mask)
   return whole_steps(complete)

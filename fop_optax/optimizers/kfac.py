@@ -21,11 +21,12 @@ class ScaleByKfacState(NamedTuple):
 def scale_by_kfac(
   layers: Layers,
   *,
-  damping: ScalarOrSchedule = 1e-3,
+  damping: ScalarOrSchedule | None = None,
+  relative_damping: ScalarOrSchedule | None = None,
   decay: Scalar = 0.95,
   scaling: str = "factored",
-  curvature_update_period: Scalar = 10,
-  inverse_update_period: Scalar | None = None,
+  curvature_update_period: ScalarOrSchedule = common.UPDATE_PERIOD,
+  inverse_update_period: ScalarOrSchedule | None = None,
   stagger: bool = False,
   norm_constraint: ScalarOrSchedule | None = None,
   learning_rate: ScalarOrSchedule = 1.0,
@@ -33,19 +34,20 @@ def scale_by_kfac(
 ) -> optax.GradientTransformationExtraArgs:
   """Rescales gradients by K-FAC's inverse; no rate and no sign.
 
-  See :func:`fop_optax.kfac` for more details. `learning_rate` is only what `norm_constraint`
-  reckons with; `fallback` is a direction for the leaves in no layer, by default
-  `optax.scale_by_adam()`.
+  See :func:`fop_optax.kfac` for more details. There is no `norm_constraint` unless it is
+  given, and `learning_rate` is only what it reckons with; `fallback` is a direction for the leaves
+  in no layer, by default `optax.scale_by_adam()`.
   """
   options = Options(
-    damping,
-    decay,
-    scaling,
-    curvature_update_period,
-    inverse_update_period,
-    stagger,
-    norm_constraint,
-    learning_rate,
+    damping=damping,
+    relative_damping=relative_damping,
+    decay=decay,
+    scaling=scaling,
+    curvature_update_period=curvature_update_period,
+    inverse_update_period=inverse_update_period,
+    stagger=stagger,
+    norm_constraint=norm_constraint,
+    learning_rate=learning_rate,
   )
   inner = precondition(options, common.check_layers(layers))
   return common.by_layer(layers, inner, fallback or common.wide_adam())
@@ -86,17 +88,18 @@ def kfac(
   learning_rate: ScalarOrSchedule,
   layers: Layers,
   *,
-  damping: ScalarOrSchedule = 1e-3,
+  damping: ScalarOrSchedule | None = None,
+  relative_damping: ScalarOrSchedule | None = None,
   decay: Scalar = 0.95,
   momentum: Scalar | None = 0.9,
   nesterov: bool = False,
   weight_decay: Scalar = 0.0,
   mask: Any = None,
   scaling: str = "factored",
-  curvature_update_period: Scalar = 10,
-  inverse_update_period: Scalar | None = None,
+  curvature_update_period: ScalarOrSchedule = common.UPDATE_PERIOD,
+  inverse_update_period: ScalarOrSchedule | None = None,
   stagger: bool = False,
-  norm_constraint: ScalarOrSchedule | None = None,
+  norm_constraint: ScalarOrSchedule | None = common.NORM_CONSTRAINT,
   fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""K-FAC: natural gradient with Kronecker-factored curvature.
@@ -126,8 +129,11 @@ def kfac(
   Args:
     learning_rate: a number, an array or a schedule.
     layers: `captured.layers` of `captured = fop_optax.capture(loss, params, ...)`.
-    damping: lambda, a number, an array or a schedule of the step. Means the same in every model
-      and width; independent of the learning rate.
+    damping: lambda, a number, an array or a schedule of the step, in units of the loss' curvature.
+      Given alone, that is all; where neither is given, `relative_damping` is 1.
+    relative_damping: lambda in units of each block's mean eigenvalue,
+      :math:`\mathrm{tr} A \, \mathrm{tr} G / (\dim A \dim G)`: the direction does not depend on
+      the units of the loss then, nor on how far it has come down. With both, their sum.
     decay: weight of the old average when statistics are folded in; less in the beginning, so that
       the average starts exact.
     momentum: decay of the trace of directions, None for none.
@@ -137,13 +143,16 @@ def kfac(
     mask: which leaves decay, a tree of bools or a callable of params, as in `optax.adamw`. Under
       `optax.inject_hyperparams` declare a callable with `static_args="mask"`.
     scaling: `"factored"` or `"exact"`.
-    curvature_update_period: statistics every that many steps, through
-      :func:`fop_optax.refresh_due`; statistics that come are folded in whatever the period.
-    inverse_update_period: inverses every that many steps; None: whenever statistics came.
+    curvature_update_period: statistics every that many steps, a number or a schedule of the step,
+      through :func:`fop_optax.refresh_due`; statistics that come are folded in whatever the period.
+      By default :class:`fop_optax.WarmupPeriod`: at each of the first 20 steps, then every 10.
+    inverse_update_period: inverses every that many steps, likewise; None: whenever statistics came.
     stagger: whether blocks take turns to remake their inverses, so that no step pays for all.
-    norm_constraint: kappa, a bound of the squared length of a step in the damped Fisher metric.
+    norm_constraint: kappa, a number or a schedule: the step that is taken, rate and momentum in it,
+      has at most this squared length in the damped Fisher metric, which is twice the KL divergence
+      it predicts. Without decay and fallback, which have no part in it. None: no bound.
     fallback: a complete optimizer for leaves that are in no layer, applied as it is; by default
-      Adam at a hundredth of `learning_rate`, with `weight_decay` and `mask` as above.
+      Adam at 0.03 of `learning_rate`, with `weight_decay` and `mask` as above.
 
   Returns:
     A transformation whose `update` takes `stats=`.
@@ -156,12 +165,12 @@ def kfac(
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp, optax
     >>> def loss(params, x, y):
-    ...   return jnp.mean((x @ params["w"] + params["b"] - y) ** 2)
+    ...   return fop_optax.squared_error(x @ params["w"] + params["b"], y)
     >>> params = {"w": jnp.zeros((3, 1)), "b": jnp.zeros(1)}
     >>> x = jax.random.normal(jax.random.key(0), (64, 3))
     >>> y = x @ jnp.array([[1.0], [-2.0], [3.0]]) + 0.5
-    >>> captured = fop_optax.capture(loss, params, x, y)
-    >>> tx = fop_optax.kfac(1.0, captured.layers, momentum=None, curvature_update_period=1)
+    >>> captured = fop_optax.capture(loss, params, x, y, fisher="exact")
+    >>> tx = fop_optax.kfac(0.1, captured.layers)
     >>> state = tx.init(params)
     >>> @jax.jit
     ... def step(params, state):
@@ -169,7 +178,7 @@ def kfac(
     ...   _, grads, stats = captured.value_and_grad(params, x, y, refresh=refresh)
     ...   updates, state = tx.update(grads, state, params, stats=stats)
     ...   return optax.apply_updates(params, updates), state
-    >>> for _ in range(50):
+    >>> for _ in range(100):
     ...   params, state = step(params, state)
     >>> print(params["w"].round(1).ravel(), params["b"].round(1))
     [ 1. -2.  3.] [0.5]
@@ -179,18 +188,20 @@ def kfac(
     <https://arxiv.org/abs/1503.05671>`_, 2015
   """
   options = Options(
-    damping,
-    decay,
-    scaling,
-    curvature_update_period,
-    inverse_update_period,
-    stagger,
-    norm_constraint,
-    learning_rate,
+    damping=damping,
+    relative_damping=relative_damping,
+    decay=decay,
+    scaling=scaling,
+    curvature_update_period=curvature_update_period,
+    inverse_update_period=inverse_update_period,
+    stagger=stagger,
+    norm_constraint=norm_constraint,
+    learning_rate=learning_rate,
+    momentum=momentum,
   )
   inner = precondition(options, common.check_layers(layers))
   return common.by_layer(
     layers,
-    common.complete(options, inner, momentum, nesterov, weight_decay, mask),
+    common.complete(options, inner, nesterov, weight_decay, mask),
     common.keep_dtypes(fallback or common.slow_adamw(learning_rate, weight_decay, mask)),
   )

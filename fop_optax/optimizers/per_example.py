@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -135,7 +136,7 @@ def kronecker(
     mean = jax.tree.unflatten(treedef, map(batch.mean, groups))
     by_leaf = [batch.contrasts(group) for group in groups]
     contrasts = tuple(jax.tree.unflatten(treedef, c) for c in zip(*by_leaf, strict=True))
-    refresh = state.curvature.count % options.curvature.periods[0] == 0
+    refresh = state.curvature.count % options.curvature.periods(state.curvature.count)[0] == 0
     factors = _factors(layers, jax.tree.leaves(updates, is_leaf=is_masked), refresh)
     return inner(layers).update(mean, state, stats=Stats(refresh, factors, contrasts))
 
@@ -193,8 +194,10 @@ def exact(
     leaves = jax.tree.leaves(updates)
     dtype = jnp.result_type(jnp.float32, *leaves)
     count = state.curvature.count
-    damping = common.value_at(options.damping, count).astype(dtype)
     of = gram.gram(leaves, dtype)
+    damping = of.damping(
+      options.damping_at(count), sum(math.prod(leaf.shape[1:]) for leaf in leaves)
+    )
     weights = _weights(len(leaves[0]), settings.groups, dtype)
     resolution = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
     own = share(of, weights, damping, count, resolution)

@@ -1,10 +1,34 @@
-"""When the next statistics are due, read from an optimizer's state wherever it is kept."""
+"""When statistics are due: how often, and at the next step, read from an optimizer's state."""
 
+import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fop_optax.curvature.state import CurvatureState
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupPeriod:
+  """A period that is a schedule: every step at first, when the network changes most.
+
+  Attributes:
+    steps: how many steps have a period of one.
+    period: the period after them.
+
+  Example:
+    >>> import fop_optax
+    >>> period = fop_optax.WarmupPeriod(steps=20, period=10)
+    >>> print(period(0), period(19), period(20))
+    1 1 10
+  """
+
+  steps: int = 20
+  period: int = 10
+
+  def __call__(self, count: jax.typing.ArrayLike) -> jax.Array:
+    return jnp.where(jnp.asarray(count) < self.steps, 1, self.period)
 
 
 def curvature_states(opt_state: Any) -> dict[str, dict[str, list[jax.Array]]]:
