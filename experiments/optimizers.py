@@ -44,20 +44,26 @@ class AdamW:
 
 @dataclasses.dataclass(frozen=True)
 class Kfac:
-  """K-FAC: the mean gradient, preconditioned."""
+  """K-FAC: the mean gradient, preconditioned. Where a field is None the library's default holds."""
 
   learning_rate: float = 0.1  # peak of the schedule
-  damping: float = 1e-3  # added to the Fisher, split between its factors
+  damping: float | None = None  # added to the Fisher, split between its factors
+  relative_damping: float | None = None  # the same, in units of each block's mean eigenvalue
+  norm_constraint: float | None = None  # of the step's squared length in the Fisher
   momentum: float = 0.9  # weight of the past step
   decay: float = 0.95  # of the running factors, a refresh
-  curvature_update_period: int = 10  # steps between refreshes of factors and inverses
+  curvature_update_period: int | None = None  # steps between refreshes of factors and inverses
 
   title: ClassVar[str] = "K-FAC"
   groups: ClassVar[int | None] = 1
 
   def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    return fop_optax.kfac(layers=layers, **self.given(schedule))
+
+  def given(self, schedule: Schedule) -> dict[str, Any]:
+    """The arguments that are not left to the library."""
     values = dataclasses.asdict(self) | {"learning_rate": schedule}
-    return fop_optax.kfac(layers=layers, **values)
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +74,7 @@ class Fop(Kfac):
   groups: ClassVar[int | None] = 2
 
   def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
-    values = dataclasses.asdict(self) | {"learning_rate": schedule}
-    return fop_optax.fop(layers=layers, **values)
+    return fop_optax.fop(layers=layers, **self.given(schedule))
 
 
 # Name -> dataclass. `groups` says what the gradient must bring along: None, the mean gradient
