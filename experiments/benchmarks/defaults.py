@@ -338,9 +338,12 @@ def draw(path: pathlib.Path, runs: Sequence[Run]) -> None:
       curve = np.mean([run.curve for run in chosen], axis=0)
       axis.plot(1 + np.arange(len(curve)), curve, color=f"C{index}", linewidth=1.3, label=name)
     finite = [run.curve for run in runs if run.workload == workload and not run.diverged]
-    axis.set_ylim(top=max(curve[0] for curve in finite) * 1.05)
-    if min(curve.min() for curve in finite) > 0:
+    low, high = min(curve.min() for curve in finite), max(curve[0] for curve in finite)
+    if low > 0:
       axis.set_yscale("log")
+      axis.set_ylim(0.8 * low, 1.3 * high)
+    else:
+      axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axis.set_title(workload, fontsize=10)
     axis.grid(alpha=0.25)
   for axis in axes.flat[len(names) :]:
