@@ -42,6 +42,15 @@ def test_hyperparameters(make, kwargs, message):
     make(**{"learning_rate": 0.1, "layers": LAYERS} | kwargs)
 
 
+@pytest.mark.parametrize(
+  ("kwargs", "message"),
+  [({"period": 0}, "period=0.*at least 1"), ({"steps": -1}, "steps=-1"), ({"steps": 0.5}, "0.5")],
+)
+def test_warmup_period(kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    fop_optax.WarmupPeriod(**kwargs)
+
+
 def test_arrays_without_axes_are_numbers():
   for number in (np.float32(0.1), np.array(0.1), jnp.asarray(0.1)):
     fop_optax.kfac(number, LAYERS, damping=number, momentum=number)

@@ -173,6 +173,11 @@ def test_bad_input():
     fop_optax.quadratic_model(captured, params, (x, y), [])
   with pytest.raises(ValueError, match=r"tree `vectors\[0\]` in `quadratic_model`"):
     fop_optax.quadratic_model(captured, params, (x, y), [{"w1": params["w1"]}])
+  with pytest.raises(ValueError, match=r"as a tuple, `\(x, y\)` or `\(x,\)`, not a "):
+    fop_optax.quadratic_model(captured, params, x, [params])
+  model = fop_optax.quadratic_model(captured, params, (x, y), [params])
+  with pytest.raises(ValueError, match="has 2 entries for 1 directions"):
+    model.minimizer(fixed=[None, 0.9])
   plain = lambda params, x, y: jnp.mean(outputs(params, x) ** 2)
   unmarked = fop_optax.capture(plain, params, x, y)
   with pytest.raises(ValueError, match="`quadratic_model` needs to know the distribution"):

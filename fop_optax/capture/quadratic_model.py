@@ -47,7 +47,15 @@ class QuadraticModel(NamedTuple):
 
     Returns:
       `w`, shape `[k]`.
+
+    Raises:
+      ValueError: if `fixed` has not one entry a direction.
     """
+    if fixed is not None and len(fixed) != len(self.linear):
+      raise ValueError(
+        f"`minimizer(fixed=...)` has {len(fixed)} entries for {len(self.linear)} directions: give"
+        " a number or None for each."
+      )
     matrix = self.curvature + damping * self.gram
     free = jnp.asarray([value is None for value in fixed or [None] * len(self.linear)])
     given = jnp.stack([jnp.asarray(0.0 if v is None else v, matrix.dtype) for v in fixed or [0.0]])
@@ -93,7 +101,7 @@ def quadratic_model(
 
   Raises:
     ValueError: if there is no marked loss or one inside of `cond` or `while_loop`; for trees that
-      are not like params.
+      are not like params; if `args` is no sequence.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp
@@ -114,6 +122,11 @@ def quadratic_model(
     Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
     <https://arxiv.org/abs/1503.05671>`_, 2015
   """
+  if hasattr(args, "shape") or not isinstance(args, Sequence):
+    raise ValueError(
+      f"`quadratic_model(captured, params, args, vectors)` takes the loss's arguments after params"
+      f" as a tuple, `(x, y)` or `(x,)`, not a {type(args).__name__}."
+    )
   if not vectors:
     raise ValueError("`quadratic_model(..., vectors)` needs at least one direction.")
   leaves = captured.layers.leaves(params, "params")

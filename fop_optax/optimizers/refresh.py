@@ -17,6 +17,9 @@ class WarmupPeriod:
     steps: how many steps have a period of one.
     period: the period after them.
 
+  Raises:
+    ValueError: if these are no whole numbers of at least 0 and 1.
+
   Example:
     >>> import fop_optax
     >>> period = fop_optax.WarmupPeriod(steps=20, period=10)
@@ -26,6 +29,16 @@ class WarmupPeriod:
 
   steps: int = 20
   period: int = 10
+
+  def __post_init__(self):
+    for name, least in (("steps", 0), ("period", 1)):
+      value = getattr(self, name)
+      if isinstance(value, jax.core.Tracer):
+        continue
+      if not (value >= least and value == int(value)):
+        raise ValueError(
+          f"`WarmupPeriod({name}={value})` should be a whole number of steps, at least {least}."
+        )
 
   def __call__(self, count: jax.typing.ArrayLike) -> jax.Array:
     return jnp.where(jnp.asarray(count) < self.steps, 1, self.period)
