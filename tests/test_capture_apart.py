@@ -244,7 +244,7 @@ def test_derivatives_of_a_network_are_captured_whole(name):
   assert not found.fallbacks and not other.fallbacks
   updates = []
   for each, tree in ((found, p), (other, joined)):
-    tx = fop_optax.kfac(1.0, each.layers, damping=1e-2, momentum=None)
+    tx = fop_optax.kfac(1.0, each.layers, damping=1e-2, momentum=None, norm_constraint=None)
     _, grads, stats = each.value_and_grad(tree, X)
     updates.append(tx.update(grads, tx.init(tree), tree, stats=stats)[0])
   ours, theirs = updates

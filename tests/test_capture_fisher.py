@@ -55,7 +55,9 @@ def test_directions_of_kfac_jax_exact_from_the_loss():
   _, grads, stats = captured.value_and_grad(params, x, y)
   for key, scaling in (("pi", "factored"), ("exact", "exact")):
     for damping in (0.01, 0.1):
-      tx = fop_optax.kfac(1.0, captured.layers, damping=damping, momentum=None, scaling=scaling)
+      tx = fop_optax.kfac(
+        1.0, captured.layers, damping=damping, momentum=None, scaling=scaling, norm_constraint=None
+      )
       updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
       for name in params:
         close(-updates[name], oracle[f"fisher_exact/damp{damping}/{key}/prec_{name}"], 1e-10)

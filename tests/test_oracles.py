@@ -32,7 +32,9 @@ def close(actual, desired, tolerance):
 
 def kfac_direction(captured, params, batch, damping, scaling):
   """The first direction of K-FAC (its update at rate 1, negated) and the factors."""
-  tx = fop_optax.kfac(1.0, captured.layers, damping=damping, momentum=None, scaling=scaling)
+  tx = fop_optax.kfac(
+    1.0, captured.layers, damping=damping, momentum=None, scaling=scaling, norm_constraint=None
+  )
   _, grads, stats = captured.value_and_grad(params, *batch)
   updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
   return jax.tree.map(jnp.negative, updates), stats
