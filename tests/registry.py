@@ -21,6 +21,7 @@ class Row:
     curvature: whether it takes `layers` and `stats`.
     per_example: whether it takes per-example gradients `[B, *param]`.
     blockwise: whether what it does to a leaf or a layer does not depend on the others.
+    often: whether statistics are due at the second step too.
     injected: the arguments that `optax.inject_hyperparams` turns into arrays.
     static: arguments to declare static there.
   """
@@ -31,6 +32,7 @@ class Row:
   curvature: bool = True
   per_example: bool = False
   blockwise: bool = True
+  often: bool = False
   injected: tuple[str, ...] = ()
   static: tuple[str, ...] = ()
 
@@ -81,6 +83,7 @@ ROWS = (
     fop_optax.kfac,
     {"learning_rate": 0.1},
     blockwise=False,
+    often=True,
     injected=("norm_constraint", "curvature_update_period", *ALIAS),
   ),
   Row(
@@ -98,6 +101,7 @@ ROWS = (
       "stagger": True,
     },
     blockwise=False,
+    often=True,
     injected=(*COMMON, "relative_damping", "norm_constraint", "learning_rate"),
   ),
   Row("fop", fop_optax.fop, PLAIN, injected=(*COMMON[:3], *ALIAS)),
@@ -106,6 +110,7 @@ ROWS = (
     fop_optax.fop,
     {"learning_rate": 0.1, "relative_damping": 0.5},
     blockwise=False,
+    often=True,
     injected=("relative_damping", "norm_constraint", "curvature_update_period", *ALIAS),
   ),
   Row(
@@ -120,6 +125,7 @@ ROWS = (
       "nesterov": True,
       "norm_constraint": None,
     },
+    often=True,
     injected=("beta", *ALIAS),
   ),
   Row(
