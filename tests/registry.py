@@ -131,7 +131,7 @@ ROWS = (
   Row(
     "kfac per example",
     fop_optax.kfac_per_example,
-    {"learning_rate": 0.1, "damping": 1e-2, "weight_decay": 1e-2, "mask": decays, "max_vector": 5},
+    {**PLAIN, "weight_decay": 1e-2, "mask": decays, "max_vector": 5},
     curvature=False,
     per_example=True,
     injected=("decay", "damping", *ALIAS, "curvature_update_period"),
@@ -156,8 +156,7 @@ ROWS = (
     "fop per example",
     fop_optax.fop_per_example,
     {
-      "learning_rate": 0.1,
-      "damping": 1e-2,
+      **PLAIN,
       "scaling": "exact",
       "curvature_update_period": 2,
       "inverse_update_period": 3,
