@@ -106,7 +106,7 @@ def test_pieces_of_the_batch_give_the_same():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), piece, whole)
 
 
-def test_small_steps_change_the_loss_as_predicted():
+def test_the_slope_is_that_of_small_steps():
   params, x, y = network()
   captured = fop_optax.capture(two_marks, params, x, y)
   vectors = directions(params, 2)

@@ -4,8 +4,8 @@
 
 Adam and Muon at the best of some rates, K-FAC with its defaults, and K-FAC with rate, momentum and
 damping from the quadratic model, which refuses steps that raise the loss of their batch. Prints the
-training loss (binary cross entropy of the pixels, Martens and Grosse's), the squared error of the
-reconstruction, and seconds; everything is over the last tenth of the steps.
+training loss (binary cross entropy of the pixels, Martens and Grosse's; a mean over the last tenth
+of the steps), the squared error of the reconstruction at the end, on all images used, and seconds.
 
 The cross entropy is no marked loss: its curvature in the logits is `p (1 - p)`, that of a softmax
 over two classes, zero and the logit, and so it is written.
@@ -57,7 +57,7 @@ class Config:
 
 
 def init(seed: int) -> list[dict[str, jax.Array]]:
-  """Fifteen connections a unit, normal, and no biases (Martens, 2010)."""
+  """Fifteen connections a unit, normal, and biases of zero (Martens, 2010)."""
   params = []
   for key, (a, b) in zip(
     jax.random.split(jax.random.key(seed), len(SIZES) - 1),

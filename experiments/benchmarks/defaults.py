@@ -16,7 +16,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
@@ -37,7 +36,7 @@ class Config:
 
   Attributes:
     workloads: names in `experiments.workloads`.
-    methods: names of optimizers; the table needs all.
+    methods: names of optimizers; AdamW, by which the others are measured, always runs.
     seeds: runs at each rate.
     data_dir: folder of prepared data sets; None: as TFDS looks for it.
     out: folder for the results.
@@ -145,8 +144,8 @@ def run_all(workload: Workload, name: str, method: Method, seeds: int) -> Iterat
   layers, gradient = gradients(workload, method)
 
   def optimizer(peak):
-    cosine = lambda count: 0.5 * peak * (1 + jnp.cos(jnp.pi * count / workload.steps))
-    return optax.with_extra_args_support(method.make(cosine, layers))
+    schedule = optax.cosine_decay_schedule(peak, workload.steps)
+    return optax.with_extra_args_support(method.make(schedule, layers))
 
   @jax.jit
   def step(peak, count, params, state, *batch):
@@ -181,10 +180,17 @@ def best(runs: Sequence[Run]) -> list[Run]:
   return min(by_rate.values(), key=loss)
 
 
+def reported(runs: Sequence[Run]) -> list[Run]:
+  """Of the one method in `runs`, those that count: at its best rate if it is tuned, else `RATE`."""
+  if METHODS[runs[0].method].tuned:
+    return best(runs)
+  return [run for run in runs if run.rate == RATE]
+
+
 class Standing(NamedTuple):
   """How one method did on one workload, against AdamW at its best rate."""
 
-  runs: list[Run]  # at the best rate if it is tuned, else at the default rate
+  runs: list[Run]  # as `reported`
   steps: float  # to AdamW's final loss, over all steps; median of the seeds
   seconds: float  # to it, over AdamW's
   progress: list[float]  # of each seed, towards AdamW's final loss: 1 is as far
@@ -198,9 +204,9 @@ class Standing(NamedTuple):
     return float(np.mean([run.validation for run in self.runs]))
 
 
-def standing(runs: Sequence[Run], adamw: Sequence[Run], tuned: bool) -> Standing:
+def standing(runs: Sequence[Run], adamw: Sequence[Run]) -> Standing:
   """`runs` of one method on one workload, `adamw` those at AdamW's best rate."""
-  chosen = best(runs) if tuned else [run for run in runs if run.rate == RATE]
+  chosen = reported(runs)
   pairs = [(run, rival) for run in chosen for rival in adamw if run.seed == rival.seed]
   steps = np.median([run.steps_to(rival.train) / len(run.curve) for run, rival in pairs])
   cost = np.median([run.seconds / rival.seconds for run, rival in pairs])
@@ -219,9 +225,7 @@ def standings(runs: Sequence[Run]) -> Standings:
   for run in runs:
     grouped.setdefault(run.workload, {}).setdefault(run.method, []).append(run)
   return {
-    workload: {
-      name: standing(own, best(of["AdamW"]), METHODS[name].tuned) for name, own in of.items()
-    }
+    workload: {name: standing(own, best(of["AdamW"])) for name, own in of.items()}
     for workload, of in grouped.items()
   }
 
@@ -330,16 +334,18 @@ def draw(path: pathlib.Path, runs: Sequence[Run]) -> None:
     rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False, layout="constrained"
   )
   for axis, workload in zip(axes.flat, names, strict=False):
-    for index, (name, method) in enumerate(TABLE.items()):
+    for index, name in enumerate(dict.fromkeys(run.method for run in runs)):
       own = [run for run in runs if (run.workload, run.method) == (workload, name)]
       if not own:
         continue
-      chosen = best(own) if method.tuned else [run for run in own if run.rate == RATE]
-      curve = np.mean([run.curve for run in chosen], axis=0)
+      curve = np.mean([run.curve for run in reported(own)], axis=0)
       axis.plot(1 + np.arange(len(curve)), curve, color=f"C{index}", linewidth=1.3, label=name)
     finite = [run.curve for run in runs if run.workload == workload and not run.diverged]
-    low, high = min(curve.min() for curve in finite), max(curve[0] for curve in finite)
-    if low > 0:
+    low = min((curve.min() for curve in finite), default=np.nan)
+    high = max((curve[0] for curve in finite), default=np.nan)
+    if not finite:
+      axis.text(0.5, 0.5, "all runs diverged", transform=axis.transAxes, ha="center")
+    elif low > 0:
       axis.set_yscale("log")
       axis.set_ylim(0.8 * low, 1.3 * high)
     else:
@@ -380,8 +386,7 @@ def main(config: Config) -> None:
 
 
 def _line(workload: str, name: str, runs: Sequence[Run]) -> str:
-  method = METHODS[name]
-  chosen = best(runs) if method.tuned else [run for run in runs if run.rate == RATE]
+  chosen = reported(runs)
   mean = lambda field: np.mean([getattr(run, field) for run in chosen])
   return (
     f"{workload:20} {name:24} rate {chosen[0].rate:<6.3g} training {mean('train'):<9.4g}"
