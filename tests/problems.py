@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fop_optax.curvature.damping import Damping
+from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.layers import Bias, Factors, Layer, Layers, Stats
 
 SIZES = ((5, 6), (6, 4), (4, 6))  # inputs, outputs; the first and third stack with no other
@@ -124,3 +126,11 @@ def contrast_rows(groups):
     rows[i - 1, :i] = 1
     rows[i - 1, i] = -i
   return jnp.asarray(np.sqrt(2) * rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def invert_block(factors, damping, scaling, relative=0.0):
+  """The inverse of one damped block, and whether it is sound."""
+  damping = Damping(*(jnp.asarray(x, factors.A.dtype) for x in (damping, relative)))
+  stack = jax.tree.map(lambda f: f[None], factors)
+  (inverse,), (sound,) = SCALINGS[scaling].invert([stack], damping)
+  return jax.tree.map(lambda x: x[0], inverse), sound

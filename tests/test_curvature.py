@@ -12,7 +12,7 @@ import pytest
 from reference import damped_inverse
 
 import fop_optax
-from fop_optax.curvature.damping import split_damping
+from fop_optax.curvature.damping import size, split_damping
 from fop_optax.curvature.factors import fold, init_running
 from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.curvature.positive import positive_inverse
@@ -24,7 +24,7 @@ ORACLES = Path(__file__).parent / "oracles"
 
 
 def invert_and_solve(A, G, V, damping, scaling):
-  inverse, sound = SCALINGS[scaling].invert(Factors(A, G), jnp.asarray(damping, A.dtype))
+  inverse, sound = problems.invert_block(Factors(A, G), damping, scaling)
   assert sound
   return SCALINGS[scaling].solve(inverse, V)
 
@@ -39,7 +39,7 @@ def test_asdl(name, damping, dtype, tol):
     jnp.asarray(data[f"{name}/{key}"], dtype) for key in ("A", "B", "grad_weight", "grad_bias")
   )
   want = {key: data[f"damp{damping}/{name}/{key}"] for key in ("prec_weight", "prec_bias")}
-  inverse, _ = SCALINGS["factored"].invert(Factors(A, G), jnp.asarray(float(damping), dtype))
+  inverse, _ = problems.invert_block(Factors(A, G), float(damping), "factored")
   got = SCALINGS["factored"].solve(inverse, weight.T).T
   np.testing.assert_allclose(got, want["prec_weight"], atol=tol * np.abs(want["prec_weight"]).max())
   got = bias @ inverse.G
@@ -82,7 +82,7 @@ def test_a_diagonal_factor_is_a_diagonal_matrix(scaling, diagonal):
   got = invert_and_solve(*kept, V, 0.3, scaling)
   want = damped_inverse(*sides, 0.3, scaling) @ np.ravel(V)
   np.testing.assert_allclose(np.ravel(got), want, rtol=1e-12)
-  inverse, _ = SCALINGS[scaling].invert(Factors(*kept), jnp.asarray(0.3))
+  inverse, _ = problems.invert_block(Factors(*kept), 0.3, scaling)
   again = SCALINGS[scaling].damped(inverse, Factors(*kept), got)
   np.testing.assert_allclose(again, V, rtol=1e-10, atol=1e-12)
 
@@ -94,14 +94,14 @@ def _spd(rng, d):
 
 @pytest.mark.parametrize(("a", "g"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
 def test_damping_of_a_zero_factor(a, g):
-  factors = Factors(a * jnp.eye(3), g * jnp.eye(2))
-  assert split_damping(factors, jnp.asarray(0.04)) == (0.2, 0.2)
+  A, G = size(a * jnp.eye(3)), size(g * jnp.eye(2))
+  assert split_damping(A, G, jnp.asarray(0.04)) == (0.2, 0.2)
 
 
 def test_singular_without_damping_fails_aloud():
   factors = Factors(jnp.zeros((2, 2)), jnp.eye(3))
-  for scaling in SCALINGS.values():
-    _, sound = scaling.invert(factors, jnp.asarray(0.0))
+  for scaling in SCALINGS:
+    _, sound = problems.invert_block(factors, 0.0, scaling)
     assert not sound
 
 
@@ -113,8 +113,9 @@ def test_average_is_exact_until_decay_bites():
   for t, A in enumerate(new, 1):
     if t == 3:  # not finite: not folded in, counted
       bad = Factors(jnp.asarray(A).at[0, 0].set(jnp.nan), jnp.ones((1, 1)))
-      running = fold(running, bad, jnp.asarray(0.7))
-    running = fold(running, Factors(jnp.asarray(A), jnp.ones((1, 1))), jnp.asarray(0.7))
+      running = fold(running, bad, jnp.asarray(False), jnp.asarray(0.7))
+    good = Factors(jnp.asarray(A), jnp.ones((1, 1)))
+    running = fold(running, good, jnp.asarray(True), jnp.asarray(0.7))
     weight = min(1 - 1 / t, 0.7)
     want = weight * want + (1 - weight) * A
     np.testing.assert_allclose(running.factors.A, want, rtol=1e-12)

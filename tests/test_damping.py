@@ -5,10 +5,11 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
 
 import fop_optax
-from fop_optax.curvature.damping import Damping
+from fop_optax.curvature.damping import Damping, size
 from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.layers import Factors
 
@@ -19,8 +20,9 @@ UNITS = st.floats(1e-4, 1e4)
 def direction(rows, dys, damping=0.0, relative=0.0, scaling="factored"):
   """K-FAC's direction of a layer with inputs `rows` and output gradients `dys`, and the damping."""
   A, G, V = rows.T @ rows / len(rows), dys.T @ dys / len(rows), rows.T @ dys / len(rows)
-  lam = Damping(jnp.asarray(damping), jnp.asarray(relative)).of(Factors(A, G))
-  inverse, sound = SCALINGS[scaling].invert(Factors(A, G), lam)
+  factors = Factors(*map(jnp.asarray, (A, G)))
+  lam = Damping(jnp.asarray(damping), jnp.asarray(relative)).of(*map(size, factors))
+  inverse, sound = problems.invert_block(factors, damping, scaling, relative)
   assert sound
   return SCALINGS[scaling].solve(inverse, V), lam
 

@@ -170,7 +170,7 @@ def test_damping_is_at_least_rounding(scaling, size, scale):
 
   def step(dtype, damping):
     factors = Factors(jnp.asarray(A, dtype), jnp.asarray(G, dtype))
-    inverse, sound = SCALINGS[scaling].invert(factors, jnp.asarray(damping, dtype))
+    inverse, sound = problems.invert_block(factors, damping, scaling)
     assert sound
     return np.asarray(SCALINGS[scaling].solve(inverse, jnp.asarray(V, dtype)), float), inverse
 

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 from problems import contrast_rows
 import pytest
 
@@ -26,7 +27,7 @@ METRICS = ("fisher", "damped", "inverse")
 def project(A, G, damping, groups, scaling="factored", metric="fisher", rows=None, **kwargs):
   """`fop_direction` for gradients `groups` of one layer, and K-FAC's direction beside it."""
   factors = Factors(A, G)
-  inverse, _ = SCALINGS[scaling].invert(factors, jnp.asarray(damping, A.dtype))
+  inverse, _ = problems.invert_block(factors, damping, scaling)
   solve = lambda V: SCALINGS[scaling].solve(inverse, V)
   multiply = {
     "fisher": lambda V: precondition.multiply(factors, V),

@@ -5,7 +5,46 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fop_optax.layers import Factors
+
+class Size(NamedTuple):
+  """How large a factor is; of one, or of many along an axis."""
+
+  trace: jax.Array
+  norm: jax.Array  # Frobenius
+  dim: jax.Array
+  resolution: jax.Array  # 4 eps, or 0 of a diagonal
+
+  @property
+  def mean(self) -> jax.Array:
+    """The mean eigenvalue."""
+    return self.trace / self.dim
+
+  @property
+  def rounding(self) -> jax.Array:
+    """The size of the rounding errors in the factor's small eigenvalues: `4 eps tr(factor)`.
+
+    Both Cholesky (whose backward error is `sqrt(factor_ii factor_jj)` times some eps, entry by
+    entry) and `eigh` stay below it; with as much damping singular factors of side 8 to 1,500 gave
+    the direction to 4 %, with a quarter to 18 %, with a sixteenth Cholesky failed. A diagonal is
+    inverted entry by entry: its rounding is relative, and this zero.
+    """
+    return self.resolution * self.trace
+
+
+def size(factor: jax.Array) -> Size:
+  """The size of one factor `[d, d]`, or of a diagonal one `[d]`."""
+  trace = trace_of(factor)
+  unit = jnp.where(trace > 0, trace, 1)  # no entry is larger: no square overflows
+  norm = unit * jnp.sqrt(jnp.sum((factor / unit) ** 2))
+  exact = factor.ndim == 1 or len(factor) == 1
+  resolution = 0 if exact else 4 * jnp.finfo(factor.dtype).eps
+  constant = lambda x: jnp.asarray(x, factor.dtype)
+  return Size(trace, norm, constant(len(factor)), constant(resolution))
+
+
+def trace_of(factor: jax.Array) -> jax.Array:
+  """The trace of a matrix, of which only the diagonal is read, or of a diagonal."""
+  return jnp.sum(factor if factor.ndim == 1 else factor.reshape(-1)[:: len(factor) + 1])
 
 
 class Damping(NamedTuple):
@@ -21,14 +60,14 @@ class Damping(NamedTuple):
   absolute: jax.Array  # shape=()
   relative: jax.Array  # shape=()
 
-  def of(self, factors: Factors) -> jax.Array:
-    """Lambda of one block, in the dtype of its factors."""
-    absolute, relative = (x.astype(factors.A.dtype) for x in self)
-    return absolute + relative * _mean_diagonal(factors.A) * _mean_diagonal(factors.G)
+  def of(self, A: Size, G: Size) -> jax.Array:
+    """Lambda, in the dtype of the factors."""
+    absolute, relative = (x.astype(A.trace.dtype) for x in self)
+    return absolute + relative * A.mean * G.mean
 
 
-def split_damping(factors: Factors, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
-  r"""Damping of `A` and of `G`, one block, split by their mean traces.
+def split_damping(A: Size, G: Size, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
+  r"""Damping of `A` and of `G`, split by their mean traces.
 
   .. math::
     \pi = \sqrt{\frac{\mathrm{tr} A / \dim A}{\mathrm{tr} G / \dim G}}, \qquad
@@ -39,45 +78,20 @@ def split_damping(factors: Factors, damping: jax.Array) -> tuple[jax.Array, jax.
   the block is then damped by lambda, as in `F + lambda I` (ASDL gives lambda to each factor there,
   and so lambda squared to the block).
   """
-  pi = jnp.sqrt(_mean_diagonal(factors.A) / _mean_diagonal(factors.G))
+  pi = jnp.sqrt(A.mean / G.mean)
   pi = jnp.where(jnp.isfinite(pi) & (pi > 0), pi, 1)
   root = jnp.sqrt(damping)
   return pi * root, root / pi
 
 
-def rounding(factor: jax.Array) -> jax.Array:
-  """The size of the rounding errors in a factor's small eigenvalues: `4 eps tr(factor)`.
-
-  Both Cholesky (whose backward error is `sqrt(factor_ii factor_jj)` times some eps, entry by entry)
-  and `eigh` stay below it; with as much damping singular factors of side 8 to 1,500 gave the
-  direction to 4 %, with a quarter to 18 %, with a sixteenth Cholesky failed. A diagonal is
-  inverted entry by entry: its rounding is relative, and this zero.
-  """
-  if factor.ndim == 1 or len(factor) == 1:
-    return jnp.zeros((), factor.dtype)
-  return 4 * jnp.finfo(factor.dtype).eps * jnp.trace(factor)
-
-
-def block_rounding(factors: Factors) -> jax.Array:
+def block_rounding(A: Size, G: Size) -> jax.Array:
   """The size of rounding errors in the small eigenvalues of `F`: `4 eps |A|_F |G|_F`.
 
   A gradient is not known better either: divided by less, its rounding would be the direction.
   """
-  if all(factor.ndim == 1 or len(factor) == 1 for factor in factors):
-    return jnp.zeros((), factors.A.dtype)
-  return 4 * jnp.finfo(factors.A.dtype).eps * _norm(factors.A) * _norm(factors.G)
-
-
-def _norm(factor):
-  trace = jnp.trace(factor) if factor.ndim == 2 else jnp.sum(factor)
-  trace = jnp.where(trace > 0, trace, 1)  # no entry is larger: no square overflows
-  return trace * jnp.sqrt(jnp.sum((factor / trace) ** 2))
+  return jnp.maximum(A.resolution, G.resolution) * A.norm * G.norm
 
 
 def add_damping(factor: jax.Array, damping: jax.Array) -> jax.Array:
   """`factor + damping I`, for a matrix or for its diagonal."""
   return factor + damping * (jnp.eye(len(factor), dtype=factor.dtype) if factor.ndim == 2 else 1)
-
-
-def _mean_diagonal(factor):
-  return jnp.mean(jnp.diagonal(factor) if factor.ndim == 2 else factor)

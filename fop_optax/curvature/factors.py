@@ -22,7 +22,8 @@ class Running(NamedTuple):
   nonfinite: jax.Array  # int32, shape=(): statistics refused because they were not finite
 
 
-Fold = Callable[[Running, Factors, jax.Array], Running]  # one block: running, new, decay
+# One block: running, new, whether that is finite, decay.
+Fold = Callable[[Running, Factors, jax.Array, jax.Array], Running]
 
 
 def init_running(shapes: tuple[tuple[int, ...], tuple[int, ...]], blocks: int, dtype) -> Running:
@@ -34,9 +35,8 @@ def init_running(shapes: tuple[tuple[int, ...], tuple[int, ...]], blocks: int, d
   )
 
 
-def fold(running: Running, new: Factors, decay: jax.Array) -> Running:
+def fold(running: Running, new: Factors, finite: jax.Array, decay: jax.Array) -> Running:
   """Folds new statistics into a block's factors, unless they are not finite: those are counted."""
-  finite = jnp.all(jnp.isfinite(new.A)) & jnp.all(jnp.isfinite(new.G))
   folds = running.folds + finite
   t = jnp.maximum(folds, 1).astype(new.A.dtype)
   weight = jnp.minimum(1 - 1 / t, decay.astype(new.A.dtype))

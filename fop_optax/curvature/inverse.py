@@ -1,4 +1,4 @@
-"""Damped inverses of one block, and when they are made anew.
+"""Damped inverses of all blocks, and when they are made anew.
 
 A *scaling* says what `M`, the damped Fisher block, is and how its inverse is kept:
 
@@ -9,27 +9,34 @@ Damping below the rounding of `F` in its precision is raised to it, block by blo
 are, eigenvalues that ought to be zero would blow up what rounding left of the gradient there.
 
 Each is one row of `SCALINGS`, handed on as it is. A block without an inverse has zeros for it: its
-direction is zero.
+direction is zero. Factors of one shape are inverted together, whether `A` or `G` and of whichever
+stack, and numbers of all blocks are worked out as one vector: the program has one inversion for
+each side that occurs, and compiles quickly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fop_optax.curvature.damping import (
   Damping,
+  Size,
   add_damping,
   block_rounding,
-  rounding,
+  size,
   split_damping,
+  trace_of,
 )
 from fop_optax.curvature.positive import positive_inverse
 from fop_optax.curvature.precondition import Side, multiply, sandwich, transposed
+from fop_optax.curvature.stacks import by_shape
 from fop_optax.layers import Factors
 
-Split = Callable[[Factors, jax.Array], tuple[jax.Array, jax.Array]]
+Split = Callable[[Size, Size, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class FactoredInverse(NamedTuple):
@@ -55,36 +62,53 @@ class ExactInverse(NamedTuple):
 
 
 class Scaling(NamedTuple):
-  """How one kind of inverse is made and used, for one block."""
+  """How one kind of inverse is made, for all stacks, and used, for one block."""
 
-  empty: Callable[[Factors], Any]  # factors -> inverse of zeros
-  invert: Callable[[Factors, jax.Array], tuple[Any, jax.Array]]  # -> inverse, whether it is sound
+  empty: Callable[[Factors], Any]  # factors of a block -> inverse of zeros
+  # Factors of each stack, damping, which blocks are due (None: all) -> inverses of each stack, and
+  # for each block whether it is sound.
+  invert: Callable[[Sequence[Factors], Damping, jax.Array | None], tuple[list[Any], jax.Array]]
   solve: Callable[[Any, jax.Array], jax.Array]  # V -> M^-1 V
   damped: Callable[[Any, Factors, jax.Array], jax.Array]  # V -> M V
+
+
+def factored_invert(
+  stacks: Sequence[Factors],
+  damping: Damping,
+  due: jax.Array | None = None,
+  split: Split = split_damping,
+) -> tuple[list[FactoredInverse], jax.Array]:
+  """Both damped factors of each block inverted; `split` shares the damping out."""
+  A, G = _sizes(stacks)
+  asked = damping.of(A, G)
+  asked_A, asked_G = split(A, G, asked)
+  damping_A, damping_G = split(A, G, jnp.maximum(asked, block_rounding(A, G)))
+  damping_A, damping_G = jnp.maximum(damping_A, A.rounding), jnp.maximum(damping_G, G.rounding)
+  of_A, of_G = _each_side(_damped_inverse, stacks, (damping_A, damping_G), due)
+  numbers = damping_A, damping_G, damping_A - asked_A, damping_G - asked_G
+  # Positive matrices: no entry is larger than the trace.
+  traces = [jnp.concatenate([trace for _, trace in side]) for side in (of_A, of_G)]
+  sound = jnp.all(jnp.isfinite(jnp.stack([*traces, *numbers])), axis=0)
+  inverses = [
+    FactoredInverse(a, g, *(x.astype(a.dtype) for x in own))
+    for (a, _), (g, _), own in zip(of_A, of_G, per_stack(numbers, stacks), strict=True)
+  ]
+  return inverses, sound
+
+
+def _damped_inverse(factor, damping):
+  """Inverse and its trace: NaN (or an infinity, on a diagonal) if it is not positive definite."""
+  damped = add_damping(factor, damping.astype(factor.dtype))
+  if damped.ndim == 1:
+    inverse = jnp.where(damped > 0, 1 / damped, jnp.nan)
+  else:
+    inverse = positive_inverse(damped)
+  return inverse, trace_of(inverse)
 
 
 def _factored_empty(factors):
   zeros = (jnp.zeros((), factors.A.dtype) for _ in range(4))
   return FactoredInverse(jnp.zeros_like(factors.A), jnp.zeros_like(factors.G), *zeros)
-
-
-def factored_invert(
-  factors: Factors, damping: jax.Array, split: Split = split_damping
-) -> tuple[FactoredInverse, jax.Array]:
-  """Both damped factors inverted, and whether that is sound; `split` shares the damping out."""
-  asked_A, asked_G = split(factors, damping)
-  damping_A, damping_G = split(factors, jnp.maximum(damping, block_rounding(factors)))
-  damping_A = jnp.maximum(damping_A, rounding(factors.A))
-  damping_G = jnp.maximum(damping_G, rounding(factors.G))
-  inverse = FactoredInverse(
-    A=_damped_inverse(add_damping(factors.A, damping_A)),
-    G=_damped_inverse(add_damping(factors.G, damping_G)),
-    damping_A=damping_A,
-    damping_G=damping_G,
-    added_A=damping_A - asked_A,
-    added_G=damping_G - asked_G,
-  )
-  return inverse, _all_finite(inverse)
 
 
 def _factored_solve(inverse, V):
@@ -97,11 +121,34 @@ def _factored_damped(inverse, factors, V):
   return sandwich(A, V, G)
 
 
-def _damped_inverse(factor):
-  """Inverse of a positive definite matrix; NaN (or an infinity, on a diagonal) if it is not."""
+def _exact_invert(stacks, damping, due=None):
+  A, G = _sizes(stacks)
+  asked = damping.of(A, G)
+  raised = jnp.maximum(asked, block_rounding(A, G))
+  of_A, of_G = _each_side(_eigen, stacks, (raised, raised), due)
+  # The smallest eigenvalue of M is all there is to fear: at lambda = 0 it may be zero.
+  low_A, low_G = (jnp.concatenate([low for *_, low in side]) for side in (of_A, of_G))
+  numbers = raised, raised - asked
+  sound = jnp.all(jnp.isfinite(jnp.stack([1 / (low_A * low_G + raised), *numbers])), axis=0)
+  inverses = [
+    ExactInverse(a, g, values_a, values_g, *(x.astype(values_a.dtype) for x in own))
+    for (a, values_a, _), (g, values_g, _), own in zip(
+      of_A, of_G, per_stack(numbers, stacks), strict=True
+    )
+  ]
+  return inverses, sound
+
+
+def _eigen(factor, damping):
+  """Eigenvectors (None: it is a diagonal), eigenvalues and the smallest; NaN if none are found."""
+  del damping
   if factor.ndim == 1:
-    return jnp.where(factor > 0, 1 / factor, jnp.nan)
-  return positive_inverse(factor)
+    values = jnp.maximum(factor, 0)
+    return None, values, jnp.min(values)
+  values, basis = jnp.linalg.eigh(factor)
+  values = jnp.maximum(values, 0)  # rounding may make them negative
+  found = jnp.isfinite(jnp.sum(values) + jnp.sum(basis))
+  return basis, values, jnp.where(found, jnp.min(values), jnp.nan)
 
 
 def _exact_empty(factors):
@@ -113,23 +160,6 @@ def _exact_empty(factors):
     damping=jnp.zeros((), factors.A.dtype),
     added=jnp.zeros((), factors.A.dtype),
   )
-
-
-def _exact_invert(factors, asked):
-  values_A, basis_A = _eigen(factors.A)
-  values_G, basis_G = _eigen(factors.G)
-  damping = jnp.maximum(asked, block_rounding(factors))
-  inverse = ExactInverse(basis_A, basis_G, values_A, values_G, damping, damping - asked)
-  # The smallest eigenvalue of M is all there is to fear: at lambda = 0 it may be zero.
-  smallest = jnp.min(values_A) * jnp.min(values_G) + damping
-  return inverse, _all_finite(inverse) & jnp.isfinite(1 / smallest)
-
-
-def _eigen(factor):
-  if factor.ndim == 1:
-    return jnp.maximum(factor, 0), None
-  values, basis = jnp.linalg.eigh(factor)
-  return jnp.maximum(values, 0), basis  # rounding may make them negative
 
 
 def _exact_solve(inverse, V):
@@ -149,6 +179,45 @@ SCALINGS = {
 }
 
 
+def _sizes(stacks: Sequence[Factors]) -> tuple[Size, Size]:
+  """Sizes of `A` and of `G` of all blocks, stack after stack."""
+  found = by_shape(jax.vmap(size), _sides([f.A for f in stacks], [f.G for f in stacks]))
+  flat = lambda sizes: Size(*map(jnp.concatenate, zip(*sizes, strict=True)))
+  return flat(found[::2]), flat(found[1::2])
+
+
+def _each_side(function, stacks, dampings, due):
+  """`function(factor, damping)` of both factors of each block that is due, stack by stack."""
+  by_stack = lambda A, G: _sides(per_stack(A, stacks), per_stack(G, stacks))
+  columns = [_sides([f.A for f in stacks], [f.G for f in stacks]), by_stack(*dampings)]
+  if due is not None:
+    columns.append(by_stack(due, due))
+  found = by_shape(functools.partial(_each, function), *columns)
+  return found[::2], found[1::2]
+
+
+def _sides(A: Sequence[Any], G: Sequence[Any]) -> list[Any]:
+  return [side for pair in zip(A, G, strict=True) for side in pair]
+
+
+def _each(function, factors, dampings, due=None):
+  """`function` of each block, along the leading axes; zeros for those that are not due."""
+  if due is None:
+    return jax.vmap(function)(factors, dampings)
+  shapes = jax.eval_shape(jax.vmap(function), factors, dampings)
+  nothing = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), shapes)
+  # A loop: a batched `cond` would make them all.
+  one = lambda block: jax.lax.cond(block[2], function, nothing, *block[:2])
+  return jax.lax.map(one, (factors, dampings, due))
+
+
+def per_stack(flat: Any, stacks: Sequence[Factors]) -> list[Any]:
+  """Numbers of all blocks, stack by stack."""
+  ends = np.cumsum([len(factors.A) for factors in stacks])
+  split = lambda start, end: jax.tree.map(lambda x: x[start:end], flat)
+  return [split(end - len(f.A), end) for f, end in zip(stacks, ends.tolist(), strict=True)]
+
+
 class Inverse(NamedTuple):
   """A block's inverse, or those of a stack of blocks with a leading axis everywhere."""
 
@@ -164,20 +233,26 @@ def init_inverse(factors: Factors, scaling: Scaling) -> Inverse:
 
 
 def remake(
-  inverse: Inverse, factors: Factors, folds: jax.Array, damping: Damping, scaling: Scaling
-) -> Inverse:
-  """One block's inverse made anew; the last good one stays if that fails, which is counted.
+  inverses: Sequence[Inverse],
+  stacks: Sequence[Factors],
+  known: jax.Array,
+  damping: Damping,
+  scaling: Scaling,
+  due: jax.Array | None = None,
+) -> tuple[Inverse, ...]:
+  """Inverses made anew; of a block where that fails the last good one stays, which is counted.
 
-  A block without statistics (`folds` is zero) is left without an inverse.
+  Blocks that are not `known`, without statistics, are left without an inverse; those that are not
+  `due` (None: all are) with the one they have.
   """
-  value, sound = scaling.invert(factors, damping.of(factors))
-  known = folds > 0
-  return Inverse(
-    value=jax.tree.map(lambda new, old: jnp.where(known & sound, new, old), value, inverse.value),
-    made=inverse.made + (known & sound),
-    failed=inverse.failed + (known & ~sound),
+  values, sound = scaling.invert(stacks, damping, due)
+  tried = known if due is None else known & due
+  counted = per_stack((tried & sound, tried & ~sound), stacks)
+
+  def keep(stored):
+    return lambda new, old: jnp.where(stored.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+  return tuple(
+    Inverse(jax.tree.map(keep(made), value, old.value), old.made + made, old.failed + failed)
+    for old, value, (made, failed) in zip(inverses, values, counted, strict=True)
   )
-
-
-def _all_finite(tree):
-  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from fop_optax import moments
 from fop_optax.curvature import factors, inverse
-from fop_optax.curvature.damping import split_damping
+from fop_optax.curvature.damping import Size, split_damping
 from fop_optax.curvature.factors import Running
 from fop_optax.layers import Factors
 
@@ -33,10 +33,11 @@ def statistics(V: jax.Array, diagonal: tuple[bool, bool]) -> Factors:
   return Factors(L / len(V), R / len(V))
 
 
-def fold(running: Running, new: Factors, decay: jax.Array) -> Running:
+def fold(running: Running, new: Factors, finite: jax.Array, decay: jax.Array) -> Running:
   """As `fop_optax.curvature.factors.fold`, of the averages of `L` and `R`."""
   A, G = running.factors
-  folded = factors.fold(running._replace(factors=Factors(A * _trace(G), G)), new, decay)
+  averages = running._replace(factors=Factors(A * _trace(G), G))
+  folded = factors.fold(averages, new, finite, decay)
   L, R = folded.factors
   size = _trace(R)
   accepted = folded.folds > running.folds
@@ -44,11 +45,11 @@ def fold(running: Running, new: Factors, decay: jax.Array) -> Running:
   return folded._replace(factors=Factors(A, R))
 
 
-def _split(of: Factors, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _split(A: Size, G: Size, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Damping of both factors; that of a vector, `R + lambda I`, needs no sharing out."""
-  if len(of.A) > 1:
-    return split_damping(of, damping)
-  return 1 - jnp.sum(of.A), damping  # A is 1, and 0 before there was a gradient
+  of_A, of_G = split_damping(A, G, damping)
+  vector = A.dim == 1  # A is 1, and 0 before there was a gradient
+  return jnp.where(vector, 1 - A.trace, of_A), jnp.where(vector, damping, of_G)
 
 
 def _trace(factor: jax.Array) -> jax.Array:

@@ -17,28 +17,24 @@ _LEAF = 384  # halves end at this side
 
 def positive_inverse(matrix: jax.Array) -> jax.Array:
   """The inverse of a positive definite matrix; NaN if it is not positive definite."""
-  root = _triangular_inverse(_in_turn(_cholesky)(matrix))
+  return _in_turn(_inverse)(matrix)
+
+
+def _inverse(matrix):
+  root = _triangular_inverse(lax.linalg.cholesky(matrix, symmetrize_input=False))
   return _triangular_gram(root)  # L^-T L^-1: symmetric and positive, however it is rounded
-
-
-def _cholesky(matrix):
-  return lax.linalg.cholesky(matrix, symmetrize_input=False)
 
 
 def _triangular_inverse(lower):
   """`[[P, 0], [Q, R]]^-1 = [[P^-1, 0], [-R^-1 Q P^-1, R^-1]]`."""
   n = len(lower)
   if n <= _LEAF:
-    return _in_turn(_solve_identity)(lower)
+    eye = jnp.eye(n, dtype=lower.dtype)
+    return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
   h = n // 2
   P, R = _triangular_inverse(lower[:h, :h]), _triangular_inverse(lower[h:, h:])
   Q = -matmul(R, matmul(lower[h:, :h], P))
   return jnp.block([[P, jnp.zeros((h, n - h), lower.dtype)], [Q, R]])
-
-
-def _solve_identity(lower):
-  eye = jnp.eye(len(lower), dtype=lower.dtype)
-  return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
 
 
 def _triangular_gram(lower):

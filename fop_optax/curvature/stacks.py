@@ -4,7 +4,7 @@ A *block* is one matrix of one layer, the unit of curvature. Which block stands 
 `Layers` alone (and from which leaves are masked), so a plan is static and costs nothing to remake.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -88,15 +88,20 @@ def stack_matrices(stack: Stack, layers: Layers, leaves: Sequence[Any], dtype: A
   return _concatenate(matrices)
 
 
-def stack_factors(stack: Stack, factors: Sequence[Factors], dtype: Any) -> Factors:
-  """The factors of the layers of `stack`, side by side."""
+def stack_factors(
+  stack: Stack, factors: Sequence[Factors], dtype: Any
+) -> tuple[Factors, jax.Array]:
+  """The factors of the layers of `stack`, side by side, and of each block whether it is finite.
+
+  Layer by layer, as a program that looks through all side by side is long to compile.
+  """
   if not stack.layers:
-    return Factors(*(jnp.zeros(shape, dtype) for shape in stack.factor_shapes))
-  members = [factors[i] for i in stack.layers]
-  return Factors(
-    A=_concatenate([f.A.astype(dtype) for f in members]),
-    G=_concatenate([f.G.astype(dtype) for f in members]),
-  )
+    zeros = Factors(*(jnp.zeros(shape, dtype) for shape in stack.factor_shapes))
+    return zeros, jnp.ones(stack.blocks, bool)
+  members = [jax.tree.map(lambda f: f.astype(dtype), factors[i]) for i in stack.layers]
+  finite = lambda f: jnp.all(jnp.isfinite(f), axis=range(1, f.ndim))
+  sound = _concatenate([finite(f.A) & finite(f.G) for f in members])
+  return Factors(_concatenate([f.A for f in members]), _concatenate([f.G for f in members])), sound
 
 
 def unstack(
@@ -114,6 +119,26 @@ def unstack(
   out = list(leaves)
   for leaf, share in shares.items():
     out[leaf] = share.astype(dtype_of(leaves[leaf]))
+  return out
+
+
+def by_shape(function: Callable[..., Any], *columns: Sequence[jax.Array]) -> list[Any]:
+  """`function` of each row of `columns`, of arrays with blocks along the leading axis.
+
+  Rows of equal shapes but for the number of blocks go side by side through one call.
+  """
+  rows = list(zip(*columns, strict=True))
+  equal: dict[Any, list[int]] = {}
+  for index, row in enumerate(rows):
+    equal.setdefault(tuple((x.shape[1:], x.dtype) for x in row), []).append(index)
+  out: list[Any] = [None] * len(rows)
+  for members in equal.values():
+    beside = map(_concatenate, zip(*(rows[index] for index in members), strict=True))
+    result, start = function(*beside), 0
+    for index in members:
+      stop = start + len(rows[index][0])
+      out[index] = jax.tree.map(lambda x, a=start, b=stop: x[a:b], result)
+      start = stop
   return out
 
 

@@ -1,7 +1,6 @@
 """The curvature state of an optimizer, and one step of it."""
 
 from collections.abc import Sequence
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -147,25 +146,25 @@ def advance(
   decay = jnp.asarray(options.decay)
 
   def fold_all(running):
+    news = [
+      stack_factors(stack, factors, s.dtype) for stack, s in zip(stacks, state.stacks, strict=True)
+    ]
     return tuple(
-      jax.vmap(options.fold, (0, 0, None))(old, stack_factors(stack, factors, s.dtype), decay)
-      for old, stack, s in zip(running, stacks, state.stacks, strict=True)
+      jax.vmap(options.fold, (0, 0, 0, None))(old, new, sound, decay)
+      for old, (new, sound) in zip(running, news, strict=True)
     )
 
   running = tuple(s.running for s in state.stacks)
   running = jax.lax.cond(refresh, fold_all, lambda running: running, running)
 
   kept = tuple(s.inverse for s in state.stacks)
+  due = refresh
   if options.stagger:
-    phase = state.count % inverse_period, inverse_period
-    inverse = _remake_in_turn(kept, running, finite.both, phase, damping, options.scaling)
-  else:
-    due = refresh
-    if options.inverse_update_period is not None:
-      waiting = [jnp.any(_waiting(i, r)) for i, r in zip(kept, running, strict=True)]
-      due = functools.reduce(jnp.logical_or, waiting, state.count % inverse_period == 0)
-      due &= finite.both
-    inverse = _remake_all(kept, running, due, damping, options.scaling)
+    due = _turns(kept, running, state.count % inverse_period, inverse_period) & finite.both
+  elif options.inverse_update_period is not None:
+    due = jnp.any(_waiting(kept, running)) | (state.count % inverse_period == 0)
+    due &= finite.both
+  inverse = _remake(kept, running, due, damping, options.scaling)
 
   state = state.counted(finite)
   curvature_period, inverse_period = options.periods(state.count)
@@ -178,43 +177,27 @@ def advance(
   )
 
 
-def _remake_all(kept, running, due, damping, scaling):
-  def remake_all(kept):
-    make = jax.vmap(functools.partial(remake, scaling=scaling), (0, 0, 0, None))
-    return tuple(
-      make(old, r.factors, r.folds, damping) for old, r in zip(kept, running, strict=True)
-    )
+def _remake(kept, running, due, damping, scaling):
+  """Inverses made anew if they are `due`: one for all, or one a block."""
 
-  return jax.lax.cond(due, remake_all, lambda kept: kept, kept)
+  def make(kept):
+    known = jnp.concatenate([r.folds > 0 for r in running])
+    each = due if due.ndim else None
+    return remake(kept, [r.factors for r in running], known, damping, scaling, each)
 
-
-def _remake_in_turn(kept, running, finite, phase, damping, scaling):
-  """Remakes block `i` (over all stacks) at `count % period == i % period`, and its first at once.
-
-  A loop over the blocks with a `cond` each: a batched `cond` would make them all.
-  """
-  turn, period = phase
-
-  def one(block):
-    index, old, r = block
-
-    def make(old):
-      return remake(old, r.factors, r.folds, damping, scaling)
-
-    due = finite & ((turn == index % period) | _waiting(old, r))
-    return jax.lax.cond(due, make, lambda old: old, old)
-
-  out, first = [], 0
-  for old, r in zip(kept, running, strict=True):
-    indices = first + jnp.arange(len(r.folds), dtype=jnp.int32)
-    out.append(jax.lax.map(one, (indices, old, r)))
-    first += len(indices)
-  return tuple(out)
+  return jax.lax.cond(jnp.any(due), make, lambda kept: kept, kept)
 
 
-def _waiting(inverse: Inverse, running: Running) -> jax.Array:
-  """Whether a block has statistics and nobody has tried to invert them."""
-  return (running.folds > 0) & (inverse.made + inverse.failed == 0)
+def _turns(kept, running, turn, period):
+  """Which blocks are due: block `i` (over all stacks) at `turn == i % period`, and new ones."""
+  waiting = _waiting(kept, running)
+  return waiting | (turn == jnp.arange(len(waiting)) % period)
+
+
+def _waiting(kept: Sequence[Inverse], running: Sequence[Running]) -> jax.Array:
+  """Which blocks have statistics that nobody has tried to invert."""
+  waiting = [(r.folds > 0) & (i.made + i.failed == 0) for i, r in zip(kept, running, strict=True)]
+  return jnp.concatenate(waiting)
 
 
 def _whole(period: Period, count: jax.typing.ArrayLike) -> jax.Array:

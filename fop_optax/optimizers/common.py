@@ -180,11 +180,12 @@ def begin(
     for stack, dtype in zip(stacks, dtypes, strict=True)
   ]
   matrices = gather(leaves)
-  others: list[jax.Array] = []
-  if contrasts:
-    trees = [gather(layers.leaves(tree, "A contrast in `stats`")) for tree in stats.contrasts]
-    others = [jnp.stack(parts, axis=1) for parts in zip(*trees, strict=True)]
-  finite = Finite(jnp.isfinite(stats.loss), all_finite(matrices + others) & fallback_finite)
+  trees = [layers.leaves(tree, "A contrast in `stats`") for tree in stats.contrasts if contrasts]
+  others = [jnp.stack(parts, axis=1) for parts in zip(*map(gather, trees), strict=True)]
+  own = {leaf for stack in stacks for i in stack.layers for leaf in layers[i].leaves}
+  # Leaf by leaf: looked through side by side, in their stacks, they are long to compile.
+  gradients = all_finite([tree[leaf] for tree in [leaves, *trees] for leaf in own])
+  finite = Finite(jnp.isfinite(stats.loss), gradients & fallback_finite)
   damping = options.damping_at(state.count)
   curvature = advance(
     state, stacks, stats.factors, stats.refresh, finite, damping, options.curvature

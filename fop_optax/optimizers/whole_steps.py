@@ -46,9 +46,14 @@ def whole_steps(
 
 
 def all_finite(tree: Any) -> jax.Array:
-  """Whether every entry of a tree is finite."""
+  """Whether every entry of a tree is finite.
+
+  Counted, as XLA makes of a conjunction a chain of its terms and copies that into each `where`.
+  """
   leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-  return jnp.all(jnp.stack(leaves)) if leaves else jnp.asarray(True)
+  if not leaves:
+    return jnp.asarray(True)
+  return jnp.sum(jnp.stack(leaves), dtype=jnp.int32) == len(leaves)
 
 
 def _placed_like(params: Any, state: Any) -> Any:
