@@ -83,6 +83,7 @@ VARIANTS = {
   "K-FAC damping 0.1": _kfac(relative_damping=0.1),
   "K-FAC damping 0.3": _kfac(relative_damping=0.3),
   "K-FAC constraint 0.03": _kfac(norm_constraint=0.03),
+  "K-FAC constraint 0.1": _kfac(norm_constraint=0.1),
   "K-FAC constraint 0.3": _kfac(norm_constraint=0.3),
   "K-FAC every step": _kfac(curvature_update_period=1),
   "K-FAC every 10": _kfac(curvature_update_period=10),

@@ -33,7 +33,8 @@ from fop_optax.optimizers.whole_steps import all_finite, whole_steps
 
 # Defaults, chosen over many workloads: `python -m experiments.benchmarks.defaults`.
 RELATIVE_DAMPING = 1.0
-NORM_CONSTRAINT = 0.1
+# While statistics are made at every step it may be looser: 0.3, falling to 0.1 in 20 steps.
+NORM_CONSTRAINT = optax.exponential_decay(0.3, 20, 1 / 3, end_value=0.1)
 FALLBACK_RATE = 0.03  # of the learning rate
 UPDATE_PERIOD = WarmupPeriod(steps=20, period=10)
 
@@ -220,7 +221,7 @@ def constrain(options: Options, norm2: jax.Array, count: jax.Array) -> jax.Array
   (Ba, Grosse and Martens, 2017, but for 1 - mu), so that of the step taken, alpha times the trace
   of directions, the squared length in `M` is at most kappa: twice the KL divergence `M` predicts.
   The sum of geometrically weighted lengths bounds it, with Nesterov's momentum too, while `M`
-  stays and alpha does not rise. Weight decay and the fallback have no part in it: the one is known
+  stays and alpha does not rise; of a kappa that falls it is the largest that momentum remembers. Weight decay and the fallback have no part in it: the one is known
   beforehand, the other has no metric. `norm2` is the sum over layers. Where it overflows nu is NaN:
   the step is skipped, as no direction is known.
   """
