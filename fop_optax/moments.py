@@ -61,6 +61,12 @@ def row_sum(v: jax.Array, roles: Roles, dtype: Any) -> jax.Array:
   return jnp.sum(moved, axis=range(len(rows)), dtype=dtype).reshape(n_stack, -1)
 
 
+def with_count(total: jax.Array, v: jax.Array, rows: Axes) -> jax.Array:
+  """The sum over the rows of `v`, with their number as one more entry."""
+  n = math.prod(v.shape[axis] for axis in rows)
+  return jnp.concatenate([total, jnp.full((len(total), 1), n, total.dtype)], axis=1)
+
+
 def added_up(a: jax.Array, axis: int, indices: Sequence[int]) -> jax.Array:
   """Sums of the entries of `a` along an axis that have the same index; -1 leaves an entry out."""
   count = max(indices) + 1

@@ -57,6 +57,7 @@ class Method(NamedTuple):
     rates: peaks of the schedule.
     groups: of examples, as `fop_optax.capture` takes them; None: no capture.
     fisher: as `fop_optax.capture` takes it.
+    sharing: likewise.
     tuned: whether the best rate counts, workload by workload.
   """
 
@@ -64,12 +65,13 @@ class Method(NamedTuple):
   rates: tuple[float, ...]
   groups: int | None = None
   fisher: str = "empirical"
+  sharing: str = "expand"
   tuned: bool = False
 
 
-def _kfac(fisher="empirical", **options):
+def _kfac(fisher="empirical", sharing="expand", **options):
   make = lambda rate, layers: fop_optax.kfac(rate, layers, **options)
-  return Method(make, RATES, groups=1, fisher=fisher)
+  return Method(make, RATES, groups=1, fisher=fisher, sharing=sharing)
 
 
 TABLE = {
@@ -78,7 +80,8 @@ TABLE = {
   "K-FAC": _kfac(),
   "FOP": Method(lambda rate, layers: fop_optax.fop(rate, layers), RATES, groups=2),
 }
-# What the defaults were chosen from, and the empirical Fisher against the model's own.
+# What the defaults were chosen from, and what else is on offer: the model's own Fisher in place of
+# the empirical one, the rows of an example added up.
 VARIANTS = {
   "K-FAC damping 0.1": _kfac(relative_damping=0.1),
   "K-FAC damping 0.3": _kfac(relative_damping=0.3),
@@ -89,6 +92,7 @@ VARIANTS = {
   "K-FAC every 10": _kfac(curvature_update_period=10),
   "K-FAC sampled": _kfac("sampled"),
   "K-FAC sampled every step": _kfac("sampled", curvature_update_period=1),
+  "K-FAC reduce": _kfac(sharing="reduce"),
 }
 METHODS = TABLE | VARIANTS
 MARKED = "sampled", "exact"  # values of `fisher` that need a marked loss
@@ -129,7 +133,12 @@ def gradients(workload: Workload, method: Method) -> tuple[Any, Callable]:
   shapes = jax.eval_shape(lambda: workload.init(0))
   batch = next(workload.batches(0))
   captured = fop_optax.capture(
-    workload.loss, shapes, *batch, groups=method.groups, fisher=method.fisher
+    workload.loss,
+    shapes,
+    *batch,
+    groups=method.groups,
+    fisher=method.fisher,
+    sharing=method.sharing,
   )
 
   def with_statistics(params, state, batch, key):

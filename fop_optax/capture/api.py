@@ -14,6 +14,7 @@ from fop_optax.capture.captured import Captured, Spec
 from fop_optax.capture.examples.assumptions import analyse
 from fop_optax.capture.fisher import FISHERS, check_marked
 from fop_optax.capture.resolve import resolve
+from fop_optax.capture.sharing import SHARINGS, reducible
 from fop_optax.capture.trace import Signature, growing, raw_numbers, terms_of, trace_twice
 from fop_optax.layers import Layers
 
@@ -33,6 +34,7 @@ def capture(
   groups: int = 1,
   micro_batches: int = 1,
   fisher: str = "empirical",
+  sharing: str = "expand",
   curvature_fraction: float = 1.0,
   terms_per_example: int | None = None,
   max_dim: int = 8192,
@@ -87,6 +89,16 @@ def capture(
       for each class, times the terms that share a row (R for attention over an example's tokens, 1
       where every row is of one term; N R where examples interact, as in contrastive losses), and a
       few that find out which terms these are.
+    sharing: what stands for an example with several rows (tokens, time steps, places of an image):
+      `"expand"`, each row for itself, as above; `"reduce"`, one row, the mean of its inputs beside
+      the sum of its gradients, :math:`A = \\frac{1}{N} \\sum_n a_n a_n^\\top` with
+      :math:`a_n = \\frac{1}{T} \\sum_t x_{nt}` and
+      :math:`G = NR \\sum_n g_n g_n^\\top` with :math:`g_n = \\sum_t dy_{nt}`: fewer FLOPs by the
+      factor T. Of linear layers it is the Gauss-Newton matrix where the rows are summed or averaged
+      into one term of the loss (pooling), as expand is where each row has a term of its own
+      (Eschenhagen et al., 2023). All uses and steps of a scan are rows of an example. Lookups,
+      tables, fixed rows, complex numbers and uses whose examples are not seen expand; the table
+      says which layers reduce.
     curvature_fraction: 1, or 1 over a whole number k: statistics are of every k-th example alone,
       which makes a refresh cheaper and them noisier. Gradients are those of all examples. Uses
       whose rows have no axis of examples (within a scan over them) count whole.
@@ -122,7 +134,7 @@ def capture(
     >>> stats.factors[0].A.shape, stats.factors[0].G.shape
     ((1, 5, 5), (1, 8, 8))
   """
-  _check_options(groups, micro_batches, fisher, terms_per_example, max_dim)
+  _check_options(groups, micro_batches, fisher, sharing, terms_per_example, max_dim)
   every = _every(curvature_fraction)
   flat, treedef = jax.tree_util.tree_flatten_with_path(params)
   paths = tuple(layer_table.printable(path) for path, _ in flat)
@@ -145,6 +157,7 @@ def capture(
     max_dim=max_dim,
     fisher=fisher,
     every=every,
+    sharing=sharing,
   )
   shapes = tuple(tuple(leaf.shape) for leaf in leaves)
   chunks = batches.Chunks(signature.args, leaves_of_args, groups, micro_batches, every)
@@ -170,6 +183,11 @@ def capture(
   notes = [*resolved.notes, *examples.notes(groups, micro_batches)]
   if fisher == "empirical" and terms_per_example is None and not traced.found.marks:
     notes += examples.terms_note()
+  if sharing == "reduce":
+    reduced = reducible(resolved, uses, examples.rows(uses), chunks.size)
+    notes.append(
+      layer_table.sharing_note([layers[i].path for i in sorted({p.layer for p in reduced})])
+    )
   convolutions = flow.contains(traced.jaxpr, primitives.conv_general_dilated_p)
   looping = not (convolutions and jax.default_backend() == "cpu")
   long = len(uses) > _LONG or flow.contains(traced.jaxpr, primitives.scan_p)
@@ -187,7 +205,7 @@ def capture(
   )
 
 
-def _check_options(groups, micro_batches, fisher, terms, max_dim):
+def _check_options(groups, micro_batches, fisher, sharing, terms, max_dim):
   for name, value in (("groups", groups), ("micro_batches", micro_batches), ("max_dim", max_dim)):
     if not isinstance(value, int) or value < 1:
       raise ValueError(f"`capture({name}=...)` takes a whole number of at least 1, not {value!r}.")
@@ -195,8 +213,9 @@ def _check_options(groups, micro_batches, fisher, terms, max_dim):
     raise ValueError(
       f"`capture(terms_per_example=...)` takes a whole number or None, not {terms!r}."
     )
-  if fisher not in FISHERS:
-    raise ValueError(f"`capture(fisher={fisher!r})` is unknown: one of {', '.join(FISHERS)}.")
+  for name, value, known in (("fisher", fisher, FISHERS), ("sharing", sharing, SHARINGS)):
+    if value not in known:
+      raise ValueError(f"`capture({name}={value!r})` is unknown: one of {', '.join(known)}.")
 
 
 def _every(fraction: float) -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture import fisher
+from fop_optax.capture import fisher, sharing
 from fop_optax.capture.batch import Result
 from fop_optax.capture.evaluate import MARK, Evaluation, moments_of
 from fop_optax.capture.examples.values import Piece
@@ -54,6 +54,7 @@ class WithStatistics:
     chunks: number of chunks of the batch.
     terms: R, terms of the loss an example; None unless `fisher` is empirical.
     every: statistics are of every that many-th example.
+    reduced: places where the rows of each example are added up first.
     refresh: a traced bool, or None for always.
     fisher: which labels the statistics are of.
     loss_scale: S, from which the backward pass starts, or None for 1.
@@ -70,17 +71,14 @@ class WithStatistics:
   chunks: int
   terms: int | None
   every: int
+  reduced: frozenset[Place]
   refresh: jax.Array | None
   fisher: str
   loss_scale: Any
   branch: bool
 
   def __call__(self, chunk: list[Any], key: jax.Array | None) -> Result:
-    zeros = self.zeros
-    probes = {
-      place: Factors(*zeros[place.layer][::-1]) if place.flipped else zeros[place.layer]
-      for place in self.resolved.rows
-    }
+    zeros, probes = self._zeros()
     empirical = self.fisher == "empirical"
     marks = [] if empirical else self.traced.found.marks
 
@@ -94,26 +92,52 @@ class WithStatistics:
       forward, list(self.params), probes, weights, has_aux=True
     )
     nothing = list(map(jnp.zeros_like, outputs))
-    grads, factors, weights = pullback((_start(value, self.loss_scale), nothing))
+    grads, found, weights = pullback((_start(value, self.loss_scale), nothing))
 
     def second_pass():
-      from_marks = lambda starts: pullback((jnp.zeros_like(value), starts))[1]
+      from_marks = lambda starts: self._formed(pullback((jnp.zeros_like(value), starts))[1])
       of_terms = [weights[mark.path] for mark in marks]
       return fisher.statistics(
         self.fisher, marks, outputs, of_terms, from_marks, self.examples, key
       )
 
-    if not empirical and (self.refresh is None or not self.branch):
-      factors = second_pass()
-    elif not empirical:
-      factors = jax.lax.cond(self.refresh, second_pass, lambda: probes)
+    of_loss = lambda: self._formed(found)
+    form, apart = (of_loss, bool(self.reduced)) if empirical else (second_pass, self.branch)
+    if self.refresh is None or not apart:
+      factors = form()
+    else:
+      factors = jax.lax.cond(self.refresh, form, lambda: zeros)
     power = 2 if empirical else 1  # G is of gradients squared, or of the square roots of weights
     return Result(
       value,
       aux,
       [_unscaled(grad, self.loss_scale) for grad in grads],
-      tuple(Factors(A, _unscaled(G, self.loss_scale, power)) for A, G in map(factors.get, probes)),
+      tuple(Factors(A, _unscaled(G, self.loss_scale, power)) for A, G in map(factors.get, zeros)),
     )
+
+  def _zeros(self) -> tuple[dict[Place, Factors], dict[Place, Factors]]:
+    """Zeros of the factors of each place, and its probe."""
+    turned = lambda place, of: Factors(*of[::-1]) if place.flipped else of
+    zeros = {place: turned(place, self.zeros[place.layer]) for place in self.resolved.rows}
+    examples = self.examples // self.every
+    own = lambda place: sharing.probe(
+      self.resolved.layers[place.layer], place, examples, zeros[place]
+    )
+    return zeros, {place: own(place) if place in self.reduced else zeros[place] for place in zeros}
+
+  def _formed(self, found: Mapping[Place, Factors]) -> dict[Place, Factors]:
+    """The factors of what came back from the probes: of sums of rows their second moments."""
+    out = dict(found)
+    for place in self.reduced:
+      layer, rows = self.resolved.layers[place.layer], self.resolved.rows[place].batch
+      diagonal = layer.diagonal[::-1] if place.flipped else layer.diagonal
+      # A = sum_n a_n a_n' / N of a_n = sums / T, with rows = N T
+      scale = (
+        self.every * self.examples / rows**2,
+        self.every * (self.examples * self.terms if self.terms else 1),
+      )
+      out[place] = sharing.factors(found[place], diagonal, scale)
+    return out
 
   def _loss(self, params, probes, weights, chunk):
     """`(loss, (aux, parameters of the marks))`; `weights` are zeros added to the marked terms."""
@@ -121,7 +145,14 @@ class WithStatistics:
     accepted = {key: self.uses[key] for key in resolved.places}
     marks = frozenset(weights)
     moments = moments_of(
-      resolved, accepted, self.rows, self.examples, self.terms, self.chunks, self.every
+      resolved,
+      accepted,
+      self.rows,
+      self.examples,
+      self.terms,
+      self.chunks,
+      self.every,
+      self.reduced,
     )
     evaluation = Evaluation(accepted, moments, self.refresh, traced.found.meetings, marks)
     by_key = {key: probes[place] for key, place in resolved.places.items()}

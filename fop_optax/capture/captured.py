@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fop_optax import _compat
-from fop_optax.capture import auxiliary, layer_table
+from fop_optax.capture import auxiliary, layer_table, sharing
 from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import classify
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
@@ -41,6 +41,7 @@ class Spec:
   max_dim: int
   fisher: str
   every: int
+  sharing: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,7 +113,8 @@ class Captured:
     leaves = _compat.vary(leaves, axes)
     static = isinstance(refresh, (bool, np.bool_))
     shards = chunks.shards
-    if static and (chunks.count == 1 or not refresh):
+    one_sum = self._spec.sharing == "reduce"  # of sums by example the moment is formed at once
+    if one_sum or (static and (chunks.count == 1 or not refresh)):
       shards = batches.Shards()  # nothing to wait for: a sum is added up where it is formed
     zeros = _compat.vary(_zeros(self.layers, leaves, shards), axes)
     if static and not refresh:
@@ -257,17 +259,21 @@ class Captured:
       read = examples.terms if size > 1 else self._terms
       terms = terms_of(traced.found, size, self._spec.terms_per_example, read)
     check_marked(self._spec.fisher, traced.found.marks, traced.found.hidden)
+    rows, reduced = examples.rows(uses), frozenset()
+    if self._spec.sharing == "reduce":
+      reduced = sharing.reducible(resolved, uses, rows, size)
     backward = WithStatistics(
       traced=traced,
       uses=uses,
       resolved=resolved,
       params=leaves,
       zeros=zeros,
-      rows=examples.rows(uses),
+      rows=rows,
       examples=size,
       chunks=chunks.count,
       terms=terms,
       every=self._spec.every,
+      reduced=reduced,
       refresh=refresh,
       fisher=self._spec.fisher,
       loss_scale=loss_scale,

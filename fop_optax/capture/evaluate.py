@@ -19,7 +19,7 @@ from fop_optax.capture import flow, repeated
 from fop_optax.capture.examples.values import Piece
 from fop_optax.capture.growth import NESTED
 from fop_optax.capture.kinds.table import Table
-from fop_optax.capture.resolve import Resolved
+from fop_optax.capture.resolve import Place, Resolved
 from fop_optax.capture.statistics import Moments, form_moments
 from fop_optax.capture.values import Key, Path, Product, Use
 
@@ -173,6 +173,7 @@ def moments_of(
   terms: int | None,
   chunks: int,
   every: int,
+  reduced: frozenset[Place],
 ) -> dict[Key, Moments]:
   """What each accepted use is to form, of every `every`-th of a chunk's examples.
 
@@ -197,5 +198,6 @@ def moments_of(
       examples=examples,
       every=1 if use.fixed else every,
       fold=use.fold,
+      reduced=place in reduced,
     )
   return out

@@ -66,6 +66,12 @@ def refusal(layers: Layers, fallbacks: Mapping[str, str]) -> str:
   return f"`fop_optax.capture(strict=True)`: these parameters are in no layer.\n{reasons}"
 
 
+def sharing_note(paths: Sequence[str]) -> str:
+  """Which layers add up the rows of each example."""
+  which = ", ".join(paths) or "no layer: none has several rows of an example that capture can tell"
+  return f"Rows of each example added up (`sharing='reduce'`): {which}."
+
+
 def _shape(shape: tuple[int, ...]) -> str:
   return "x".join(map(str, shape)) or "scalar"
 

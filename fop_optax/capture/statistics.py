@@ -26,8 +26,10 @@ import jax.numpy as jnp
 from fop_optax import _compat
 from fop_optax.capture.entries import Fold, Indices
 from fop_optax.capture.examples.values import Piece
+from fop_optax.capture.kinds.convolution import Convolution
 from fop_optax.capture.kinds.dense import Dense
 from fop_optax.capture.kinds.table import Table
+from fop_optax.capture.sharing import by_example
 from fop_optax.capture.values import ONE_HOT, Product
 from fop_optax.layers import Factors
 from fop_optax.moments import added_up
@@ -39,7 +41,8 @@ class Moments:
 
   With a `homogeneous` layer its bias stands in the inputs, and so in the outputs of uses that are
   `flipped`. Of entries that repeat by `fold` the distinct ones count. Of the examples of a chunk
-  every `every`-th counts, `every` times, where `rows` says at which axes of x and y they lie.
+  every `every`-th counts, `every` times, where `rows` says at which axes of x and y they lie. With
+  `reduced` the rows of each example are only added up: see `fop_optax.capture.sharing`.
   """
 
   product: Product
@@ -53,10 +56,13 @@ class Moments:
   examples: int
   every: int
   fold: Fold | None = None
+  reduced: bool = False
 
   def __call__(self, x: jax.Array, dy: jax.Array, like: Factors) -> Factors:
     """The sums over the rows of each shard, scaled, in the shapes and dtypes of `like`."""
     x, dy, count = self._thin(x, dy)
+    if self.reduced:
+      return self._sums(x, dy, like)
     if jnp.iscomplexobj(dy):
       assert isinstance(self.product, Dense)
       product, x, dy = self.product.as_real(self.coefficient * x, dy)
@@ -92,6 +98,28 @@ class Moments:
     form = lambda diagonal: self.product.output_moment(x, dy, diagonal, dtype)
     g = self._folded(form, self.diagonal[1], self.fold.outputs if self.fold else None)
     return _padded(g) if self.homogeneous and self.flipped else g
+
+  def _sums(self, x: jax.Array, dy: jax.Array, like: Factors) -> Factors:
+    """Sums over the rows of each example, `[stack, examples, d]`."""
+    assert self.rows is not None
+    assert isinstance(self.product, Dense | Convolution)
+    product, fold, biased = self.product, self.fold, self.coordinate != 0
+    at_x, at_y = (piece._replace(size=piece.size // self.every) for piece in self.rows)
+    a = by_example(lambda x: product.input_sum(x, biased, like.A.dtype), x, at_x)
+    g = by_example(lambda dy: product.output_sum(dy, like.G.dtype), dy, at_y)
+    if fold and fold.stack:
+      a, g = added_up(a, 0, fold.stack), added_up(g, 0, fold.stack)
+    if fold and fold.inputs:
+      a = added_up(a, 2, (*fold.inputs, max(fold.inputs) + 1) if biased else fold.inputs)
+    if fold and fold.outputs:
+      g = added_up(g, 2, fold.outputs)
+    inputs = a.shape[2] - biased
+    a *= jnp.asarray([self.coefficient] * inputs + [self.coordinate] * biased, a.dtype)
+    if self.homogeneous and self.flipped:
+      g = _padded(g, 1)
+    elif self.homogeneous and not biased:
+      a = _padded(a, 1)
+    return Factors(a, g)
 
   def _examples_at(self, x: jax.Array, dy: jax.Array) -> tuple[int | None, int | None]:
     """Axes of x and of y along which shards of the examples are taken, None where there is none.
@@ -227,6 +255,7 @@ def _split(array: jax.Array, axis: int, shards: int) -> jax.Array:
   return jnp.moveaxis(parts, axis, 0)
 
 
-def _padded(factor: jax.Array) -> jax.Array:
-  """A stack of factors with zeros for one more coordinate."""
-  return jnp.pad(factor, [(0, 0)] + [(0, 1)] * (factor.ndim - 1))
+def _padded(array: jax.Array, sides: int | None = None) -> jax.Array:
+  """A stack of factors with zeros for one more coordinate, along so many of their last axes."""
+  last = array.ndim - 1 if sides is None else sides
+  return jnp.pad(array, [(0, 0)] * (array.ndim - last) + [(0, 1)] * last)

@@ -79,8 +79,37 @@ class Convolution:
     roles = moments.Roles(tuple(range(dy.ndim - 2)), (dy.ndim - 2,), (dy.ndim - 1,))
     return moments.second_moment(dy, roles, diagonal, dtype)
 
+  def input_sum(self, x: jax.Array, bias: bool, dtype: Any) -> jax.Array:
+    """`sum_r p_r`, of `[p_r; 1]` with `bias`: `[stack, d]`. No patch is formed."""
+    x = x.transpose(self.x_axes[0], *self.x_axes[2:], self.x_axes[1])
+    n = len(self.kernel)
+    total = jnp.stack([jnp.sum(piece, range(n + 1), dtype) for piece in self._pieces(x)])
+    total = total.reshape(*self.kernel, self.groups, -1)
+    inputs = (n + 1 if axis == -1 else axis for axis in self.input_order)
+    total = total.transpose(n, *inputs).reshape(self.groups, -1)
+    if not bias:
+      return total
+    count = jnp.full((self.groups, 1), len(x) * math.prod(self.output), dtype)
+    return jnp.concatenate([total, count], axis=1)
+
+  def output_sum(self, dy: jax.Array, dtype: Any) -> jax.Array:
+    """`sum_r dy_r`, for each feature group."""
+    batch, feature, *spatial = self.y_axes
+    return jnp.sum(dy, (batch, *spatial), dtype).reshape(self.groups, -1)
+
   def _patches(self, x: jax.Array) -> tuple[jax.Array, moments.Roles]:
     """Patches of `x[n, *spatial, features]`, and their axes: rows, stack, features."""
+    n = len(self.kernel)
+    # [n, *output, group, *kernel, feature], then the inputs in the order of the weight's axes
+    patches = jnp.stack(self._pieces(x), axis=-2)
+    split = (*patches.shape[: n + 1], *self.kernel, self.groups, x.shape[-1] // self.groups)
+    patches = patches.reshape(split)
+    first = n + 1
+    features = tuple(2 * n + 2 if axis == -1 else first + axis for axis in self.input_order)
+    return patches, moments.Roles(tuple(range(first)), (2 * n + 1,), features)
+
+  def _pieces(self, x: jax.Array) -> list[jax.Array]:
+    """For each offset of the kernel what it meets of `x[n, *spatial, features]`."""
     config = [(0, 0, 0)]
     config += [
       (*edges, step - 1) for edges, step in zip(self.padding, self.lhs_dilation, strict=True)
@@ -95,14 +124,7 @@ class Convolution:
       ]
       window = (0, *start, 0), (x.shape[0], *limit, x.shape[-1]), (1, *self.strides, 1)
       pieces.append(lax.slice(x, *window))
-    n = len(self.kernel)
-    # [n, *output, group, *kernel, feature], then the inputs in the order of the weight's axes
-    patches = jnp.stack(pieces, axis=-2)
-    split = (*patches.shape[: n + 1], *self.kernel, self.groups, x.shape[-1] // self.groups)
-    patches = patches.reshape(split)
-    first = n + 1
-    features = tuple(2 * n + 2 if axis == -1 else first + axis for axis in self.input_order)
-    return patches, moments.Roles(tuple(range(first)), (2 * n + 1,), features)
+    return pieces
 
 
 def match(equation: Any, weight: int) -> Matching | str:

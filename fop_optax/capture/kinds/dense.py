@@ -84,6 +84,17 @@ class Dense:
     roles = moments.Roles(self.y_rows, self.y_stack, self.y_out)
     return moments.second_moment(_cut(dy, self.y_cut), roles, diagonal, dtype)
 
+  def input_sum(self, x: jax.Array, bias: bool, dtype: Any) -> jax.Array:
+    """`sum_r x_r`, of `[x_r; 1]` with `bias`: `[stack, d]`."""
+    x = _cut(x, self.x_cut)
+    total = moments.row_sum(x, moments.Roles(self.x_rows, self.x_stack, self.x_in), dtype)
+    return moments.with_count(total, x, self.x_rows) if bias else total
+
+  def output_sum(self, dy: jax.Array, dtype: Any) -> jax.Array:
+    """`sum_r dy_r`."""
+    roles = moments.Roles(self.y_rows, self.y_stack, self.y_out)
+    return moments.row_sum(_cut(dy, self.y_cut), roles, dtype)
+
 
 def stacked(equation: Any, weight: int) -> moments.Axes:
   """The axes of the weight operand that the product keeps in x, w and y."""
