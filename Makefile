@@ -24,7 +24,7 @@ slow: $(READY)
 	$(RUN) -m pytest -n 2 -m slow
 
 fuzz: $(READY)
-	FUZZ_EXAMPLES=$(N) $(RUN) -m pytest tests/test_fuzz.py -m slow
+	FUZZ_EXAMPLES=$(N) $(RUN) -m pytest -n 2 tests/test_fuzz.py -m slow
 
 lint: $(READY)
 	$(RUN) -m ruff check .

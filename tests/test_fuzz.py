@@ -5,8 +5,10 @@ prints the network's specification: `check(<specification>)` with the names of `
 reproduces it.
 """
 
+import contextlib
 import functools
 import os
+import random
 
 import explicit
 import hypothesis
@@ -20,7 +22,8 @@ import fop_optax
 
 pytestmark = pytest.mark.usefixtures("x64")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
-DERANDOMIZE = "FUZZ_EXAMPLES" not in os.environ
+FIRST = random.randrange(10**9) if "FUZZ_EXAMPLES" in os.environ else 0
+PARTS = 4  # that workers can share them
 FUZZ = {
   "deadline": None,
   "database": None,
@@ -43,17 +46,32 @@ def test_layers_of_a_few_random_networks(network):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=EXAMPLES, derandomize=DERANDOMIZE, **FUZZ)
-@hypothesis.given(network=networks.networks)
-def test_random_networks(network):
-  check(network)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_networks(part):
+  for network in drawn(range(part, EXAMPLES, PARTS)):
+    with printed(network):
+      check(network)
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=2 * EXAMPLES, derandomize=DERANDOMIZE, **FUZZ)
-@hypothesis.given(network=networks.networks)
-def test_layers_of_random_networks(network):
-  captured(network, network.data())  # which takes a fraction of what factors take
+def test_layers_of_random_networks():
+  for network in drawn(range(EXAMPLES, 3 * EXAMPLES)):
+    with printed(network):
+      captured(network, network.data())  # which takes a fraction of what factors take
+
+
+def drawn(numbers):
+  return (networks.draw_network(random.Random(FIRST + number)) for number in numbers)
+
+
+@contextlib.contextmanager
+def printed(network):
+  """An error in it says which network it is of."""
+  try:
+    yield
+  except Exception as error:
+    error.add_note(f"check({network})")
+    raise
 
 
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

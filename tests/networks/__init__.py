@@ -8,6 +8,7 @@ added to the sum of several products of its block and joins one of them.
 """
 
 from networks.blocks import *  # noqa: F403  so that a printed specification can be pasted
+from networks.draw import draw_network as draw_network
 from networks.draw import networks as networks
 from networks.network import *  # noqa: F403
 from networks.repeated import *  # noqa: F403
