@@ -92,6 +92,7 @@ VARIANTS = {
   "K-FAC every 10": _kfac(curvature_update_period=10),
   "K-FAC sampled": _kfac("sampled"),
   "K-FAC sampled every step": _kfac("sampled", curvature_update_period=1),
+  "K-FAC sampled every 10": _kfac("sampled", curvature_update_period=10),
   "K-FAC reduce": _kfac(sharing="reduce"),
 }
 METHODS = TABLE | VARIANTS

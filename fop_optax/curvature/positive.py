@@ -21,7 +21,8 @@ def positive_inverse(matrix: jax.Array) -> jax.Array:
 
 
 def _inverse(matrix):
-  root = _triangular_inverse(lax.linalg.cholesky(matrix, symmetrize_input=False))
+  # The transpose, as it is symmetric: LAPACK wants columns first, so that nothing is copied.
+  root = _triangular_inverse(lax.linalg.cholesky(matrix.T, symmetrize_input=False))
   return _triangular_gram(root)  # L^-T L^-1: symmetric and positive, however it is rounded
 
 
