@@ -14,6 +14,7 @@ import pytest
 import fop_optax
 
 pytestmark = pytest.mark.usefixtures("x64")
+SLOW = pytest.mark.slow
 N, T = 8, 6  # examples, rows
 
 
@@ -168,7 +169,7 @@ def assert_explicit(captured, stats, case, pieces, terms):
         np.testing.assert_allclose(found[path][side][index], mean, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=SLOW)])
 @pytest.mark.parametrize("make", CASES)
 def test_explicit_sums(make, groups):
   params, loss, *_, shape = case = make()
@@ -179,7 +180,7 @@ def test_explicit_sums(make, groups):
   assert_explicit(captured, stats, case, pieces, T if make is attention else 1)
 
 
-@pytest.mark.parametrize("make", [pooled_convolution, recurrent])
+@pytest.mark.parametrize("make", [pytest.param(pooled_convolution, marks=SLOW), recurrent])
 def test_pieces_and_shares_of_the_batch(make):
   params, loss, *_, shape = case = make()
   x, y = batch(shape)

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A block of Python, and the block of text right below it, which then is what it prints.
@@ -47,6 +49,7 @@ def test_readme_names_make_targets_that_exist():
   assert named <= targets
 
 
+@pytest.mark.slow  # `make doctest` runs them too
 def test_doctests():
   printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules", "fop_optax")
   assert re.search(r"\d+ passed", printed)

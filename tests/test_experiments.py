@@ -66,6 +66,7 @@ def test_compare_runs_all_and_saves(tmp_path):
   assert (tmp_path / "digits_mlp/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_run_again(tmp_path):
   curves = []
   for folder in ("one", "two"):
