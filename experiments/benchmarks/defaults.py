@@ -27,6 +27,7 @@ import fop_optax
 
 RATE = 0.1  # of K-FAC and FOP
 RATES = (RATE / 3, RATE, 3 * RATE)
+FALLING = optax.exponential_decay(0.3, 20, 1 / 3, end_value=0.1)  # a bound that is loose at first
 LAST = 8  # steps whose mean loss is the final training loss
 
 
@@ -86,8 +87,8 @@ VARIANTS = {
   "K-FAC damping 0.1": _kfac(relative_damping=0.1),
   "K-FAC damping 0.3": _kfac(relative_damping=0.3),
   "K-FAC constraint 0.03": _kfac(norm_constraint=0.03),
-  "K-FAC constraint 0.1": _kfac(norm_constraint=0.1),
   "K-FAC constraint 0.3": _kfac(norm_constraint=0.3),
+  "K-FAC constraint falling": _kfac(norm_constraint=FALLING),
   "K-FAC every step": _kfac(curvature_update_period=1),
   "K-FAC every 10": _kfac(curvature_update_period=10),
   "K-FAC sampled": _kfac("sampled"),

@@ -33,8 +33,7 @@ from fop_optax.optimizers.whole_steps import all_finite, whole_steps
 
 # Defaults, chosen over many workloads: `python -m experiments.benchmarks.defaults`.
 RELATIVE_DAMPING = 1.0
-# While statistics are made at every step it may be looser: 0.3, falling to 0.1 in 20 steps.
-NORM_CONSTRAINT = optax.exponential_decay(0.3, 20, 1 / 3, end_value=0.1)
+NORM_CONSTRAINT = 0.1
 FALLBACK_RATE = 0.03  # of the learning rate
 UPDATE_PERIOD = WarmupPeriod(steps=20, period=10)
 

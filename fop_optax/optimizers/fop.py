@@ -250,7 +250,7 @@ def fop(
     adaptive_step: whether eta scales each layer's step; else eta is 1.
     beta: None for the formula, or a number or schedule in its place (two groups only).
     norm_constraint: a bound of the squared length of the step that is taken in the damped Fisher
-      metric, eta in it; by default 0.3 at first, 0.1 from step 20 on.
+      metric, eta in it.
     fallback: a complete optimizer for leaves that are in no layer; by default Adam at 0.03 of
       `learning_rate`, with `weight_decay` and `mask`.
 

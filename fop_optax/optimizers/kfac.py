@@ -150,8 +150,7 @@ def kfac(
     stagger: whether blocks take turns to remake their inverses, so that no step pays for all.
     norm_constraint: kappa, a number or a schedule: the step that is taken, rate and momentum in it,
       has at most this squared length in the damped Fisher metric, which is twice the KL divergence
-      it predicts. Without decay and fallback, which have no part in it. None: no bound. By default
-      0.3 at first, 0.1 from step 20 on.
+      it predicts. Without decay and fallback, which have no part in it. None: no bound.
     fallback: a complete optimizer for leaves that are in no layer, applied as it is; by default
       Adam at 0.03 of `learning_rate`, with `weight_decay` and `mask` as above.
 
