@@ -33,7 +33,7 @@ def draw(seed, examples=12, inputs=5, outputs=3):
 
 
 @hypothesis.given(seed=st.integers(0, 999), unit=UNITS, scaling=st.sampled_from(list(SCALINGS)))
-@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.settings(max_examples=20, deadline=None)
 def test_units_of_loss_and_inputs(seed, unit, scaling):
   """Loss times c, so `dy` times c: with empirical factors the direction is 1/c of it, as its
   undamped one is. Inputs times c: 1/c as well, as Newton's, for weights that are then c times too
@@ -50,7 +50,7 @@ def test_units_of_loss_and_inputs(seed, unit, scaling):
 
 
 @hypothesis.given(seed=st.integers(0, 999), copies=st.integers(2, 5))
-@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.settings(max_examples=20, deadline=None)
 def test_duplicated_units(seed, copies):
   """Each input k times, weights shared out: `A` has k times the eigenvalues and the mean it had.
 
