@@ -78,10 +78,7 @@ def diagnostics(
       name = layers[layer].path if layers is not None else f"layer {layer}"
       out[name] = {key: value[owner == layer] for key, value in numbers.items()}
   return {
-    "count": curvature.count,
-    "nonfinite_losses": curvature.nonfinite_losses,
-    "nonfinite_gradients": curvature.nonfinite_gradients,
-    "nonfinite_directions": curvature.nonfinite_directions,
+    **curvature.steps._asdict(),
     "layers": out,
   }
 

@@ -271,8 +271,9 @@ def test_a_step_that_is_not_finite_is_counted_and_harmless(make, curvature):
     updates, after = jax.jit(tx.update)(bad, state, params)
     assert_close(updates, jax.tree.map(jnp.zeros_like, params), 0)
     one, two = state[0], after[0]
-    assert two.curvature.nonfinite_gradients == 1
-    counted = one._replace(curvature=one.curvature._replace(nonfinite_gradients=jnp.asarray(1)))
+    assert two.curvature.steps.nonfinite_gradients == 1
+    steps = one.curvature.steps._replace(nonfinite_gradients=jnp.asarray(1))
+    counted = one._replace(curvature=one.curvature._replace(steps=steps))
     assert_close(two, counted, 0)
 
 

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from fop_optax.curvature.damping import Damping
 from fop_optax.curvature.factors import Fold, Running, init_running
 from fop_optax.curvature.inverse import Inverse, Scaling, init_inverse, remake
 from fop_optax.curvature.stacks import Stack, dtype_of, stack_factors
+from fop_optax.curvature.steps import Finite, Period, Steps, no_steps, whole_period
 from fop_optax.layers import Factors, Layers
 
 
@@ -29,50 +29,23 @@ class StackState(NamedTuple):
 class CurvatureState(NamedTuple):
   """Curvature of all layers. `refresh_due` knows it by its fields' names."""
 
-  count: jax.Array  # int32, shape=(): steps taken
+  steps: Steps
   curvature_update_period: jax.Array  # int32, shape=(): at the step to come
   inverse_update_period: jax.Array  # int32, shape=()
-  nonfinite_losses: jax.Array  # int32, shape=(): steps skipped for their loss
-  nonfinite_gradients: jax.Array  # int32, shape=(): for their gradient (or the loss and it)
-  nonfinite_directions: jax.Array  # int32, shape=(): for their update, of a finite gradient
   stacks: tuple[StackState, ...]
 
-  def counted(self, finite: "Finite") -> "CurvatureState":
-    """After a step with such a loss and gradient: taken, or skipped and why."""
-    return self._replace(
-      count=jnp.where(finite.both, optax.safe_increment(self.count), self.count),
-      nonfinite_losses=self.nonfinite_losses + ~finite.loss,
-      nonfinite_gradients=self.nonfinite_gradients + ~finite.gradients,
-    )
-
   def settled(self, before: "CurvatureState", finite: jax.Array) -> "CurvatureState":
-    """With the count of `before` the step if its update is not `finite`, which is counted."""
+    """With the count of `before` the step if its update is not `finite`, which is counted.
+
+    Statistics that were finite stay folded in: to undo that would be a pass over all factors at
+    every step.
+    """
     keep = lambda new, old: jnp.where(finite, new, old)
     return self._replace(
-      count=keep(self.count, before.count),
+      steps=self.steps.settled(before.steps, finite),
       curvature_update_period=keep(self.curvature_update_period, before.curvature_update_period),
       inverse_update_period=keep(self.inverse_update_period, before.inverse_update_period),
-      nonfinite_directions=self.nonfinite_directions + (self.taken(before) & ~finite),
     )
-
-  def taken(self, before: "CurvatureState") -> jax.Array:
-    """Whether loss and gradient of the step since `before` were finite."""
-    losses = self.nonfinite_losses == before.nonfinite_losses
-    return losses & (self.nonfinite_gradients == before.nonfinite_gradients)
-
-
-class Finite(NamedTuple):
-  """What of a step is finite."""
-
-  loss: jax.Array  # bool, shape=()
-  gradients: jax.Array  # bool, shape=(): of all parameters
-
-  @property
-  def both(self) -> jax.Array:
-    return self.loss & self.gradients
-
-
-Period = jax.typing.ArrayLike | optax.Schedule
 
 
 class CurvatureOptions(NamedTuple):
@@ -87,10 +60,10 @@ class CurvatureOptions(NamedTuple):
 
   def periods(self, count: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Both periods at a step; an inverse period of None is that of the statistics."""
-    curvature = _whole(self.curvature_update_period, count)
+    curvature = whole_period(self.curvature_update_period, count)
     if self.inverse_update_period is None:
       return curvature, curvature
-    return curvature, _whole(self.inverse_update_period, count)
+    return curvature, whole_period(self.inverse_update_period, count)
 
 
 def init_curvature(
@@ -122,9 +95,8 @@ def empty_curvature(
   periods: tuple[jax.Array, jax.Array], stacks: tuple[StackState, ...]
 ) -> CurvatureState:
   """State before any step."""
-  zero = lambda: jnp.zeros((), jnp.int32)
   curvature, inverse = map(jnp.copy, periods)
-  return CurvatureState(zero(), curvature, inverse, zero(), zero(), zero(), stacks)
+  return CurvatureState(no_steps(), curvature, inverse, stacks)
 
 
 def advance(
@@ -141,7 +113,7 @@ def advance(
   A step whose loss or gradient is not `finite` is counted and changes nothing else; the count
   stands still, so that a refresh that fell on it is made up for by the next.
   """
-  _, inverse_period = options.periods(state.count)
+  _, inverse_period = options.periods(state.steps.count)
   refresh = jnp.asarray(refresh) & finite.both
   decay = jnp.asarray(options.decay)
 
@@ -160,15 +132,16 @@ def advance(
   kept = tuple(s.inverse for s in state.stacks)
   due = refresh
   if options.stagger:
-    due = _turns(kept, running, state.count % inverse_period, inverse_period) & finite.both
+    due = _turns(kept, running, state.steps.count % inverse_period, inverse_period) & finite.both
   elif options.inverse_update_period is not None:
-    due = jnp.any(_waiting(kept, running)) | (state.count % inverse_period == 0)
+    due = jnp.any(_waiting(kept, running)) | (state.steps.count % inverse_period == 0)
     due &= finite.both
   inverse = _remake(kept, running, due, damping, options.scaling)
 
-  state = state.counted(finite)
-  curvature_period, inverse_period = options.periods(state.count)
+  steps = state.steps.counted(finite)
+  curvature_period, inverse_period = options.periods(steps.count)
   return state._replace(
+    steps=steps,
     curvature_update_period=curvature_period,
     inverse_update_period=inverse_period,
     stacks=tuple(
@@ -198,9 +171,3 @@ def _waiting(kept: Sequence[Inverse], running: Sequence[Running]) -> jax.Array:
   """Which blocks have statistics that nobody has tried to invert."""
   waiting = [(r.folds > 0) & (i.made + i.failed == 0) for i, r in zip(kept, running, strict=True)]
   return jnp.concatenate(waiting)
-
-
-def _whole(period: Period, count: jax.typing.ArrayLike) -> jax.Array:
-  """A period at a step: whole steps, at least one."""
-  value = period(jnp.asarray(count)) if callable(period) else period
-  return jnp.maximum(jnp.asarray(value).astype(jnp.int32), 1)

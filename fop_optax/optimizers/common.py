@@ -23,10 +23,10 @@ from fop_optax.curvature.stacks import (
 from fop_optax.curvature.state import (
   CurvatureOptions,
   CurvatureState,
-  Finite,
   advance,
   init_curvature,
 )
+from fop_optax.curvature.steps import Finite
 from fop_optax.layers import Layers, Stats, is_masked
 from fop_optax.optimizers.refresh import WarmupPeriod
 from fop_optax.optimizers.whole_steps import all_finite, whole_steps
@@ -63,8 +63,7 @@ class Options:
       check(name, getattr(self, name), lambda x: x >= 0, "at least 0")
     check("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
     for name in ("curvature_update_period", "inverse_update_period"):
-      whole = lambda x: x >= 1 and x == int(x)
-      check(name, getattr(self, name), whole, "a whole number of steps, at least 1")
+      check_period(name, getattr(self, name))
     check("norm_constraint", self.norm_constraint, lambda x: x > 0, "above 0")
     check("learning_rate", self.learning_rate, lambda x: x >= 0, "at least 0")
     check("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
@@ -119,6 +118,12 @@ def check(name: str, value: Any, valid: Callable[[Any], bool], wanted: str) -> N
       f" {got}. For parameters that need values of their own give each group an optimizer, with"
       " `optax.partition`."
     )
+
+
+def check_period(name: str, value: Any) -> None:
+  """Checks a period."""
+  whole = lambda x: x >= 1 and x == int(x)
+  check(name, value, whole, "a whole number of steps, at least 1")
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -186,7 +191,7 @@ def begin(
   # Leaf by leaf: looked through side by side, in their stacks, they are long to compile.
   gradients = all_finite([tree[leaf] for tree in [leaves, *trees] for leaf in own])
   finite = Finite(jnp.isfinite(stats.loss), gradients & fallback_finite)
-  damping = options.damping_at(state.count)
+  damping = options.damping_at(state.steps.count)
   curvature = advance(
     state, stacks, stats.factors, stats.refresh, finite, damping, options.curvature
   )

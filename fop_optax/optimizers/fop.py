@@ -130,7 +130,7 @@ def project(
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
   def apply(updates, state, stats, fallback_finite):
-    count = state.curvature.count
+    count = state.curvature.steps.count
     step = common.begin(options, layers, updates, state.curvature, stats, True, fallback_finite)
     beta = None if fop_options.beta is None else common.value_at(fop_options.beta, count)
     results = [

@@ -71,7 +71,8 @@ def precondition(options: Options, layers: Layers) -> optax.GradientTransformati
     norm2 = sum(
       (jnp.sum(V * d) for V, d in zip(step.matrices, directions, strict=True)), start=jnp.zeros(())
     )
-    updates = common.finish(options, layers, step, directions, norm2, state.curvature.count)
+    count = state.curvature.steps.count
+    updates = common.finish(options, layers, step, directions, norm2, count)
     return updates, ScaleByKfacState(step.curvature)
 
   def update(

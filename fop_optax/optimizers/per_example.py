@@ -13,7 +13,8 @@ from fop_optax.capture import batch
 from fop_optax.curvature import gram, per_example_factors
 from fop_optax.curvature.gram import Gram
 from fop_optax.curvature.stacks import dtype_of
-from fop_optax.curvature.state import CurvatureState, Finite, empty_curvature
+from fop_optax.curvature.state import CurvatureState, empty_curvature
+from fop_optax.curvature.steps import Finite
 from fop_optax.dimensions import Dimensions, Limits, blocks
 from fop_optax.layers import Factors, Layers, Stats, is_masked
 from fop_optax.optimizers import common
@@ -136,7 +137,8 @@ def kronecker(
     mean = jax.tree.unflatten(treedef, map(batch.mean, groups))
     by_leaf = [batch.contrasts(group) for group in groups]
     contrasts = tuple(jax.tree.unflatten(treedef, c) for c in zip(*by_leaf, strict=True))
-    refresh = state.curvature.count % options.curvature.periods(state.curvature.count)[0] == 0
+    count = state.curvature.steps.count
+    refresh = count % options.curvature.periods(count)[0] == 0
     factors = _factors(layers, jax.tree.leaves(updates, is_leaf=is_masked), refresh)
     return inner(layers).update(mean, state, stats=Stats(refresh, factors, contrasts))
 
@@ -147,7 +149,7 @@ def _factors(layers: Layers, leaves: Sequence[Any], refresh: jax.Array) -> tuple
   """Statistics of each block if `refresh`, else zeros."""
 
   def make():
-    V = [jax.vmap(lambda leaf, own=own: own.matrix({own.weight: leaf})) for own in layers]
+    V = [jax.vmap(lambda leaf, own=own: own.gather({own.weight: leaf})) for own in layers]
     return tuple(
       per_example_factors.statistics(matrix(leaves[own.weight]), own.diagonal)
       for matrix, own in zip(V, layers, strict=True)
@@ -193,7 +195,7 @@ def exact(
   def apply(updates, state):
     leaves = jax.tree.leaves(updates)
     dtype = jnp.result_type(jnp.float32, *leaves)
-    count = state.curvature.count
+    count = state.curvature.steps.count
     of = gram.gram(leaves, dtype)
     damping = of.damping(
       options.damping_at(count), sum(math.prod(leaf.shape[1:]) for leaf in leaves)
@@ -203,7 +205,8 @@ def exact(
     own = share(of, weights, damping, count, resolution)
     nu = common.constrain(options, own.norm2, count) * own.weights
     updates = jax.tree.map(lambda leaf: gram.combine(leaf, nu).astype(leaf.dtype), updates)
-    new = {"curvature": state.curvature.counted(Finite(jnp.asarray(True), of.finite))}
+    steps = state.curvature.steps.counted(Finite(jnp.asarray(True), of.finite))
+    new = {"curvature": state.curvature._replace(steps=steps)}
     if own.projections:
       new["projections"] = own.projections
     return updates, state._replace(**new)

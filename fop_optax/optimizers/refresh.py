@@ -96,5 +96,5 @@ def refresh_due(opt_state: Any) -> jax.Array:
       f" {' and '.join(f'opt_state{where}' for where in found)}. Pass the part of one of them."
     )
   ((fields),) = found.values()
-  (count,), (period,) = fields["count"], fields["curvature_update_period"]
+  (count, *_), (period,) = fields["steps"], fields["curvature_update_period"]
   return count % period == 0

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from fop_optax.curvature.state import CurvatureState
+from fop_optax.curvature.steps import Steps
 
 
 def whole_steps(
@@ -16,25 +17,26 @@ def whole_steps(
 
   If loss, gradient or update are not finite (the update in the dtypes of the parameters, so that
   what overflows on the way there counts too), the update is zero and the state stays as it was,
-  momentum and fallback included, but for the counters. Only statistics that were finite stay folded
-  in on a step whose update is not: to undo that would be a pass over all factors at every step.
+  momentum and fallback included, but for the counters. Its `Steps` say whether loss and gradient
+  were; it, or the curvature state around it, settles its own part.
   """
-  is_curvature = lambda x: isinstance(x, CurvatureState)
+  is_counted = lambda x: isinstance(x, CurvatureState | Steps)
 
   @jax.jit  # so that an update outside of a user's jit is not one small program for each array
   def settle(updates, state, before):
     now, was = (
-      next(filter(is_curvature, jax.tree.leaves(tree, is_leaf=is_curvature)))
+      next(filter(is_counted, jax.tree.leaves(tree, is_leaf=is_counted)))
       for tree in (state, before)
     )
+    steps = lambda x: x.steps if isinstance(x, CurvatureState) else x
     finite = all_finite(updates)
-    taken = now.taken(was) & finite
+    taken = steps(now).taken(steps(was)) & finite
 
     def keep(new, old):
-      return new.settled(old, finite) if is_curvature(new) else jnp.where(taken, new, old)
+      return new.settled(old, finite) if is_counted(new) else jnp.where(taken, new, old)
 
     updates = jax.tree.map(lambda u: jnp.where(taken, u, jnp.zeros_like(u)), updates)
-    return updates, jax.tree.map(keep, state, before, is_leaf=is_curvature)
+    return updates, jax.tree.map(keep, state, before, is_leaf=is_counted)
 
   def update(updates, state, params=None, **extra_args):
     return settle(*inner.update(updates, state, params, **extra_args), state)
