@@ -28,5 +28,8 @@ from fop_optax.optimizers.kfac_per_example import (
 )
 from fop_optax.optimizers.refresh import WarmupPeriod as WarmupPeriod
 from fop_optax.optimizers.refresh import refresh_due as refresh_due
+from fop_optax.optimizers.soap import ScaleBySoapState as ScaleBySoapState
+from fop_optax.optimizers.soap import scale_by_soap as scale_by_soap
+from fop_optax.optimizers.soap import soap as soap
 from fop_optax.projection import FopDirection as FopDirection
 from fop_optax.projection import fop_direction as fop_direction

@@ -52,7 +52,7 @@ def blocks(tree: PyTree, dimensions: Dimensions, limits: Limits, groups: int) ->
     ValueError: for dimension numbers that do not fit.
   """
   flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)
-  numbers = _numbers(tree, flat, dimensions)
+  numbers = dimension_numbers_of(tree, flat, dimensions)
   entries, shapes = [], []
   for index, ((path, leaf), own) in enumerate(zip(flat, numbers, strict=True)):
     shapes.append(() if is_masked(leaf) else tuple(jnp.shape(leaf)))
@@ -68,7 +68,7 @@ def _block(
 ) -> Layer:
   rest, reduction, output = (), (), tuple(range(len(shape)))
   if len(shape) > 1:
-    rest, reduction, output = _axes(path, shape, numbers)
+    rest, reduction, output = matrix_axes(path, shape, numbers)
   stack, rows, columns = (math.prod(shape[a] for a in axes) for axes in (rest, reduction, output))
   if vector := min(rows, columns) == 1:
     rows, columns = 1, rows * columns
@@ -79,7 +79,7 @@ def _block(
   return Layer(path, kind, index, view, stack, rows, columns, diagonal=diagonal)
 
 
-def _axes(
+def matrix_axes(
   path: str, shape: tuple[int, ...], numbers: DimensionNumbers | None
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
   """Axes of the batch, the rows and the columns."""
@@ -99,7 +99,7 @@ def _axes(
   return tuple(axis for axis in range(n) if axis not in both), reduction, output
 
 
-def _numbers(
+def dimension_numbers_of(
   tree: PyTree, flat: Sequence[tuple[Any, Any]], dimensions: Dimensions
 ) -> list[DimensionNumbers | None]:
   """The dimension numbers of each leaf; an entry stands for all leaves below its place."""

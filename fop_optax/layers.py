@@ -73,15 +73,16 @@ class Layer:
     return self.inputs + bool(self.biases)
 
   @property
-  def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the stacked factors `A` and `G`: `[stack, d, d]`, or diagonals `[stack, d]`."""
-    a, g = (
-      (self.stack, d) if diagonal else (self.stack, d, d)
-      for d, diagonal in zip((self.rows, self.outputs), self.diagonal, strict=True)
-    )
-    return a, g
+  def dims(self) -> tuple[int, int]:
+    """Shape of the layer's matrix."""
+    return self.rows, self.outputs
 
-  def matrix(self, leaves: Sequence[Any] | Mapping[int, Any]) -> jax.Array:
+  @property
+  def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the stacked factors `A` and `G`."""
+    return side_shapes(self.stack, self.dims, self.diagonal)
+
+  def gather(self, leaves: Sequence[Any] | Mapping[int, Any]) -> jax.Array:
     """The layer's parameters (or gradients) as matrices `[stack, rows, outputs]`, bias last."""
     matrix = views.replay(self.view, leaves[self.weight])
     if not self.biases:
@@ -95,7 +96,7 @@ class Layer:
     return jnp.concatenate([matrix, bias[:, None].astype(matrix.dtype)], axis=1)
 
   def spread(self, matrix: jax.Array, shapes: Sequence[tuple[int, ...]]) -> dict[int, jax.Array]:
-    """The transpose of `matrix`: what each leaf of the layer receives, by leaf index.
+    """The transpose of `gather`: what each leaf of the layer receives, by leaf index.
 
     Several layers can share a leaf (parts of one weight): their shares add up.
     """
@@ -188,6 +189,14 @@ class Layers(Sequence[Layer]):
       inside = [own.startswith(prefix) for own in below] + [False]
       spans.append(max(inside.index(False), 1) if is_masked(leaf) else 1)
     return spans
+
+
+def side_shapes(
+  stack: int, dims: Sequence[int], diagonal: Sequence[bool]
+) -> tuple[tuple[int, ...], ...]:
+  """Shapes of stacked factors, one an axis: `[stack, d, d]`, or diagonals `[stack, d]`."""
+  sides = zip(dims, diagonal, strict=True)
+  return tuple((stack, d) if diagonal else (stack, d, d) for d, diagonal in sides)
 
 
 def is_masked(leaf: Any) -> bool:

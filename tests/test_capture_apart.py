@@ -396,7 +396,7 @@ def test_biases_of_slices_are_one_bias(name):
   assert not found.fallbacks
   close(factors, expected)
   matrices = [
-    each.layers[0].matrix(jax.tree.leaves(tree)) for each, tree in ((found, p), (other, one))
+    each.layers[0].gather(jax.tree.leaves(tree)) for each, tree in ((found, p), (other, one))
   ]
   np.testing.assert_array_equal(*matrices)
   spread = found.layers[0].spread(matrices[0], found.layers.shapes)

@@ -164,7 +164,7 @@ def test_statistics_are_those_of_the_distinct_entries(forms, max_dim):
 
 def _order(layer, weight, of_layer):
   """Which row and column of the plain matrix each of the layer's is."""
-  matrix, plain = np.asarray(layer.matrix({layer.weight: weight}))[0], of_layer[0].w
+  matrix, plain = np.asarray(layer.gather({layer.weight: weight}))[0], of_layer[0].w
   at = lambda entry: [int(i[0]) for i in np.where(plain == entry)]
   assert matrix.shape == plain.shape
   order = [at(e)[0] for e in matrix[:, 0]], [at(e)[1] for e in matrix[0]]

@@ -161,7 +161,7 @@ def check_factors(layers, factors, params, matrices):
   home = {value: key for key, matrix in matrices.items() for value in matrix.w.flat}
   seen = set()
   for layer, (A, G) in zip(layers, factors, strict=True):
-    weights = np.asarray(layer.matrix(leaves), np.float64)
+    weights = np.asarray(layer.gather(leaves), np.float64)
     assert (A.shape, G.shape) == layer.factor_shapes
     tolerance = 1e-9 if leaves[layer.weight].dtype == np.float64 else 1e-4
     for place in range(layer.stack):

@@ -26,7 +26,7 @@ class Running(NamedTuple):
 Fold = Callable[[Running, Factors, jax.Array, jax.Array], Running]
 
 
-def init_running(shapes: tuple[tuple[int, ...], tuple[int, ...]], blocks: int, dtype) -> Running:
+def init_running(shapes: tuple[tuple[int, ...], ...], blocks: int, dtype) -> Running:
   """Running factors of a stack before any statistics."""
   return Running(
     factors=Factors(*(jnp.zeros(shape, dtype) for shape in shapes)),

@@ -1,7 +1,8 @@
 """Stacks: layers of equal shape side by side, so that each operation is one batched operation.
 
-A *block* is one matrix of one layer, the unit of curvature. Which block stands where follows from
-`Layers` alone (and from which leaves are masked), so a plan is static and costs nothing to remake.
+A *block* is one matrix of one layer, the unit of curvature; of methods that know no layers, one
+tensor of a parameter. Which block stands where follows from the layers (or tensors) alone, and from
+which leaves are masked, so a plan is static and costs nothing to remake.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fop_optax.layers import Factors, Layers, is_masked
+from fop_optax.layers import Factors, Layers, is_masked, side_shapes
+from fop_optax.tensors import Tensors
+
+Blocks = Layers | Tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,29 +24,23 @@ class Stack:
 
   Attributes:
     layers: indices of the layers, in the order of their blocks.
-    blocks: number of matrices, all layers together.
-    rows: rows of each.
-    outputs: columns of each.
-    diagonal: whether the input and the output factor are kept as their diagonals.
+    blocks: number of matrices (or tensors), all layers together.
+    dims: shape of each.
+    diagonal: for each axis whether its factor is kept as its diagonal.
   """
 
   layers: tuple[int, ...]
   blocks: int
-  rows: int
-  outputs: int
-  diagonal: tuple[bool, bool]
+  dims: tuple[int, ...]
+  diagonal: tuple[bool, ...]
 
   @property
-  def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the stacked factors `A` and `G`."""
-    a, g = (
-      (self.blocks, d) if diagonal else (self.blocks, d, d)
-      for d, diagonal in zip((self.rows, self.outputs), self.diagonal, strict=True)
-    )
-    return a, g
+  def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the stacked factors, one an axis: of a layer `A` and `G`."""
+    return side_shapes(self.blocks, self.dims, self.diagonal)
 
 
-def plan_stacks(layers: Layers, leaves: Sequence[Any] | None = None) -> tuple[Stack, ...]:
+def plan_stacks(layers: Blocks, leaves: Sequence[Any] | None = None) -> tuple[Stack, ...]:
   """Groups layers by shape; leaves out those whose leaves optax has all masked.
 
   A stack whose layers are all masked keeps one block of one entry: so the structure of a state does
@@ -54,18 +52,18 @@ def plan_stacks(layers: Layers, leaves: Sequence[Any] | None = None) -> tuple[St
   """
   by_shape: dict[tuple, list[int]] = {}
   for index, layer in enumerate(layers):
-    members = by_shape.setdefault((layer.rows, layer.outputs, layer.diagonal), [])
+    members = by_shape.setdefault((layer.dims, layer.diagonal), [])
     if leaves is None or not _masked(layers, index, leaves):
       members.append(index)
   return tuple(
-    Stack(tuple(members), sum(layers[i].stack for i in members), rows, outputs, diagonal)
+    Stack(tuple(members), sum(layers[i].stack for i in members), dims, diagonal)
     if members
-    else Stack((), 1, 1, 1, diagonal)
-    for (rows, outputs, diagonal), members in by_shape.items()
+    else Stack((), 1, (1,) * len(dims), diagonal)
+    for (dims, diagonal), members in by_shape.items()
   )
 
 
-def _masked(layers: Layers, index: int, leaves: Sequence[Any]) -> bool:
+def _masked(layers: Blocks, index: int, leaves: Sequence[Any]) -> bool:
   masked = [leaf for leaf in layers[index].leaves if is_masked(leaves[leaf])]
   if masked and len(masked) < len(layers[index].leaves):
     names = ", ".join(layers.paths[leaf] for leaf in masked)
@@ -77,14 +75,14 @@ def _masked(layers: Layers, index: int, leaves: Sequence[Any]) -> bool:
   return bool(masked)
 
 
-def stack_matrices(stack: Stack, layers: Layers, leaves: Sequence[Any], dtype: Any) -> jax.Array:
-  """The blocks of `stack` out of the leaves of a tree like params: `[blocks, rows, outputs]`."""
+def stack_matrices(stack: Stack, layers: Blocks, leaves: Sequence[Any], dtype: Any) -> jax.Array:
+  """The blocks of `stack` out of the leaves of a tree like params: `[blocks, *dims]`."""
   if not stack.layers:
-    return jnp.zeros((stack.blocks, stack.rows, stack.outputs), dtype)
+    return jnp.zeros((stack.blocks, *stack.dims), dtype)
   matrices = []
   for layer in (layers[i] for i in stack.layers):
     wide = {leaf: jnp.asarray(leaves[leaf], dtype) for leaf in layer.leaves}
-    matrices.append(layer.matrix(wide))
+    matrices.append(layer.gather(wide))
   return _concatenate(matrices)
 
 
@@ -105,7 +103,7 @@ def stack_factors(
 
 
 def unstack(
-  stacks: Sequence[Stack], layers: Layers, matrices: Sequence[jax.Array], leaves: Sequence[Any]
+  stacks: Sequence[Stack], layers: Blocks, matrices: Sequence[jax.Array], leaves: Sequence[Any]
 ) -> list[Any]:
   """`leaves` with those in a layer replaced by what `matrices` hold for them, in their dtype."""
   shares: dict[int, jax.Array] = {}
@@ -140,6 +138,20 @@ def by_shape(function: Callable[..., Any], *columns: Sequence[jax.Array]) -> lis
       out[index] = jax.tree.map(lambda x, a=start, b=stop: x[a:b], result)
       start = stop
   return out
+
+
+def by_side(
+  function: Callable[..., Any], *columns: Sequence[tuple[jax.Array | None, ...]]
+) -> list[tuple[Any, ...]]:
+  """`function` of what each stack has for each axis; None where the first of them is None.
+
+  Sides of equal shape go through one call, whichever axis and stack they are of.
+  """
+  first = columns[0]
+  places = [(k, m) for k, own in enumerate(first) for m, x in enumerate(own) if x is not None]
+  rows: list[list[Any]] = [[column[k][m] for k, m in places] for column in columns]
+  results = dict(zip(places, by_shape(function, *rows), strict=True))
+  return [tuple(results.get((k, m)) for m in range(len(own))) for k, own in enumerate(first)]
 
 
 def dtype_of(leaf: Any) -> Any:

@@ -1,0 +1,166 @@
+"""What methods that need gradients alone share: from gradients to stacks of tensors and back."""
+
+from collections.abc import Callable, Sequence
+import numbers
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fop_optax.curvature.stacks import Stack, dtype_of, plan_stacks, stack_matrices, unstack
+from fop_optax.curvature.steps import Finite, no_steps
+from fop_optax.dimensions import Dimensions
+from fop_optax.layers import is_masked
+from fop_optax.optimizers import common
+from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
+from fop_optax.optimizers.whole_steps import all_finite
+from fop_optax.tensors import Tensors
+
+
+class TensorState(Protocol):
+  """State of a stack of tensors."""
+
+  @property
+  def dims(self) -> tuple[int, ...]:
+    """`[blocks, *dims]`."""
+    ...
+
+  @property
+  def dtype(self) -> Any:
+    """Of the arithmetic."""
+    ...
+
+
+# count, state of each stack, its gradients -> its directions, its state after the step
+Step = Callable[
+  [jax.Array, Sequence[Any], list[jax.Array]], tuple[list[jax.Array], tuple[Any, ...]]
+]
+
+
+def by_tensor(
+  find: Callable[[Any], Tensors],
+  start: Callable[[Stack, Any], TensorState],
+  step: Step,
+  state_of: Callable[..., Any],
+) -> optax.GradientTransformationExtraArgs:
+  """A method that makes of each tensor of the gradient its direction.
+
+  Args:
+    find: the tensors of a tree.
+    start: state of a stack before the first step, for arithmetic in a dtype.
+    step: one step of all stacks.
+    state_of: counters of steps and state of the stacks -> state.
+  """
+
+  def init(params: optax.Params) -> Any:
+    if not jax.tree.leaves(params, is_leaf=is_masked):
+      # optax.tree.map_params asks for the outline of a state: one leaf for what depends on params.
+      return state_of(no_steps(), jnp.zeros(()))
+    found, leaves = find(params), jax.tree.leaves(params, is_leaf=is_masked)
+    stacks = plan_stacks(found)
+    dtypes = [_arithmetic(stack, found, leaves) for stack in stacks]
+    return state_of(no_steps(), tuple(map(start, stacks, dtypes)))
+
+  @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
+  def apply(updates, state):
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_masked)
+    found = find(updates)
+    stacks = plan_stacks(found)
+    _check_state(stacks, state.stacks)
+    tensors = [
+      stack_matrices(stack, found, leaves, s.dtype)
+      for stack, s in zip(stacks, state.stacks, strict=True)
+    ]
+    # Of a tensor whose square overflows the second moments would.
+    finite = all_finite([jnp.sum(g**2) for g in tensors])
+    directions, after = step(state.steps.count, state.stacks, tensors)
+    steps = state.steps.counted(Finite(jnp.asarray(True), finite))
+    leaves = unstack(stacks, found, directions, leaves)
+    return jax.tree.unflatten(treedef, leaves), state_of(steps, after)
+
+  def update(updates, state, params=None, **extra_args):
+    del params, extra_args
+    if not jax.tree.leaves(updates):
+      return updates, state
+    _check_floating(updates)
+    return apply(updates, state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_views(dimension_numbers: Dimensions, layers: Any) -> None:
+  """Checks that parameters are made matrices in one way."""
+  if layers is None:
+    return
+  common.check_layers(layers)
+  if dimension_numbers is not None:
+    raise ValueError(
+      "`layers` and `dimension_numbers` both say how parameters are matrices: give one of them."
+    )
+
+
+def check_static(name: str, value: Any, least: int = 1) -> None:
+  """Checks a hyperparameter that shapes depend on."""
+  if not isinstance(value, int) or value < least:
+    raise ValueError(
+      f"`{name}={value}` should be a Python integer, at least {least}."
+      " `optax.inject_hyperparams` makes arrays of numbers: declare it with"
+      f' `optax.inject_hyperparams(..., static_args="{name}")`.'
+    )
+
+
+def decay_after_step(
+  learning_rate: ScalarOrSchedule, weight_decay: Scalar, mask: Any, skip_first: bool
+) -> list[optax.GradientTransformation]:
+  """Decoupled decay of the parameters as the step leaves them, by the rate at that step.
+
+  `p <- (1 - rate weight_decay) (p + u)`, where AdamW decays `p` before: a difference of second
+  order. A first step that is skipped has none.
+  """
+  if isinstance(weight_decay, numbers.Real) and weight_decay == 0:
+    return []
+
+  def init(params):
+    del params
+    return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+  def update(updates, state, params=None):
+    if params is None:
+      raise ValueError(
+        "Weight decay needs `params`: write `tx.update(grads, opt_state, params)`, or use"
+        " `weight_decay=0.0`."
+      )
+    rate = common.value_at(learning_rate, state.count) * jnp.asarray(weight_decay)
+    if skip_first:
+      rate = jnp.where(state.count == 0, 0, rate)
+    updates = jax.tree.map(lambda u, p: u - rate * (p + u), updates, params)
+    return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+  decay = optax.GradientTransformation(init, update)
+  return [decay if mask is None else optax.masked(decay, mask)]
+
+
+def _arithmetic(stack: Stack, found: Tensors, leaves: Sequence[Any]) -> Any:
+  """The widest dtype of a stack's parameters, and float32 at least."""
+  members = [leaf for i in stack.layers for leaf in found[i].leaves]
+  return jnp.result_type(jnp.float32, *(dtype_of(leaves[leaf]) for leaf in members))
+
+
+def _check_state(stacks: Sequence[Stack], states: Sequence[TensorState]) -> None:
+  had, need = [tuple(s.dims) for s in states], [(stack.blocks, *stack.dims) for stack in stacks]
+  if had != need:
+    raise ValueError(
+      f"The optimizer's state is of another model or another mask: its tensors have shapes {had},"
+      f" but this gradient has {need}. Make a state with `tx.init(params)`."
+    )
+
+
+def _check_floating(updates: Any) -> None:
+  for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]:
+    if not jnp.issubdtype(dtype_of(leaf), jnp.floating):
+      raise ValueError(
+        f"The gradient is {dtype_of(leaf)} at {jax.tree_util.keystr(path)}, where it should be real"
+        " floating point. Keep that parameter out with `optax.masked` or `optax.partition`; split a"
+        " complex one with `optax.contrib.split_real_and_imaginary`."
+      )

@@ -1,0 +1,416 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al., 2025)."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fop_optax.curvature.eigenbasis import Eigenbases, first_bases, fold, follow, init_eigenbases
+from fop_optax.curvature.modes import rotate, unrotate
+from fop_optax.curvature.stacks import Stack
+from fop_optax.curvature.steps import Steps, whole_period
+from fop_optax.dimensions import Dimensions
+from fop_optax.layers import Layers
+from fop_optax.optimizers import by_tensor, common
+from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
+from fop_optax.optimizers.whole_steps import whole_steps
+from fop_optax.tensors import Tensor, Tensors, tensors
+
+STARTS = ("eigh", "identity")
+
+
+class SoapStack(NamedTuple):
+  """State of a stack of tensors of equal shape `[blocks, *dims]`."""
+
+  mu: jax.Array  # first moment, in the bases
+  nu: tuple[jax.Array, ...]  # second moment, in the bases; factorized: of its rows, of its columns
+  bases: Eigenbases
+
+  @property
+  def dims(self):
+    return self.mu.shape
+
+  @property
+  def dtype(self):
+    return self.nu[0].dtype
+
+
+class ScaleBySoapState(NamedTuple):
+  """State of `scale_by_soap`."""
+
+  steps: Steps
+  stacks: tuple[SoapStack, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SoapOptions:
+  """Hyperparameters of the direction; checked where they are Python numbers."""
+
+  b1: Scalar
+  b2: Scalar
+  eps: Scalar
+  shampoo_beta: Scalar | None
+  inverse_update_period: ScalarOrSchedule
+  stagger: bool
+  max_precond_dim: int
+  merge_dims: bool
+  precondition_1d: bool
+  one_sided: bool
+  factorized: bool
+  normalize_grads: bool
+  correct_bias: bool
+  eps_after_correction: bool
+  skip_first: bool
+  start: str
+  kl: bool
+  dimension_numbers: Dimensions
+  layers: Layers | None
+  mu_dtype: Any
+  statistics_dtype: Any
+
+  def __post_init__(self):
+    common.one_of("start", self.start, STARTS)
+    for name in ("b1", "b2", "shampoo_beta"):
+      common.check(name, getattr(self, name), lambda x: 0 <= x < 1, "in [0, 1)")
+    common.check("eps", self.eps, lambda x: x >= 0, "at least 0")
+    common.check_period("inverse_update_period", self.inverse_update_period)
+    by_tensor.check_static("max_precond_dim", self.max_precond_dim)
+    by_tensor.check_views(self.dimension_numbers, self.layers)
+
+  def tensors(self, tree: Any) -> Tensors:
+    """The tensors of a tree, and which of their modes have a basis."""
+    return tensors(tree, self.dimension_numbers, self.layers).map(self._sides)
+
+  def _sides(self, tensor: Tensor) -> list[Tensor]:
+    vector = tensor.natural and len(tensor.dims) == 1
+    if tensor.natural and self.merge_dims:
+      tensor = tensor.reshaped(merged(tensor.dims, self.max_precond_dim))
+    kept = [d > self.max_precond_dim or d == 1 for d in tensor.dims]  # a basis of one: +-1
+    if vector and not self.precondition_1d:
+      kept = [True] * len(kept)
+    if self.one_sided and len(kept) > 1:
+      smallest = min(range(len(kept)), key=tensor.dims.__getitem__)
+      kept = [own or mode != smallest for mode, own in enumerate(kept)]
+    diagonal = tuple(map(bool.__or__, kept, tensor.diagonal))
+    return [dataclasses.replace(tensor, diagonal=diagonal)]
+
+
+def merged(dims: tuple[int, ...], limit: int) -> tuple[int, ...]:
+  """Neighbouring modes put together from the left while their product is at most `limit`."""
+  out, size = [], 1
+  for d in dims:
+    if size * d <= limit:
+      size *= d
+    elif size > 1:
+      out, size = [*out, size], d
+    else:
+      out = [*out, d]
+  return (*out, size) if size > 1 or not out else tuple(out)
+
+
+def _start(options: SoapOptions, stack: Stack, dtype: Any) -> SoapStack:
+  """State of a stack before the first step."""
+  shape = (stack.blocks, *stack.dims)
+  nu = (shape,)
+  if options.factorized and len(stack.dims) == 2:
+    nu = (shape[:2], (shape[0], shape[2]))
+  bases = init_eigenbases(
+    stack, dtype, options.statistics_dtype, options.start == "identity", options.kl
+  )
+  mu = jnp.zeros(shape, options.mu_dtype or dtype)
+  return SoapStack(mu, tuple(jnp.zeros(own, dtype) for own in nu), bases)
+
+
+def _step(options: SoapOptions, count: jax.Array, stacks, gradients):
+  """One step of all stacks: directions, states.
+
+  The gradient of a step enters the bases after it, but for the first.
+  """
+  first = count == 0
+  bases = tuple(s.bases for s in stacks)
+  if options.start == "eigh":
+    bases = jax.lax.cond(first, first_bases, lambda bases, _: bases, bases, gradients)
+  adam = jax.vmap(lambda s, g: _adam(options, count, s, g))
+  results = [
+    adam(s._replace(bases=own), g) for s, own, g in zip(stacks, bases, gradients, strict=True)
+  ]
+  directions, stacks = [r[0] for r in results], tuple(r[1] for r in results)
+
+  step = count + (0 if options.skip_first else 1)
+  period = whole_period(options.inverse_update_period, count)
+  due = step % period == 0
+  if options.stagger:
+    due = step % period == jnp.arange(sum(len(s.mu) for s in stacks)) % period
+  due = due | first if options.start == "identity" else due & (step > 0)
+  remake = lambda stacks: _remake(options, stacks, due if due.ndim else None)
+  return directions, jax.lax.cond(jnp.any(due), remake, lambda stacks: stacks, stacks)
+
+
+def _adam(options: SoapOptions, count: jax.Array, s: SoapStack, gradient: jax.Array):
+  """One step of one tensor: its direction, and its state but for new bases.
+
+  Of a matrix, with `g = Q_0' G Q_1`, products elementwise, and t counting steps from one:
+
+      m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+      direction = sqrt(1 - b2^t) / (1 - b1^t)  Q_0 [m / (sqrt(v) + eps)] Q_1'
+
+  Next to moments that are corrected for their start eps is `eps / sqrt(1 - b2^t)`.
+  """
+  b1, b2, eps = (jnp.asarray(x, s.dtype) for x in (options.b1, options.b2, options.eps))
+  skipped = (count == 0) & options.skip_first
+  t = jnp.maximum(count + (0 if options.skip_first else 1), 1).astype(s.dtype)
+  rotated = rotate(s.bases.bases, gradient)
+  mu = b1 * s.mu.astype(s.dtype) + (1 - b1) * rotated
+  square = (rotated**2,)
+  if len(s.nu) == 2:
+    square = jnp.sum(rotated**2, axis=1), jnp.sum(rotated**2, axis=0)
+  nu = tuple(b2 * old + (1 - b2) * new for old, new in zip(s.nu, square, strict=True))
+  root2 = jnp.sqrt(1 - b2**t)
+  if options.eps_after_correction:
+    eps = eps * root2
+  direction = unrotate(s.bases.bases, mu / (jnp.sqrt(_product(nu)) + eps))
+  if options.normalize_grads:
+    direction /= 1e-30 + jnp.sqrt(jnp.mean(direction**2))
+  if options.correct_bias:
+    direction *= root2 / (1 - b1**t)
+  beta = b2 if options.shampoo_beta is None else jnp.asarray(options.shampoo_beta, s.dtype)
+  bases = fold(s.bases, gradient, rotated, beta, count == 0)
+  keep = lambda new, old: jnp.where(skipped, old, new.astype(old.dtype))
+  after = SoapStack(keep(mu, s.mu), jax.tree.map(keep, nu, s.nu), bases)
+  return jnp.where(skipped, 0, direction), after
+
+
+def _product(nu: tuple[jax.Array, ...]) -> jax.Array:
+  """The second moment of each entry; factorized it is `a c' / sum(a)`, as Adafactor's."""
+  if len(nu) == 1:
+    return nu[0]
+  rows, columns = nu
+  total = jnp.sum(rows)
+  return jnp.outer(rows, columns) / jnp.where(total > 0, total, 1)
+
+
+def _remake(options: SoapOptions, stacks, due):
+  """All stacks in bases made anew."""
+  # The authors' code of KL-SOAP does not sort.
+  found = follow([s.bases for s in stacks], due, sort=not options.kl)
+  return tuple(jax.vmap(_moved)(s, *own) for s, own in zip(stacks, found, strict=True))
+
+
+def _moved(s: SoapStack, bases: Eigenbases, orders: tuple[jax.Array | None, ...]) -> SoapStack:
+  """One tensor in new bases: the first moment is rotated, a second one goes with its column."""
+  if all(order is None for order in orders):
+    return s
+  nu = list(s.nu)
+  for mode, order in enumerate(orders):
+    if order is not None:
+      which, axis = (mode, 0) if len(nu) == 2 else (0, mode)
+      nu[which] = jnp.take(nu[which], order, axis)
+  mu = rotate(bases.bases, unrotate(s.bases.bases, s.mu.astype(s.dtype)))
+  return SoapStack(mu.astype(s.mu.dtype), tuple(nu), bases)
+
+
+def scale_by_soap(
+  b1: Scalar = 0.95,
+  b2: Scalar = 0.95,
+  eps: Scalar = 1e-8,
+  *,
+  shampoo_beta: Scalar | None = None,
+  inverse_update_period: ScalarOrSchedule = 10,
+  stagger: bool = False,
+  max_precond_dim: int = 10_000,
+  merge_dims: bool = False,
+  precondition_1d: bool = False,
+  one_sided: bool = False,
+  factorized: bool = False,
+  normalize_grads: bool = False,
+  correct_bias: bool = True,
+  eps_after_correction: bool = False,
+  skip_first: bool = True,
+  start: str = "eigh",
+  kl: bool = False,
+  dimension_numbers: Dimensions = None,
+  layers: Layers | None = None,
+  mu_dtype: Any = None,
+  statistics_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Turns gradients into SOAP's direction; no rate, no sign and no decay.
+
+  See :func:`fop_optax.soap` for more details.
+  """
+  options = SoapOptions(
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    shampoo_beta=shampoo_beta,
+    inverse_update_period=inverse_update_period,
+    stagger=stagger,
+    max_precond_dim=max_precond_dim,
+    merge_dims=merge_dims,
+    precondition_1d=precondition_1d,
+    one_sided=one_sided,
+    factorized=factorized,
+    normalize_grads=normalize_grads,
+    correct_bias=correct_bias,
+    eps_after_correction=eps_after_correction,
+    skip_first=skip_first,
+    start=start,
+    kl=kl,
+    dimension_numbers=dimension_numbers,
+    layers=layers,
+    mu_dtype=mu_dtype,
+    statistics_dtype=statistics_dtype,
+  )
+  return whole_steps(_soap(options))
+
+
+def _soap(options: SoapOptions) -> optax.GradientTransformationExtraArgs:
+  return by_tensor.by_tensor(
+    options.tensors,
+    functools.partial(_start, options),
+    functools.partial(_step, options),
+    ScaleBySoapState,
+  )
+
+
+def soap(
+  learning_rate: ScalarOrSchedule = 3e-3,
+  b1: Scalar = 0.95,
+  b2: Scalar = 0.95,
+  eps: Scalar = 1e-8,
+  *,
+  weight_decay: Scalar = 0.01,
+  mask: Any = None,
+  shampoo_beta: Scalar | None = None,
+  inverse_update_period: ScalarOrSchedule = 10,
+  stagger: bool = False,
+  max_precond_dim: int = 10_000,
+  merge_dims: bool = False,
+  precondition_1d: bool = False,
+  one_sided: bool = False,
+  factorized: bool = False,
+  normalize_grads: bool = False,
+  correct_bias: bool = True,
+  eps_after_correction: bool = False,
+  skip_first: bool = True,
+  start: str = "eigh",
+  kl: bool = False,
+  dimension_numbers: Dimensions = None,
+  layers: Layers | None = None,
+  mu_dtype: Any = None,
+  statistics_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
+
+  For a weight with gradient `G` it keeps :math:`L = \mathrm{E}[G G^\top]` and
+  :math:`R = \mathrm{E}[G^\top G]`, their eigenvectors :math:`Q_L, Q_R`, and runs Adam on
+
+  .. math::
+    G' = Q_L^\top G \, Q_R, \qquad \Delta = Q_L \, \mathrm{Adam}(G') \, Q_R^\top
+
+  The defaults are the official code's, to the last digit: the first gradient only makes the bases
+  (by `eigh`); then every `inverse_update_period` steps they take one step of the power method with
+  a QR factorisation, columns sorted by eigenvalue and the second moments with them; the gradient of
+  a step enters the statistics after it; eps is added before the correction of Adam's start; decay
+  follows the step. Tensors of three and more axes have a basis for each axis, vectors none (plain
+  Adam). All tensors of one shape, over all parameters, go through one batched operation.
+
+  A step whose gradient, its square, or update are not finite is skipped for all parameters, and
+  counted; bases that are not finite are not stored. See :func:`fop_optax.diagnostics`.
+
+  Args:
+    learning_rate: a number, an array or a schedule.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled decay, times the learning rate.
+    mask: which leaves decay, a tree of bools or a callable of params, as in `optax.adamw`.
+    shampoo_beta: decay of the statistics; None: b2.
+    inverse_update_period: bases are remade every that many steps (the authors'
+      `precondition_frequency`), a number or a schedule. 1 is a setting of large runs.
+    stagger: whether tensors take turns to remake theirs, so that no step pays for all.
+    max_precond_dim: an axis longer than this has no basis (is not rotated), as for vocabularies.
+    merge_dims: whether neighbouring axes are put together while their product is at most
+      `max_precond_dim`, as in the official code: also both axes of a small matrix, which becomes a
+      vector with one large basis. `dimension_numbers` or `layers` say it explicitly.
+    precondition_1d: whether parameters of one axis have a basis.
+    one_sided: whether only the shortest axis has one (the paper's section 7).
+    factorized: whether the second moment of a matrix is that of its rows times that of its columns,
+      as in Adafactor (the paper's section 7).
+    normalize_grads: whether a tensor's direction is scaled to a root mean square of one, before the
+      correction of Adam's start.
+    correct_bias: whether moments are corrected for their start from zero.
+    eps_after_correction: whether eps is added after it, as Adam does, and not before.
+    skip_first: whether the first step only makes the bases. If not, it is taken in them.
+    start: `"eigh"`: the first bases are eigenvectors. `"identity"`: they are one step of the power
+      method from the identity, and no eigendecomposition is ever compiled.
+    kl: KL-SOAP (Lin et al., 2025): each statistic is of the gradient whitened along the other axes.
+      Their code has `correct_bias=False`, and does not sort columns; neither do we then.
+    dimension_numbers: how leaves with two or more axes are matrices: a tree of
+      :class:`fop_optax.DimensionNumbers` (or of those of `optax.contrib.muon`) like params or part
+      of one, or a callable that makes one. Axes in neither are a batch of matrices, as of layers
+      that a scan goes over. Where there is none, every axis is a side.
+    layers: `captured.layers`: every weight is the matrix that :func:`fop_optax.capture` found:
+      heads, parts of a fused weight, experts and scanned layers one each; a lookup table has no
+      basis along its rows.
+    mu_dtype: dtype of the first moment; None: that of the arithmetic, float32 or better.
+    statistics_dtype: that of the statistics, likewise; bases are in that of the arithmetic.
+
+  Returns:
+    A transformation; its `update` needs params where there is weight decay.
+
+  Raises:
+    ValueError: for hyperparameters out of range; in `init` and `update` for dimension numbers that
+      do not fit, gradients that are not real floating point, and states of another model.
+
+  Example:
+    >>> import fop_optax, jax, jax.numpy as jnp, optax
+    >>> target = jnp.arange(12.0).reshape(4, 3)
+    >>> loss = lambda params: jnp.sum((params["w"] - target) ** 2)
+    >>> params = {"w": jnp.zeros((4, 3))}
+    >>> tx = fop_optax.soap(0.3, weight_decay=0.0)
+    >>> state = tx.init(params)
+    >>> @jax.jit
+    ... def step(params, state):
+    ...   updates, state = tx.update(jax.grad(loss)(params), state, params)
+    ...   return optax.apply_updates(params, updates), state
+    >>> for _ in range(100):
+    ...   params, state = step(params, state)
+    >>> print(f"{loss(params):.2f}")
+    0.00
+
+  References:
+    Vyas et al., `SOAP: Improving and Stabilizing Shampoo using Adam
+    <https://arxiv.org/abs/2409.11321>`_, 2025; Lin et al., `Understanding and Improving Shampoo and
+    SOAP via Kullback-Leibler Minimization <https://arxiv.org/abs/2509.03378>`_, 2026
+  """
+  options = SoapOptions(
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    shampoo_beta=shampoo_beta,
+    inverse_update_period=inverse_update_period,
+    stagger=stagger,
+    max_precond_dim=max_precond_dim,
+    merge_dims=merge_dims,
+    precondition_1d=precondition_1d,
+    one_sided=one_sided,
+    factorized=factorized,
+    normalize_grads=normalize_grads,
+    correct_bias=correct_bias,
+    eps_after_correction=eps_after_correction,
+    skip_first=skip_first,
+    start=start,
+    kl=kl,
+    dimension_numbers=dimension_numbers,
+    layers=layers,
+    mu_dtype=mu_dtype,
+    statistics_dtype=statistics_dtype,
+  )
+  common.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
+  common.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
+  after = by_tensor.decay_after_step(learning_rate, weight_decay, mask, skip_first)
+  rate = optax.scale_by_learning_rate(learning_rate)
+  return whole_steps(common.keep_dtypes(optax.chain(_soap(options), rate, *after)))
