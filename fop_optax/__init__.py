@@ -26,6 +26,10 @@ from fop_optax.optimizers.kfac_per_example import kfac_per_example as kfac_per_e
 from fop_optax.optimizers.kfac_per_example import (
   scale_by_kfac_per_example as scale_by_kfac_per_example,
 )
+from fop_optax.optimizers.neumann import ScaleByNeumannState as ScaleByNeumannState
+from fop_optax.optimizers.neumann import neumann as neumann
+from fop_optax.optimizers.neumann import neumann_eval_params as neumann_eval_params
+from fop_optax.optimizers.neumann import scale_by_neumann as scale_by_neumann
 from fop_optax.optimizers.refresh import WarmupPeriod as WarmupPeriod
 from fop_optax.optimizers.refresh import refresh_due as refresh_due
 from fop_optax.optimizers.soap import ScaleBySoapState as ScaleBySoapState
