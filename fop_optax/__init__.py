@@ -32,6 +32,9 @@ from fop_optax.optimizers.neumann import neumann_eval_params as neumann_eval_par
 from fop_optax.optimizers.neumann import scale_by_neumann as scale_by_neumann
 from fop_optax.optimizers.refresh import WarmupPeriod as WarmupPeriod
 from fop_optax.optimizers.refresh import refresh_due as refresh_due
+from fop_optax.optimizers.shampoo import ScaleByShampooState as ScaleByShampooState
+from fop_optax.optimizers.shampoo import scale_by_shampoo as scale_by_shampoo
+from fop_optax.optimizers.shampoo import shampoo as shampoo
 from fop_optax.optimizers.soap import ScaleBySoapState as ScaleBySoapState
 from fop_optax.optimizers.soap import scale_by_soap as scale_by_soap
 from fop_optax.optimizers.soap import soap as soap

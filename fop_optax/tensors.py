@@ -137,6 +137,34 @@ def tensors(
   return Tensors(tuple(entries), shapes, paths)
 
 
+def merged_from_left(dims: tuple[int, ...], limit: int) -> tuple[int, ...]:
+  """Neighbouring modes put together from the left while their product is at most `limit`."""
+  out, size = [], 1
+  for d in dims:
+    if size * d <= limit:
+      size *= d
+    elif size > 1:
+      out, size = [*out, size], d
+    else:
+      out = [*out, d]
+  return (*out, size) if size > 1 or not out else tuple(out)
+
+
+def merged_from_right(dims: tuple[int, ...], limit: int, target: int) -> tuple[int, ...]:
+  """Neighbouring axes put together from the last on, while their product is at most `limit`.
+
+  Axes of one entry go; no fewer than `target` axes are left.
+  """
+  wide = [d for d in dims if d > 1] or [1]
+  out, left = [wide[-1]], len(wide)
+  for d in wide[-2::-1]:
+    if d * out[0] <= limit and left > target:
+      out, left = [d * out[0], *out[1:]], left - 1
+    else:
+      out = [d, *out]
+  return tuple(out)
+
+
 def _of_layers(tree: Any, layers: Layers) -> dict[int, list[Tensor]]:
   """The weights of layers as matrices, by leaf."""
   layers.leaves(tree, "The tree of parameters or gradients")  # checks it

@@ -19,8 +19,10 @@ class Row:
     make: factory, called with keyword arguments.
     kwargs: its arguments, but `layers`.
     curvature: whether it takes `layers` and `stats`.
+    ours: whether it is of this library.
     per_example: whether it takes per-example gradients `[B, *param]`.
     blockwise: whether what it does to a leaf or a layer does not depend on the others.
+    moves_at_once: whether the first step moves parameters.
     often: whether statistics are due at the second step too.
     injected: the arguments that `optax.inject_hyperparams` turns into arrays.
     static: arguments to declare static there.
@@ -30,8 +32,10 @@ class Row:
   make: Callable[..., optax.GradientTransformation]
   kwargs: dict[str, Any]
   curvature: bool = True
+  ours: bool = True
   per_example: bool = False
   blockwise: bool = True
+  moves_at_once: bool = True
   often: bool = False
   injected: tuple[str, ...] = ()
   static: tuple[str, ...] = ()
@@ -69,7 +73,93 @@ ROWS = (
     optax.sgd,
     {"learning_rate": 0.1, "momentum": 0.9},
     curvature=False,
+    ours=False,
     injected=("learning_rate",),
+  ),
+  Row(
+    "soap",
+    fop_optax.soap,
+    {"learning_rate": 0.01, "mask": decays, "inverse_update_period": 2},
+    curvature=False,
+    moves_at_once=False,
+    injected=("learning_rate", "b1", "b2", "eps", "weight_decay", "inverse_update_period"),
+    static=("mask", "max_precond_dim"),
+  ),
+  Row(
+    "soap variant",
+    fop_optax.soap,
+    {
+      "learning_rate": optax.linear_schedule(0.01, 0.001, 10),
+      "shampoo_beta": 0.9,
+      "inverse_update_period": fop_optax.WarmupPeriod(1, 2),
+      "stagger": True,
+      "precondition_1d": True,
+      "one_sided": True,
+      "factorized": True,
+      "normalize_grads": True,
+      "skip_first": False,
+      "start": "identity",
+      "kl": True,
+    },
+    curvature=False,
+    injected=("learning_rate", "shampoo_beta", "inverse_update_period"),
+    static=("max_precond_dim",),
+  ),
+  Row(
+    "shampoo",
+    fop_optax.shampoo,
+    {
+      "learning_rate": 0.01,
+      "eps": 1e-3,
+      "weight_decay": 0.1,
+      "mask": decays,
+      "inverse_update_period": 2,
+    },
+    curvature=False,
+    injected=("learning_rate", "b1", "b2", "eps", "weight_decay", "inverse_update_period"),
+    static=("mask", "block_size"),
+  ),
+  Row(
+    "shampoo variant",
+    fop_optax.shampoo,
+    {
+      "learning_rate": optax.linear_schedule(0.01, 0.001, 10),
+      "eps": 1e-3,
+      "b3": 0.8,
+      "grafting": "adagrad",
+      "graft_eps": 1e-8,
+      "inverse_update_period": fop_optax.WarmupPeriod(1, 2),
+      "start_step": 2,
+      "stagger": True,
+      "root": "newton",
+      "block_size": 4,
+      "merge_to": 2,
+    },
+    curvature=False,
+    injected=("learning_rate", "b3", "graft_eps", "inverse_update_period", "start_step"),
+    static=("block_size", "merge_to"),
+  ),
+  Row(
+    "neumann",
+    fop_optax.neumann,
+    {
+      "learning_rate": optax.linear_schedule(0.1, 0.01, 10),
+      "steps_per_epoch": 2,
+      "num_sgd_steps": 1,
+      "weight_decay": 0.1,
+      "mask": decays,
+    },
+    curvature=False,
+    blockwise=False,
+    injected=(
+      "learning_rate",
+      "steps_per_epoch",
+      "num_sgd_steps",
+      "alpha",
+      "gamma",
+      "weight_decay",
+    ),
+    static=("mask",),
   ),
   Row(
     "kfac",

@@ -12,7 +12,6 @@ What is of one tensor has no leading axis; of a stack of them every array has th
 
 from collections.abc import Sequence
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 
 from fop_optax.curvature.modes import along, second_moment
 from fop_optax.curvature.precondition import Side, matmul
-from fop_optax.curvature.stacks import Stack, by_side
+from fop_optax.curvature.stacks import Stack, by_block, by_side, per_stack
 
 KL_START = 0.1  # of the eigenvalues, in the authors' code
 
@@ -127,15 +126,12 @@ def follow(
   from, `[blocks, d]`.
   """
   step = lambda S, Q: _follow(S.astype(Q.dtype), Q, sort)
+  stay = lambda S, Q: _unmoved(Q)
   columns: list[Any] = [[own.statistics for own in stacks], [own.bases for own in stacks]]
-  turns: list[Any] = [None] * len(stacks)
-  function = jax.vmap(step)
+  turns = per_stack(due, [len(own.made) for own in stacks])
   if due is not None:
-    turns = jnp.split(due, list(itertools.accumulate(len(own.made) for own in stacks))[:-1])
-    columns.append([(t,) * len(own.bases) for t, own in zip(turns, stacks, strict=True)])
-    one = lambda side: jax.lax.cond(side[2], step, lambda _, Q: _unmoved(Q), *side[:2])
-    function = lambda *sides: jax.lax.map(one, sides)
-  found = by_side(function, *columns)
+    columns.append([(turn,) * len(own.bases) for turn, own in zip(turns, stacks, strict=True)])
+  found = by_side(lambda S, Q, due=None: by_block(step, stay, S, Q, due=due), *columns)
   out = []
   for own, sides, turn in zip(stacks, found, turns, strict=True):
     after = _stored(own, sides, turn)

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fop_optax.curvature.damping import (
   Damping,
@@ -33,7 +32,7 @@ from fop_optax.curvature.damping import (
 )
 from fop_optax.curvature.positive import positive_inverse
 from fop_optax.curvature.precondition import Side, multiply, sandwich, transposed
-from fop_optax.curvature.stacks import by_shape
+from fop_optax.curvature.stacks import by_block, by_shape, per_stack
 from fop_optax.layers import Factors
 
 Split = Callable[[Size, Size, jax.Array], tuple[jax.Array, jax.Array]]
@@ -91,7 +90,7 @@ def factored_invert(
   sound = jnp.all(jnp.isfinite(jnp.stack([*traces, *numbers])), axis=0)
   inverses = [
     FactoredInverse(a, g, *(x.astype(a.dtype) for x in own))
-    for (a, _), (g, _), own in zip(of_A, of_G, per_stack(numbers, stacks), strict=True)
+    for (a, _), (g, _), own in zip(of_A, of_G, _per_stack(numbers, stacks), strict=True)
   ]
   return inverses, sound
 
@@ -133,7 +132,7 @@ def _exact_invert(stacks, damping, due=None):
   inverses = [
     ExactInverse(a, g, values_a, values_g, *(x.astype(values_a.dtype) for x in own))
     for (a, values_a, _), (g, values_g, _), own in zip(
-      of_A, of_G, per_stack(numbers, stacks), strict=True
+      of_A, of_G, _per_stack(numbers, stacks), strict=True
     )
   ]
   return inverses, sound
@@ -188,7 +187,7 @@ def _sizes(stacks: Sequence[Factors]) -> tuple[Size, Size]:
 
 def _each_side(function, stacks, dampings, due):
   """`function(factor, damping)` of both factors of each block that is due, stack by stack."""
-  by_stack = lambda A, G: _sides(per_stack(A, stacks), per_stack(G, stacks))
+  by_stack = lambda A, G: _sides(_per_stack(A, stacks), _per_stack(G, stacks))
   columns = [_sides([f.A for f in stacks], [f.G for f in stacks]), by_stack(*dampings)]
   if due is not None:
     columns.append(by_stack(due, due))
@@ -202,20 +201,13 @@ def _sides(A: Sequence[Any], G: Sequence[Any]) -> list[Any]:
 
 def _each(function, factors, dampings, due=None):
   """`function` of each block, along the leading axes; zeros for those that are not due."""
-  if due is None:
-    return jax.vmap(function)(factors, dampings)
   shapes = jax.eval_shape(jax.vmap(function), factors, dampings)
   nothing = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), shapes)
-  # A loop: a batched `cond` would make them all.
-  one = lambda block: jax.lax.cond(block[2], function, nothing, *block[:2])
-  return jax.lax.map(one, (factors, dampings, due))
+  return by_block(function, nothing, factors, dampings, due=due)
 
 
-def per_stack(flat: Any, stacks: Sequence[Factors]) -> list[Any]:
-  """Numbers of all blocks, stack by stack."""
-  ends = np.cumsum([len(factors.A) for factors in stacks])
-  split = lambda start, end: jax.tree.map(lambda x: x[start:end], flat)
-  return [split(end - len(f.A), end) for f, end in zip(stacks, ends.tolist(), strict=True)]
+def _per_stack(flat: Any, stacks: Sequence[Factors]) -> list[Any]:
+  return per_stack(flat, [len(factors.A) for factors in stacks])
 
 
 class Inverse(NamedTuple):
@@ -247,7 +239,7 @@ def remake(
   """
   values, sound = scaling.invert(stacks, damping, due)
   tried = known if due is None else known & due
-  counted = per_stack((tried & sound, tried & ~sound), stacks)
+  counted = _per_stack((tried & sound, tried & ~sound), stacks)
 
   def keep(stored):
     return lambda new, old: jnp.where(stored.reshape(-1, *[1] * (new.ndim - 1)), new, old)

@@ -5,8 +5,9 @@ tensor of a parameter. Which block stands where follows from the layers (or tens
 which leaves are masked, so a plan is static and costs nothing to remake.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -120,19 +121,26 @@ def unstack(
   return out
 
 
-def by_shape(function: Callable[..., Any], *columns: Sequence[jax.Array]) -> list[Any]:
+def by_shape(
+  function: Callable[..., Any],
+  *columns: Sequence[jax.Array],
+  static: Sequence[Hashable] | None = None,
+) -> list[Any]:
   """`function` of each row of `columns`, of arrays with blocks along the leading axis.
 
-  Rows of equal shapes but for the number of blocks go side by side through one call.
+  Rows of equal shapes but for the number of blocks go side by side through one call; `static` has
+  for each row what `function` takes before them, and keeps apart rows where that differs.
   """
   rows = list(zip(*columns, strict=True))
+  first = [()] * len(rows) if static is None else [(own,) for own in static]
   equal: dict[Any, list[int]] = {}
   for index, row in enumerate(rows):
-    equal.setdefault(tuple((x.shape[1:], x.dtype) for x in row), []).append(index)
+    shapes = tuple((x.shape[1:], x.dtype) for x in row)
+    equal.setdefault((first[index], shapes), []).append(index)
   out: list[Any] = [None] * len(rows)
-  for members in equal.values():
+  for (own, _), members in equal.items():
     beside = map(_concatenate, zip(*(rows[index] for index in members), strict=True))
-    result, start = function(*beside), 0
+    result, start = function(*own, *beside), 0
     for index in members:
       stop = start + len(rows[index][0])
       out[index] = jax.tree.map(lambda x, a=start, b=stop: x[a:b], result)
@@ -141,17 +149,38 @@ def by_shape(function: Callable[..., Any], *columns: Sequence[jax.Array]) -> lis
 
 
 def by_side(
-  function: Callable[..., Any], *columns: Sequence[tuple[jax.Array | None, ...]]
+  function: Callable[..., Any],
+  *columns: Sequence[tuple[Any, ...]],
+  static: Sequence[tuple[Hashable, ...]] | None = None,
 ) -> list[tuple[Any, ...]]:
-  """`function` of what each stack has for each axis; None where the first of them is None.
+  """`by_shape` of what each stack has for each axis; None where the first column has None.
 
   Sides of equal shape go through one call, whichever axis and stack they are of.
   """
   first = columns[0]
   places = [(k, m) for k, own in enumerate(first) for m, x in enumerate(own) if x is not None]
-  rows: list[list[Any]] = [[column[k][m] for k, m in places] for column in columns]
-  results = dict(zip(places, by_shape(function, *rows), strict=True))
+  pick = lambda column: [column[k][m] for k, m in places]
+  found = by_shape(function, *map(pick, columns), static=None if static is None else pick(static))
+  results = dict(zip(places, found, strict=True))
   return [tuple(results.get((k, m)) for m in range(len(own))) for k, own in enumerate(first)]
+
+
+def by_block(
+  function: Callable[..., Any], skip: Callable[..., Any], *arrays: Any, due: jax.Array | None = None
+) -> Any:
+  """`function` of each block along the leading axes; `skip` of those that are not `due`."""
+  if due is None:
+    return jax.vmap(function)(*arrays)
+  # A loop: a batched `cond` would make them all.
+  one = lambda block: jax.lax.cond(block[0], function, skip, *block[1:])
+  return jax.lax.map(one, (due, *arrays))
+
+
+def per_stack(flat: Any, blocks: Sequence[int]) -> list[Any]:
+  """Numbers of all blocks (or None), stack by stack of so many."""
+  ends = list(itertools.accumulate(blocks))
+  split = lambda start, end: jax.tree.map(lambda x: x[start:end], flat)
+  return [split(end - n, end) for n, end in zip(blocks, ends, strict=True)]
 
 
 def dtype_of(leaf: Any) -> Any:

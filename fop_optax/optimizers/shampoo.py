@@ -1,0 +1,472 @@
+"""Shampoo: gradients preconditioned along every axis (Gupta et al., 2018), as Meta has it."""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fop_optax.curvature.modes import rotate, second_moment, unrotate
+from fop_optax.curvature.precondition import Side
+from fop_optax.curvature.roots import eigh_root, newton_root
+from fop_optax.curvature.stacks import Stack, by_block, by_side, per_stack
+from fop_optax.curvature.steps import Steps, whole_period
+from fop_optax.dimensions import Dimensions
+from fop_optax.layers import Layers
+from fop_optax.optimizers import by_tensor, common
+from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
+from fop_optax.optimizers.grafting import Graft, correction, folded, grafted
+from fop_optax.optimizers.whole_steps import whole_steps
+from fop_optax.tensors import Tensor, Tensors, merged_from_right, tensors
+
+ROOTS = ("eigh", "newton")
+
+
+class ShampooStack(NamedTuple):
+  """State of a stack of tensors of equal shape `[blocks, *dims]`."""
+
+  mu: jax.Array  # momentum
+  factors: tuple[Side, ...]  # one a mode: [blocks, d, d], None where it is not preconditioned
+  roots: tuple[Side, ...]  # inverse roots of them; with `eigenvalue_correction` eigenvectors
+  eigenvalues: jax.Array | None  # second moment in the eigenvectors, like mu
+  graft: jax.Array | None  # second moment of the grafted optimizer, like mu
+  made: jax.Array  # int32 [blocks]: roots stored
+  failed: jax.Array  # int32 [blocks]: roots refused because they were not finite
+
+  @property
+  def dims(self):
+    return self.mu.shape
+
+  @property
+  def dtype(self):
+    return self.mu.dtype
+
+
+class ScaleByShampooState(NamedTuple):
+  """State of `scale_by_shampoo`."""
+
+  steps: Steps
+  stacks: tuple[ShampooStack, ...]
+
+
+Exponents = float | Mapping[int, float | Mapping[int, float]] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShampooOptions:
+  """Hyperparameters of the direction; checked where they are Python numbers."""
+
+  b1: Scalar
+  b2: Scalar
+  b3: Scalar | None
+  eps: Scalar
+  exponents: Exponents
+  graft: Graft
+  inverse_update_period: ScalarOrSchedule
+  start_step: Scalar | None
+  stagger: bool
+  correct_bias: bool
+  root: str
+  eigenvalue_correction: bool
+  kl: bool
+  block_size: int
+  merge_to: int | None
+  dimension_numbers: Dimensions
+  layers: Layers | None
+
+  def __post_init__(self):
+    common.one_of("root", self.root, ROOTS)
+    for name in ("b1", "b3"):
+      common.check(name, getattr(self, name), lambda x: 0 <= x < 1, "in [0, 1)")
+    common.check("b2", self.b2, lambda x: 0 < x <= 1, "above 0 and at most 1")
+    common.check("eps", self.eps, lambda x: x >= 0, "at least 0")
+    common.check_period("inverse_update_period", self.inverse_update_period)
+    common.check_period("start_step", self.start_step)
+    by_tensor.check_static("block_size", self.block_size)
+    if self.merge_to is not None:
+      by_tensor.check_static("merge_to", self.merge_to)
+    by_tensor.check_views(self.dimension_numbers, self.layers)
+    self._check_exponents()
+
+  def _check_exponents(self) -> None:
+    given = [self.exponents]
+    if isinstance(self.exponents, Mapping):
+      given = [x for v in self.exponents.values() for x in _values(v)]
+    for exponent in given:
+      if exponent is None:
+        continue
+      if not isinstance(exponent, float | int) or exponent < 0:
+        raise ValueError(
+          f"`exponents={self.exponents!r}` should be a Python number of at least 0 for all axes, or"
+          " a mapping from the number of axes to one, or to a mapping from an axis to one, such as"
+          " `{2: {0: 0.5, 1: 0.0}}`: a left side alone."
+        )
+      if self.root == "newton" and exponent and not (1 / exponent).is_integer():
+        raise ValueError(
+          f'`exponents={self.exponents!r}` has {exponent}: with `root="newton"` exponents are'
+          ' 1 / r, with r a whole number. Use `root="eigh"`.'
+        )
+
+  def given_exponent(self, order: int, mode: int) -> float | None:
+    """The exponent that the user gave for an axis of tensors of so many axes, None if none."""
+    exponents = self.exponents
+    if isinstance(exponents, Mapping):
+      exponents = exponents.get(order)
+    if isinstance(exponents, Mapping):
+      exponents = exponents.get(mode)
+    return exponents
+
+  def exponent(self, own: ShampooStack, mode: int) -> float:
+    """The exponent of an axis; 1/2k where nothing is given, with k axes preconditioned."""
+    given = self.given_exponent(len(own.factors), mode)
+    return 0.5 / sum(f is not None for f in own.factors) if given is None else float(given)
+
+  def tensors(self, tree: Any) -> Tensors:
+    """The blocks of a tree, and which of their axes are preconditioned."""
+    return tensors(tree, self.dimension_numbers, self.layers).map(self._blocks)
+
+  def _blocks(self, tensor: Tensor) -> list[Tensor]:
+    if tensor.natural and self.merge_to is not None:
+      tensor = tensor.reshaped(merged_from_right(tensor.dims, self.block_size, self.merge_to))
+    order = len(tensor.dims)
+    without = tuple(
+      kept or self.given_exponent(order, mode) == 0 for mode, kept in enumerate(tensor.diagonal)
+    )
+    return list(dataclasses.replace(tensor, diagonal=without).cut(self.block_size))
+
+
+def _values(exponents):
+  return list(exponents.values()) if isinstance(exponents, Mapping) else [exponents]
+
+
+def _start(options: ShampooOptions, stack: Stack, dtype: Any) -> ShampooStack:
+  """State of a stack before the first step."""
+  like = lambda: jnp.zeros((stack.blocks, *stack.dims), dtype)
+  square = lambda d: jnp.zeros((stack.blocks, d, d), dtype)
+  sides = lambda make: tuple(
+    None if without else make(d) for d, without in zip(stack.dims, stack.diagonal, strict=True)
+  )
+  return ShampooStack(
+    mu=like(),
+    factors=sides(square),
+    roots=sides(lambda d: square(d) + jnp.eye(d, dtype=dtype)),
+    eigenvalues=like() if options.eigenvalue_correction else None,
+    graft=like() if options.graft.b2 is not None else None,
+    made=jnp.zeros(stack.blocks, jnp.int32),
+    failed=jnp.zeros(stack.blocks, jnp.int32),
+  )
+
+
+def _step(options: ShampooOptions, count: jax.Array, stacks, gradients):
+  """One step of all stacks: directions, states.
+
+  The gradient of a step enters the factors and, where they are due, the roots that it is seen in.
+  """
+  t = count + 1
+  fold = jax.vmap(functools.partial(_fold, options))
+  stacks = tuple(s._replace(factors=fold(s, g)) for s, g in zip(stacks, gradients, strict=True))
+  period = whole_period(options.inverse_update_period, count)
+  start = period if options.start_step is None else jnp.asarray(options.start_step, jnp.int32)
+  turn = jnp.arange(sum(len(s.made) for s in stacks)) if options.stagger else 0
+  due = ((t - turn) % period == 0) & (t > start) | (t == start)
+  remake = lambda stacks: _remake(options, t, stacks, due if due.ndim else None)
+  stacks = jax.lax.cond(jnp.any(due), remake, lambda stacks: stacks, stacks)
+  direction = jax.vmap(lambda s, g: _direction(options, t, start, s, g))
+  results = [direction(s, g) for s, g in zip(stacks, gradients, strict=True)]
+  return [r[0] for r in results], tuple(r[1] for r in results)
+
+
+def _fold(options: ShampooOptions, s: ShampooStack, gradient: jax.Array) -> tuple[Side, ...]:
+  """Factors of one tensor after a gradient, from its unfoldings `U_i`:
+
+      F_i = b2 F_i + (1 - b2) U_i U_i'        or, with b2 = 1, their sum
+
+  With `kl` the gradient is preconditioned along the other axes first (Lin et al., 2025), with the
+  roots that are at hand; of a matrix `F_0 = b2 F_0 + (1 - b2) (G R_1) (G R_1)'`.
+  """
+  b2 = jnp.asarray(options.b2, s.dtype)
+  out = []
+  for mode, old in enumerate(s.factors):
+    if old is None:
+      out.append(None)
+      continue
+    if options.kl:
+      others = [None if other == mode else root for other, root in enumerate(s.roots)]
+      moment = second_moment(unrotate(others, gradient), mode)
+    else:
+      moment = second_moment(gradient, mode)
+    new = folded(old, moment, b2)
+    out.append(jnp.where(jnp.isfinite(jnp.trace(new)), new, old))
+  return tuple(out)
+
+
+def _remake(options: ShampooOptions, t: jax.Array, stacks, due):
+  """All roots made anew, or those of the blocks that are `due`."""
+  turns = per_stack(due, [len(s.made) for s in stacks])
+  columns: list[Any] = [[s.factors for s in stacks], [s.roots for s in stacks]]
+  if due is not None:
+    columns.append([(turn,) * len(s.roots) for turn, s in zip(turns, stacks, strict=True)])
+  exponents = [tuple(options.exponent(s, m) for m in range(len(s.roots))) for s in stacks]
+
+  def roots(exponent, factors, roots, due=None):
+    make = lambda F, _: _root(options, exponent, t, F)
+    return by_block(make, lambda _, root: root, factors, roots, due=due)
+
+  found = by_side(roots, *columns, static=exponents)
+  return tuple(_stored(s, own, turn) for s, own, turn in zip(stacks, found, turns, strict=True))
+
+
+def _root(options: ShampooOptions, exponent: float, t: jax.Array, F: jax.Array) -> jax.Array:
+  """`(F / (1 - b2^t) + eps I)^-exponent`, or the eigenvectors of that."""
+  b2, eps = (jnp.asarray(x, F.dtype) for x in (options.b2, options.eps))
+  F = F / correction(b2, t, options.correct_bias)
+  # Ours: less than the rounding of F would not keep its zero eigenvalues from being anything.
+  eps = jnp.maximum(eps, jnp.finfo(F.dtype).eps * jnp.sqrt(jnp.sum(F**2)))
+  if options.eigenvalue_correction:
+    return jnp.linalg.eigh(F + eps * jnp.eye(len(F), dtype=F.dtype))[1]
+  if options.root == "newton":
+    return newton_root(F, eps, round(1 / exponent))
+  return eigh_root(F, eps, exponent)
+
+
+def _stored(s: ShampooStack, found, due) -> ShampooStack:
+  """With the roots that were `found`, where those of all axes of a block are finite."""
+  finite = [jnp.all(jnp.isfinite(new), axis=(1, 2)) for new in found if new is not None]
+  if not finite:
+    return s
+  sound = functools.reduce(jnp.logical_and, finite)
+  roots = tuple(
+    old if old is None or new is None else jnp.where(sound[:, None, None], new, old)
+    for old, new in zip(s.roots, found, strict=True)
+  )
+  made = sound if due is None else sound & due
+  return s._replace(roots=roots, made=s.made + made, failed=s.failed + ~sound)
+
+
+def _direction(options: ShampooOptions, t: jax.Array, start: jax.Array, s: ShampooStack, gradient):
+  """The direction of one tensor, and its state but for factors and roots.
+
+      m = b1 m + (1 - b1) g      h = (b3 m_old + (1 - b3) g) / (1 - b3 b1^(t-1))
+      direction = R_0 H R_1                                   of a matrix, with its inverse roots
+
+  grafted: times the length of `h / (sqrt(v) + eps)` over its own. Before the first roots are made
+  it is that step itself, or without grafting `h`.
+  """
+  b1, b2, eps = (jnp.asarray(x, s.dtype) for x in (options.b1, options.b2, options.eps))
+  b3 = b1 if options.b3 is None else jnp.asarray(options.b3, s.dtype)
+  momentum = b3 * s.mu + (1 - b3) * gradient
+  if options.correct_bias:
+    momentum /= 1 - b3 * b1 ** (t - 1)
+  own, eigenvalues = unrotate(s.roots, momentum), s.eigenvalues
+  if eigenvalues is not None:
+    square = rotate(s.roots, gradient) ** 2
+    eigenvalues = folded(eigenvalues, square, b2)
+    root = jnp.sqrt(eigenvalues / correction(b2, t, options.correct_bias)) + eps
+    own = unrotate(s.roots, rotate(s.roots, momentum) / root)
+  step, graft = options.graft.step(t, s.graft, gradient, momentum)
+  if options.graft.kind is not None:
+    norm = lambda x: jnp.sqrt(jnp.sum(x**2))
+    own = jnp.where(t < start, step, own * (norm(step) / (norm(own) + 1e-16)))
+  mu = b1 * s.mu + (1 - b1) * gradient
+  return own, s._replace(mu=mu, eigenvalues=eigenvalues, graft=graft)
+
+
+def scale_by_shampoo(
+  b1: Scalar = 0.9,
+  b2: Scalar = 0.999,
+  eps: Scalar = 1e-12,
+  *,
+  b3: Scalar | None = None,
+  exponents: Exponents = None,
+  grafting: str | None = "adam",
+  graft_b2: Scalar | None = None,
+  graft_eps: Scalar | None = None,
+  inverse_update_period: ScalarOrSchedule = 10,
+  start_step: Scalar | None = None,
+  stagger: bool = False,
+  correct_bias: bool = True,
+  root: str = "eigh",
+  eigenvalue_correction: bool = False,
+  kl: bool = False,
+  block_size: int = 1024,
+  merge_to: int | None = None,
+  dimension_numbers: Dimensions = None,
+  layers: Layers | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Turns gradients into Shampoo's direction; no rate, no sign and no decay.
+
+  See :func:`fop_optax.shampoo` for more details.
+  """
+  options = ShampooOptions(
+    b1=b1,
+    b2=b2,
+    b3=b3,
+    eps=eps,
+    exponents=exponents,
+    graft=grafted(grafting, graft_b2, graft_eps),
+    inverse_update_period=inverse_update_period,
+    start_step=start_step,
+    stagger=stagger,
+    correct_bias=correct_bias,
+    root=root,
+    eigenvalue_correction=eigenvalue_correction,
+    kl=kl,
+    block_size=block_size,
+    merge_to=merge_to,
+    dimension_numbers=dimension_numbers,
+    layers=layers,
+  )
+  return whole_steps(_shampoo(options))
+
+
+def _shampoo(options: ShampooOptions) -> optax.GradientTransformationExtraArgs:
+  return by_tensor.by_tensor(
+    options.tensors,
+    functools.partial(_start, options),
+    functools.partial(_step, options),
+    ScaleByShampooState,
+  )
+
+
+def shampoo(
+  learning_rate: ScalarOrSchedule,
+  b1: Scalar = 0.9,
+  b2: Scalar = 0.999,
+  eps: Scalar = 1e-12,
+  *,
+  weight_decay: Scalar = 0.0,
+  mask: Any = None,
+  decoupled_decay: bool = True,
+  b3: Scalar | None = None,
+  exponents: Exponents = None,
+  grafting: str | None = "adam",
+  graft_b2: Scalar | None = None,
+  graft_eps: Scalar | None = None,
+  inverse_update_period: ScalarOrSchedule = 10,
+  start_step: Scalar | None = None,
+  stagger: bool = False,
+  correct_bias: bool = True,
+  root: str = "eigh",
+  eigenvalue_correction: bool = False,
+  kl: bool = False,
+  block_size: int = 1024,
+  merge_to: int | None = None,
+  dimension_numbers: Dimensions = None,
+  layers: Layers | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Shampoo: gradients preconditioned along every axis, as Meta distribute it.
+
+  Of a tensor with k axes it keeps the second moments :math:`F_i` of the unfoldings along each, and
+  multiplies each axis of the momentum by an inverse root of its own; of a weight with gradient `G`
+
+  .. math::
+    \Delta = (L + \epsilon I)^{-1/4} \, M \, (R + \epsilon I)^{-1/4}, \quad
+    L = \mathrm{E}[G G^\top], \; R = \mathrm{E}[G^\top G]
+
+  scaled to the length of the step of another optimizer (grafting). The order of operations is that
+  of Distributed Shampoo: the gradient enters the factors, then roots are remade if they are due,
+  then the momentum is preconditioned.
+
+  Its defaults are not all ours: there `b2` is 1 (factors are sums, as in the paper), nothing is
+  grafted, roots are made at every step, and small axes are merged, so that a parameter of at most
+  1,024 entries is one vector with one matrix. Here axes are kept (`merge_to` merges), averages
+  decay, and Adam is grafted, for which a rate that suits Adam suits.
+
+  All blocks of one shape, over all parameters, go through one batched operation. A step whose
+  gradient, its square, or update are not finite is skipped for all parameters, and counted; of a
+  block whose root is not finite the last good one stays. See :func:`fop_optax.diagnostics`.
+
+  Args:
+    learning_rate: a number, an array or a schedule.
+    b1: decay of the momentum.
+    b2: decay of the factors; 1: they are sums.
+    eps: added to the factors; at least the rounding of each, `machine epsilon |F|`.
+    weight_decay: decay, times the learning rate.
+    mask: which leaves decay, a tree of bools or a callable of params, as in `optax.adamw`.
+    decoupled_decay: whether decay is added to the direction. If not, to the gradient.
+    b3: weight of the momentum in the direction, as `b1` for Nesterov's; None: b1.
+    exponents: the power of each axis, a positive number: one for all, or a mapping from the number
+      of axes to one, or to a mapping from an axis to one, as `{2: {0: 0.5, 1: 0.0}}`. 0: an axis is
+      not preconditioned. None: 1/2k, with k the number of axes that are.
+    grafting: `"adam"`, `"rmsprop"`, `"adagrad"`, `"sgd"` (the momentum), or None: the direction
+      keeps its length, and before `start_step` is the momentum.
+    graft_b2: decay of the grafted optimizer's second moment; None: .999, .99, 1 in that order.
+    graft_eps: its eps; None: 1e-10.
+    inverse_update_period: roots are remade every that many steps (the authors'
+      `precondition_frequency`), a number or a schedule.
+    start_step: the step, from one, at which roots are first made; None: the period.
+    stagger: whether blocks take turns to remake theirs after that.
+    correct_bias: whether averages are corrected for their start from zero.
+    root: `"eigh"`, or `"newton"`: coupled Newton iterations, for exponents 1/r.
+    eigenvalue_correction: whether roots are eigenvectors, and the second moment of the gradient in
+      them divides it, as in SOAP: but the present gradient enters both.
+    kl: KL-Shampoo (Lin et al., 2025): each factor is of the gradient preconditioned along the other
+      axes. The paper's with `exponents={2: 0.5}`.
+    block_size: axes longer than this are cut, and each block is preconditioned by itself.
+    merge_to: neighbouring axes are merged while their product is at most `block_size` and at least
+      that many are left; None: never.
+    dimension_numbers: how leaves with two or more axes are matrices, as in :func:`fop_optax.soap`.
+    layers: `captured.layers`: every weight is the matrix that :func:`fop_optax.capture` found, as
+      in :func:`fop_optax.soap`.
+
+  Returns:
+    A transformation; its `update` needs params where there is weight decay.
+
+  Raises:
+    ValueError: for hyperparameters out of range; in `init` and `update` for dimension numbers that
+      do not fit, gradients that are not real floating point, and states of another model.
+
+  Example:
+    >>> import fop_optax, jax, jax.numpy as jnp, optax
+    >>> target = jnp.arange(12.0).reshape(4, 3)
+    >>> loss = lambda params: jnp.sum((params["w"] - target) ** 2)
+    >>> params = {"w": jnp.zeros((4, 3))}
+    >>> tx = fop_optax.shampoo(optax.cosine_decay_schedule(0.5, 200))
+    >>> state = tx.init(params)
+    >>> @jax.jit
+    ... def step(params, state):
+    ...   updates, state = tx.update(jax.grad(loss)(params), state, params)
+    ...   return optax.apply_updates(params, updates), state
+    >>> for _ in range(200):
+    ...   params, state = step(params, state)
+    >>> print(loss(params) < 0.01)
+    True
+
+  References:
+    Gupta, Koren and Singer, `Shampoo: Preconditioned Stochastic Tensor Optimization
+    <https://arxiv.org/abs/1802.09568>`_, 2018; Shi et al., `A Distributed Data-Parallel PyTorch
+    Implementation of the Distributed Shampoo Optimizer <https://arxiv.org/abs/2309.06497>`_, 2023;
+    Lin et al., `Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization
+    <https://arxiv.org/abs/2509.03378>`_, 2026
+  """
+  options = ShampooOptions(
+    b1=b1,
+    b2=b2,
+    b3=b3,
+    eps=eps,
+    exponents=exponents,
+    graft=grafted(grafting, graft_b2, graft_eps),
+    inverse_update_period=inverse_update_period,
+    start_step=start_step,
+    stagger=stagger,
+    correct_bias=correct_bias,
+    root=root,
+    eigenvalue_correction=eigenvalue_correction,
+    kl=kl,
+    block_size=block_size,
+    merge_to=merge_to,
+    dimension_numbers=dimension_numbers,
+    layers=layers,
+  )
+  common.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
+  common.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
+  stages = [_shampoo(options)]
+  if not (isinstance(weight_decay, numbers.Real) and weight_decay == 0):
+    decay = optax.add_decayed_weights(weight_decay, mask)
+    stages = [*stages, decay] if decoupled_decay else [decay, *stages]
+  rate = optax.scale_by_learning_rate(learning_rate)
+  return whole_steps(common.keep_dtypes(optax.chain(*stages, rate)))
