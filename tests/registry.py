@@ -83,7 +83,7 @@ ROWS = (
     curvature=False,
     moves_at_once=False,
     injected=("learning_rate", "b1", "b2", "eps", "weight_decay", "inverse_update_period"),
-    static=("mask", "max_precond_dim"),
+    static=("mask",),
   ),
   Row(
     "soap variant",
@@ -103,7 +103,6 @@ ROWS = (
     },
     curvature=False,
     injected=("learning_rate", "shampoo_beta", "inverse_update_period"),
-    static=("max_precond_dim",),
   ),
   Row(
     "shampoo",
@@ -117,7 +116,7 @@ ROWS = (
     },
     curvature=False,
     injected=("learning_rate", "b1", "b2", "eps", "weight_decay", "inverse_update_period"),
-    static=("mask", "block_size"),
+    static=("mask",),
   ),
   Row(
     "shampoo variant",

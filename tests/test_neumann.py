@@ -56,7 +56,7 @@ def test_stored_trajectories(case):
   rate, kwargs = CASES[case]
   tx = fop_optax.neumann(rate, 1, num_sgd_steps=3, reset_period=4, **kwargs)
   params, state = run(tx, split(jnp.asarray(ORACLE["w0"])), quadratic, 20)
-  neumann = state[0]
+  neumann = state[1]
   close = lambda got, key: np.testing.assert_allclose(
     got, ORACLE[f"{case}/{key}"], rtol=0, atol=1e-12, err_msg=key
   )
@@ -95,7 +95,7 @@ def test_resets(resets, at):
   still = jnp.all(params["w"] == before, axis=1)
   assert (jnp.flatnonzero(still) - 1).tolist() == at
   for t in at:  # the series starts anew from the gradient
-    np.testing.assert_allclose(state[0].m["w"][t + 1], -0.01, rtol=1e-12)
+    np.testing.assert_allclose(state[1].m["w"][t + 1], -0.01, rtol=1e-12)
 
 
 def test_defaults_are_table_1():
@@ -108,10 +108,10 @@ def test_defaults_are_table_1():
   )
   jax.tree.map(np.testing.assert_array_equal, state, given)
   np.testing.assert_allclose(
-    state[0].mu[19:31], [0, 1 / 2, 2 / 3, 3 / 4, 4 / 5, 5 / 6, 6 / 7, 7 / 8, 8 / 9, *[0.9] * 3]
+    state[1].mu[19:31], [0, 1 / 2, 2 / 3, 3 / 4, 4 / 5, 5 / 6, 6 / 7, 7 / 8, 8 / 9, *[0.9] * 3]
   )
   _, by_epoch = run(fop_optax.neumann(0.01, 4, momentum_unit=4), start, one, 70)
-  np.testing.assert_allclose(by_epoch[0].mu[jnp.array([20, 23, 27, 55])], [0.5, 0.5, 2 / 3, 0.9])
+  np.testing.assert_allclose(by_epoch[1].mu[jnp.array([20, 23, 27, 55])], [0.5, 0.5, 2 / 3, 0.9])
 
 
 def test_the_regularisers_where_they_are_not_defined():

@@ -110,35 +110,42 @@ def check_static(name: str, value: Any, least: int = 1) -> None:
     )
 
 
+def decay(weight_decay: Scalar, mask: Any) -> optax.GradientTransformation:
+  """`optax.add_decayed_weights`; without need of params, and in the same place, if it is 0."""
+  if isinstance(weight_decay, numbers.Real) and weight_decay == 0:
+    return optax.identity()
+  return optax.add_decayed_weights(weight_decay, mask)
+
+
 def decay_after_step(
   learning_rate: ScalarOrSchedule, weight_decay: Scalar, mask: Any, skip_first: bool
-) -> list[optax.GradientTransformation]:
+) -> optax.GradientTransformation:
   """Decoupled decay of the parameters as the step leaves them, by the rate at that step.
 
   `p <- (1 - rate weight_decay) (p + u)`, where AdamW decays `p` before: a difference of second
   order. A first step that is skipped has none.
   """
-  if isinstance(weight_decay, numbers.Real) and weight_decay == 0:
-    return []
 
   def init(params):
     del params
     return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
   def update(updates, state, params=None):
+    after = optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+    if isinstance(weight_decay, numbers.Real) and weight_decay == 0:
+      return updates, after
     if params is None:
       raise ValueError(
         "Weight decay needs `params`: write `tx.update(grads, opt_state, params)`, or use"
         " `weight_decay=0.0`."
       )
-    rate = common.value_at(learning_rate, state.count) * jnp.asarray(weight_decay)
+    share = common.value_at(learning_rate, state.count) * jnp.asarray(weight_decay)
     if skip_first:
-      rate = jnp.where(state.count == 0, 0, rate)
-    updates = jax.tree.map(lambda u, p: u - rate * (p + u), updates, params)
-    return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+      share = jnp.where(state.count == 0, 0, share)
+    return jax.tree.map(lambda u, p: u - share * (p + u), updates, params), after
 
-  decay = optax.GradientTransformation(init, update)
-  return [decay if mask is None else optax.masked(decay, mask)]
+  transformation = optax.GradientTransformation(init, update)
+  return transformation if mask is None else optax.masked(transformation, mask)
 
 
 def _arithmetic(stack: Stack, found: Tensors, leaves: Sequence[Any]) -> Any:

@@ -1,7 +1,6 @@
 """The Neumann optimizer: a Newton step's series, a term a step (Krishnan et al., 2018)."""
 
 import dataclasses
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import optax
 from fop_optax.curvature.stacks import dtype_of
 from fop_optax.curvature.steps import Finite, Steps, no_steps
 from fop_optax.layers import is_masked
-from fop_optax.optimizers import common
+from fop_optax.optimizers import by_tensor, common
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.whole_steps import all_finite, whole_steps
 
@@ -336,7 +335,5 @@ def neumann(
     min_momentum=min_momentum,
     max_momentum=max_momentum,
   )
-  stages = [_neumann(options), optax.scale(-1.0)]
-  if not (isinstance(weight_decay, numbers.Real) and weight_decay == 0):
-    stages.insert(0, optax.add_decayed_weights(weight_decay, mask))
-  return whole_steps(common.keep_dtypes(optax.chain(*stages)))
+  decay = by_tensor.decay(weight_decay, mask)
+  return whole_steps(common.keep_dtypes(optax.chain(decay, _neumann(options), optax.scale(-1.0))))

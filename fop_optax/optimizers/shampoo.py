@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 import dataclasses
 import functools
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from fop_optax.optimizers.whole_steps import whole_steps
 from fop_optax.tensors import Tensor, Tensors, merged_from_right, tensors
 
 ROOTS = ("eigh", "newton")
+BLOCK_SIZE = 1024
 
 
 class ShampooStack(NamedTuple):
@@ -73,7 +73,7 @@ class ShampooOptions:
   root: str
   eigenvalue_correction: bool
   kl: bool
-  block_size: int
+  block_size: int | None
   merge_to: int | None
   dimension_numbers: Dimensions
   layers: Layers | None
@@ -86,9 +86,9 @@ class ShampooOptions:
     common.check("eps", self.eps, lambda x: x >= 0, "at least 0")
     common.check_period("inverse_update_period", self.inverse_update_period)
     common.check_period("start_step", self.start_step)
-    by_tensor.check_static("block_size", self.block_size)
-    if self.merge_to is not None:
-      by_tensor.check_static("merge_to", self.merge_to)
+    for name in ("block_size", "merge_to"):
+      if getattr(self, name) is not None:
+        by_tensor.check_static(name, getattr(self, name))
     by_tensor.check_views(self.dimension_numbers, self.layers)
     self._check_exponents()
 
@@ -130,13 +130,14 @@ class ShampooOptions:
     return tensors(tree, self.dimension_numbers, self.layers).map(self._blocks)
 
   def _blocks(self, tensor: Tensor) -> list[Tensor]:
+    size = BLOCK_SIZE if self.block_size is None else self.block_size
     if tensor.natural and self.merge_to is not None:
-      tensor = tensor.reshaped(merged_from_right(tensor.dims, self.block_size, self.merge_to))
+      tensor = tensor.reshaped(merged_from_right(tensor.dims, size, self.merge_to))
     order = len(tensor.dims)
     without = tuple(
       kept or self.given_exponent(order, mode) == 0 for mode, kept in enumerate(tensor.diagonal)
     )
-    return list(dataclasses.replace(tensor, diagonal=without).cut(self.block_size))
+    return list(dataclasses.replace(tensor, diagonal=without).cut(size))
 
 
 def _values(exponents):
@@ -292,7 +293,7 @@ def scale_by_shampoo(
   root: str = "eigh",
   eigenvalue_correction: bool = False,
   kl: bool = False,
-  block_size: int = 1024,
+  block_size: int | None = None,
   merge_to: int | None = None,
   dimension_numbers: Dimensions = None,
   layers: Layers | None = None,
@@ -353,7 +354,7 @@ def shampoo(
   root: str = "eigh",
   eigenvalue_correction: bool = False,
   kl: bool = False,
-  block_size: int = 1024,
+  block_size: int | None = None,
   merge_to: int | None = None,
   dimension_numbers: Dimensions = None,
   layers: Layers | None = None,
@@ -406,7 +407,8 @@ def shampoo(
       them divides it, as in SOAP: but the present gradient enters both.
     kl: KL-Shampoo (Lin et al., 2025): each factor is of the gradient preconditioned along the other
       axes. The paper's with `exponents={2: 0.5}`.
-    block_size: axes longer than this are cut, and each block is preconditioned by itself.
+    block_size: axes longer than this are cut, and each block is preconditioned by itself; None:
+      1,024.
     merge_to: neighbouring axes are merged while their product is at most `block_size` and at least
       that many are left; None: never.
     dimension_numbers: how leaves with two or more axes are matrices, as in :func:`fop_optax.soap`.
@@ -464,9 +466,7 @@ def shampoo(
   )
   common.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
   common.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
-  stages = [_shampoo(options)]
-  if not (isinstance(weight_decay, numbers.Real) and weight_decay == 0):
-    decay = optax.add_decayed_weights(weight_decay, mask)
-    stages = [*stages, decay] if decoupled_decay else [decay, *stages]
+  decay = by_tensor.decay(weight_decay, mask)
+  stages = [_shampoo(options), decay] if decoupled_decay else [decay, _shampoo(options)]
   rate = optax.scale_by_learning_rate(learning_rate)
   return whole_steps(common.keep_dtypes(optax.chain(*stages, rate)))

@@ -20,6 +20,7 @@ from fop_optax.optimizers.whole_steps import whole_steps
 from fop_optax.tensors import Tensor, Tensors, merged_from_left, tensors
 
 STARTS = ("eigh", "identity")
+MAX_PRECOND_DIM = 10_000
 
 
 class SoapStack(NamedTuple):
@@ -55,7 +56,7 @@ class SoapOptions:
   shampoo_beta: Scalar | None
   inverse_update_period: ScalarOrSchedule
   stagger: bool
-  max_precond_dim: int
+  max_precond_dim: int | None
   merge_dims: bool
   precondition_1d: bool
   one_sided: bool
@@ -77,7 +78,8 @@ class SoapOptions:
       common.check(name, getattr(self, name), lambda x: 0 <= x < 1, "in [0, 1)")
     common.check("eps", self.eps, lambda x: x >= 0, "at least 0")
     common.check_period("inverse_update_period", self.inverse_update_period)
-    by_tensor.check_static("max_precond_dim", self.max_precond_dim)
+    if self.max_precond_dim is not None:
+      by_tensor.check_static("max_precond_dim", self.max_precond_dim)
     by_tensor.check_views(self.dimension_numbers, self.layers)
 
   def tensors(self, tree: Any) -> Tensors:
@@ -86,9 +88,10 @@ class SoapOptions:
 
   def _sides(self, tensor: Tensor) -> list[Tensor]:
     vector = tensor.natural and len(tensor.dims) == 1
+    limit = MAX_PRECOND_DIM if self.max_precond_dim is None else self.max_precond_dim
     if tensor.natural and self.merge_dims:
-      tensor = tensor.reshaped(merged_from_left(tensor.dims, self.max_precond_dim))
-    kept = [d > self.max_precond_dim or d == 1 for d in tensor.dims]  # a basis of one: +-1
+      tensor = tensor.reshaped(merged_from_left(tensor.dims, limit))
+    kept = [d > limit or d == 1 for d in tensor.dims]  # a basis of one: +-1
     if vector and not self.precondition_1d:
       kept = [True] * len(kept)
     if self.one_sided and len(kept) > 1:
@@ -207,7 +210,7 @@ def scale_by_soap(
   shampoo_beta: Scalar | None = None,
   inverse_update_period: ScalarOrSchedule = 10,
   stagger: bool = False,
-  max_precond_dim: int = 10_000,
+  max_precond_dim: int | None = None,
   merge_dims: bool = False,
   precondition_1d: bool = False,
   one_sided: bool = False,
@@ -273,7 +276,7 @@ def soap(
   shampoo_beta: Scalar | None = None,
   inverse_update_period: ScalarOrSchedule = 10,
   stagger: bool = False,
-  max_precond_dim: int = 10_000,
+  max_precond_dim: int | None = None,
   merge_dims: bool = False,
   precondition_1d: bool = False,
   one_sided: bool = False,
@@ -318,7 +321,8 @@ def soap(
     inverse_update_period: bases are remade every that many steps (the authors'
       `precondition_frequency`), a number or a schedule. 1 is a setting of large runs.
     stagger: whether tensors take turns to remake theirs, so that no step pays for all.
-    max_precond_dim: an axis longer than this has no basis (is not rotated), as for vocabularies.
+    max_precond_dim: an axis longer than this has no basis (is not rotated), as for vocabularies;
+      None: 10,000.
     merge_dims: whether neighbouring axes are put together while their product is at most
       `max_precond_dim`, as in the official code: also both axes of a small matrix, which becomes a
       vector with one large basis. `dimension_numbers` or `layers` say it explicitly.
@@ -400,4 +404,4 @@ def soap(
   common.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
   after = by_tensor.decay_after_step(learning_rate, weight_decay, mask, skip_first)
   rate = optax.scale_by_learning_rate(learning_rate)
-  return whole_steps(common.keep_dtypes(optax.chain(_soap(options), rate, *after)))
+  return whole_steps(common.keep_dtypes(optax.chain(_soap(options), rate, after)))
