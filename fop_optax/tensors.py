@@ -1,9 +1,9 @@
 """Parameters as stacks of tensors, for methods that precondition a gradient along each mode.
 
 A *mode* is an axis of a tensor; a matrix has two. Which tensors a parameter is made of can be said
-in three ways: by `layers`, with which each weight is the matrix that capture found (heads, parts of
-a fused weight, experts and scanned layers are matrices of their own, and biases vectors); by
-dimension numbers; or not at all: then its axes are the modes.
+in three ways: by `layers`, with which each weight is the matrix that capture found (experts, layers
+that a scan goes over and parts of a weight that are used apart are matrices of their own, biases
+are vectors); by dimension numbers; or not at all: then its axes are the modes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -344,8 +344,8 @@ def soap(
       of one, or a callable that makes one. Axes in neither are a batch of matrices, as of layers
       that a scan goes over. Where there is none, every axis is a side.
     layers: `captured.layers`: every weight is the matrix that :func:`fop_optax.capture` found:
-      heads, parts of a fused weight, experts and scanned layers one each; a lookup table has no
-      basis along its rows.
+      experts, scanned layers and parts of a weight that are used apart are one each, the rows of a
+      convolution's kernel are its patches, and a lookup table has no basis along its rows.
     mu_dtype: dtype of the first moment; None: that of the arithmetic, float32 or better.
     statistics_dtype: that of the statistics, likewise; bases are in that of the arithmetic.
 
