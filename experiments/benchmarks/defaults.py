@@ -3,8 +3,9 @@
     python -m experiments.benchmarks.defaults [--workloads mlp-digits lstm] [--seeds 3]
 
 Every method takes the same steps on the same batches from the same parameters, with a cosine to
-zero. AdamW and Muon are tuned: the best of four rates, by their mean final training loss. K-FAC and
-FOP are not: one set of defaults for all workloads, at a third, once and three times the same rate.
+zero. AdamW and Muon are tuned: the best of four rates, by their mean final training loss. K-FAC,
+FOP and what else is of this library are not: each has one set of defaults for all workloads, at a
+third, once and three times the same rate.
 Writes `runs.csv` (a line a run), `table.md` and `losses.png` into `--out`.
 """
 
@@ -26,7 +27,7 @@ from experiments.workloads.base import Workload
 import fop_optax
 
 RATE = 0.1  # of K-FAC and FOP
-RATES = (RATE / 3, RATE, 3 * RATE)
+ADAM_RATE = 0.01  # of methods whose steps are of Adam's size
 FALLING = optax.exponential_decay(0.3, 20, 1 / 3, end_value=0.1)  # a bound that is loose at first
 LAST = 8  # steps whose mean loss is the final training loss
 
@@ -55,7 +56,7 @@ class Method(NamedTuple):
 
   Attributes:
     make: rate schedule, layers -> optimizer.
-    rates: peaks of the schedule.
+    rates: peaks of the schedule; of a method that is not tuned the second is the one that counts.
     groups: of examples, as `fop_optax.capture` takes them; None: no capture.
     fisher: as `fop_optax.capture` takes it.
     sharing: likewise.
@@ -70,16 +71,31 @@ class Method(NamedTuple):
   tuned: bool = False
 
 
+def _around(rate: float) -> tuple[float, ...]:
+  return rate / 3, rate, 3 * rate
+
+
 def _kfac(fisher="empirical", sharing="expand", **options):
   make = lambda rate, layers: fop_optax.kfac(rate, layers, **options)
-  return Method(make, RATES, groups=1, fisher=fisher, sharing=sharing)
+  return Method(make, _around(RATE), groups=1, fisher=fisher, sharing=sharing)
+
+
+def _gradient_only(optimizer, rate=ADAM_RATE, **options):
+  return Method(lambda schedule, _: optimizer(schedule, **options), _around(rate))
 
 
 TABLE = {
   "AdamW": Method(lambda rate, _: optax.adamw(rate), (3e-3, 1e-2, 3e-2, 1e-1), tuned=True),
   "Muon": Method(lambda rate, _: optax.contrib.muon(rate), (1e-2, 3e-2, 1e-1, 3e-1), tuned=True),
   "K-FAC": _kfac(),
-  "FOP": Method(lambda rate, layers: fop_optax.fop(rate, layers), RATES, groups=2),
+  "FOP": Method(lambda rate, layers: fop_optax.fop(rate, layers), _around(RATE), groups=2),
+}
+OTHERS = {
+  "SOAP": _gradient_only(fop_optax.soap),
+  "SOAP every step": _gradient_only(fop_optax.soap, inverse_update_period=1),
+  "KL-SOAP": _gradient_only(fop_optax.soap, kl=True, correct_bias=False),
+  "Shampoo": _gradient_only(fop_optax.shampoo),
+  "Neumann": _gradient_only(fop_optax.neumann, rate=0.1, steps_per_epoch=1),
 }
 # What the defaults were chosen from, and what else is on offer: the model's own Fisher in place of
 # the empirical one, the rows of an example added up.
@@ -96,7 +112,7 @@ VARIANTS = {
   "K-FAC sampled every 10": _kfac("sampled", curvature_update_period=10),
   "K-FAC reduce": _kfac(sharing="reduce"),
 }
-METHODS = TABLE | VARIANTS
+METHODS = TABLE | OTHERS | VARIANTS
 MARKED = "sampled", "exact"  # values of `fisher` that need a marked loss
 
 
@@ -165,7 +181,7 @@ def run_all(workload: Workload, name: str, method: Method, seeds: int) -> Iterat
     updates, state = optimizer(peak).update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state, loss
 
-  init = jax.jit(lambda params: optimizer(0.1).init(params))
+  init = jax.jit(lambda params: optimizer(RATE).init(params))
   validate = jax.jit(workload.loss)
   held_out = workload.held_out()
   warm = workload.init(0)
@@ -193,10 +209,9 @@ def best(runs: Sequence[Run]) -> list[Run]:
 
 
 def reported(runs: Sequence[Run]) -> list[Run]:
-  """Of the one method in `runs`, those that count: at its best rate if it is tuned, else `RATE`."""
-  if METHODS[runs[0].method].tuned:
-    return best(runs)
-  return [run for run in runs if run.rate == RATE]
+  """Of the one method in `runs`, those that count: at its best rate, or at its own if not tuned."""
+  method = METHODS[runs[0].method]
+  return best(runs) if method.tuned else [run for run in runs if run.rate == method.rates[1]]
 
 
 class Standing(NamedTuple):
