@@ -30,6 +30,7 @@ def run(*args):
   return done.stdout
 
 
+@pytest.mark.slow
 def test_readme_runs_and_prints_what_it_shows(tmp_path):
   blocks = BLOCK.findall(README)
   assert len(blocks) >= 3

@@ -43,6 +43,7 @@ def rows(name, seed, accuracies, seconds=0.5):
   ]
 
 
+@pytest.mark.slow
 def test_compare_runs_all_and_saves(tmp_path):
   done = run("compare", "--seeds", "2", "--epochs", "2", "--out", str(tmp_path))
   assert done.returncode == 0, done.stderr

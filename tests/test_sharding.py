@@ -57,8 +57,7 @@ def put(mesh, params, *batch):
 @pytest.mark.parametrize(
   "options",
   slow_but(
-    [{}, {"micro_batches": 2}, {"groups": 4}, {"fisher": "exact"}, {"curvature_fraction": 0.5}],
-    "{'groups': 4}",
+    [{}, {"micro_batches": 2}, {"groups": 4}, {"fisher": "exact"}, {"curvature_fraction": 0.5}]
   ),
 )
 def test_eight_devices_are_one(options):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from selection import slow_but
 
 import fop_optax
 from fop_optax.curvature.modes import unrotate
@@ -87,7 +88,7 @@ def run_official(config, precision, inject):
   return whole, soap_state(state)
 
 
-@pytest.mark.parametrize("precision", ["f64", "f32"])
+@pytest.mark.parametrize("precision", ["f64", pytest.param("f32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", OFFICIAL)
 def test_official_trajectories(config, precision):
   """The first basis is given where one gradient leaves it open: Adam is not free of it."""
@@ -107,7 +108,7 @@ def test_official_trajectories(config, precision):
           np.testing.assert_allclose(S[0], stored, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", OFFICIAL)
+@pytest.mark.parametrize("config", slow_but(OFFICIAL, "a_default"))
 def test_official_trajectories_that_are_well_posed(config):
   """From the first basis on our own, where one gradient determines it."""
   with jax.enable_x64(True):
@@ -228,7 +229,9 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+  "variant", slow_but(VARIANTS, "not skipped", "factorized, one-sided", "kl, three modes")
+)
 def test_variants_against_a_dense_reference(variant):
   ours, theirs, where = VARIANTS[variant]
   shape, modes = where.get("shape", (4, 3)), where.get("modes", (0, 1))
