@@ -84,16 +84,7 @@ class Layer:
 
   def gather(self, leaves: Sequence[Any] | Mapping[int, Any]) -> jax.Array:
     """The layer's parameters (or gradients) as matrices `[stack, rows, outputs]`, bias last."""
-    matrix = views.replay(self.view, leaves[self.weight])
-    if not self.biases:
-      return matrix
-    row = (self.stack, self.outputs)
-    parts = [
-      views.transpose(bias.place, views.replay(bias.view, leaves[bias.leaf]), row)
-      for bias in self.biases
-    ]
-    bias = functools.reduce(jnp.add, parts)
-    return jnp.concatenate([matrix, bias[:, None].astype(matrix.dtype)], axis=1)
+    return with_biases(views.replay(self.view, leaves[self.weight]), self.biases, leaves)
 
   def spread(self, matrix: jax.Array, shapes: Sequence[tuple[int, ...]]) -> dict[int, jax.Array]:
     """The transpose of `gather`: what each leaf of the layer receives, by leaf index.
@@ -102,10 +93,7 @@ class Layer:
     """
     weight = matrix[:, : self.inputs]
     out = {self.weight: views.transpose(self.view, weight, shapes[self.weight])}
-    for leaf, view, place in self.biases:
-      share = views.transpose(view, views.replay(place, matrix[:, self.inputs]), shapes[leaf])
-      out[leaf] = out[leaf] + share if leaf in out else share
-    return out
+    return spread_biases(matrix[:, self.inputs :], self.biases, shapes, out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +160,10 @@ class Layers(Sequence[Layer]):
         )
     return leaves
 
+  def places(self, tree: PyTree) -> list[int]:
+    """Which leaf of `tree` each parameter is: the same one for those masked as one subtree."""
+    return [place for place, span in enumerate(self._spans(tree)) for _ in range(span)]
+
   def tree(self, like: PyTree, leaves: Sequence[Any]) -> PyTree:
     """The inverse of `leaves`: a list of one leaf a parameter in the structure of `like`."""
     starts = itertools.accumulate(self._spans(like)[:-1], initial=0)
@@ -189,6 +181,33 @@ class Layers(Sequence[Layer]):
       inside = [own.startswith(prefix) for own in below] + [False]
       spans.append(max(inside.index(False), 1) if is_masked(leaf) else 1)
     return spans
+
+
+def with_biases(
+  matrix: jax.Array, biases: Sequence[Bias], leaves: Sequence[Any] | Mapping[int, Any]
+) -> jax.Array:
+  """Matrices `[stack, inputs, outputs]` with their biases as the last row."""
+  if not biases:
+    return matrix
+  row = (len(matrix), matrix.shape[2])
+  parts = [
+    views.transpose(bias.place, views.replay(bias.view, leaves[bias.leaf]), row) for bias in biases
+  ]
+  bias = functools.reduce(jnp.add, parts)
+  return jnp.concatenate([matrix, bias[:, None].astype(matrix.dtype)], axis=1)
+
+
+def spread_biases(
+  row: jax.Array,
+  biases: Sequence[Bias],
+  shapes: Sequence[tuple[int, ...]],
+  out: dict[int, jax.Array],
+) -> dict[int, jax.Array]:
+  """`out` with what each bias receives of that row, `[stack, 1, outputs]`, added to it."""
+  for leaf, view, place in biases:
+    share = views.transpose(view, views.replay(place, row[:, 0]), shapes[leaf])
+    out[leaf] = out[leaf] + share if leaf in out else share
+  return out
 
 
 def side_shapes(

@@ -3,7 +3,8 @@
 A *mode* is an axis of a tensor; a matrix has two. Which tensors a parameter is made of can be said
 in three ways: by `layers`, with which each weight is the matrix that capture found (experts, layers
 that a scan goes over and parts of a weight that are used apart are matrices of their own, biases
-are vectors); by dimension numbers; or not at all: then its axes are the modes.
+are vectors, or the last row of theirs); by dimension numbers; or not at all: then its axes are the
+modes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from fop_optax import views
 from fop_optax.dimensions import Dimensions, dimension_numbers_of, matrix_axes
-from fop_optax.layers import Layers, is_masked
+from fop_optax.layers import Bias, Layers, is_masked, spread_biases, with_biases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Tensor:
     dims: size of each mode.
     diagonal: for each mode whether it is treated entry by entry, without a matrix.
     natural: whether the modes are the parameter's axes, as nobody said otherwise.
+    biases: of a matrix: what its last row is made of, beside the parameter.
   """
 
   path: str
@@ -41,19 +43,22 @@ class Tensor:
   dims: tuple[int, ...]
   diagonal: tuple[bool, ...]
   natural: bool = False
+  biases: tuple[Bias, ...] = ()
 
   @property
   def leaves(self) -> tuple[int, ...]:
-    """The index of the parameter."""
-    return (self.weight,)
+    """The index of the parameter, and those of its biases."""
+    return tuple(dict.fromkeys((self.weight, *(bias.leaf for bias in self.biases))))
 
   def gather(self, leaves: Sequence[Any] | Mapping[int, Any]) -> jax.Array:
     """The parameter (or its gradient) as tensors `[stack, *dims]`."""
-    return views.replay(self.view, leaves[self.weight])
+    return with_biases(views.replay(self.view, leaves[self.weight]), self.biases, leaves)
 
   def spread(self, tensors: jax.Array, shapes: Sequence[tuple[int, ...]]) -> dict[int, jax.Array]:
     """The transpose of `gather`."""
-    return {self.weight: views.transpose(self.view, tensors, shapes[self.weight])}
+    weight = tensors[:, : self.dims[0] - 1] if self.biases else tensors
+    out = {self.weight: views.transpose(self.view, weight, shapes[self.weight])}
+    return spread_biases(tensors[:, -1:], self.biases, shapes, out)
 
   def reshaped(self, dims: tuple[int, ...]) -> "Tensor":
     """The same entries in row-major order, under other modes."""
@@ -105,9 +110,14 @@ class Tensors(Sequence[Tensor]):
 
 
 def tensors(
-  tree: Any, dimension_numbers: Dimensions = None, layers: Layers | None = None
+  tree: Any,
+  dimension_numbers: Dimensions = None,
+  layers: Layers | None = None,
+  join_biases: bool = False,
 ) -> Tensors:
   """The tensors of a tree like params; masked and empty leaves have none.
+
+  With `join_biases` those of a layer are the last row of its matrix, unless a side is diagonal.
 
   Raises:
     ValueError: if both are given, for dimension numbers that do not fit, and for trees that are not
@@ -116,7 +126,8 @@ def tensors(
   flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)
   shapes = tuple(() if is_masked(leaf) else tuple(jnp.shape(leaf)) for _, leaf in flat)
   numbers = dimension_numbers_of(tree, flat, dimension_numbers)
-  found = _of_layers(tree, layers) if layers is not None and flat else {}
+  found = _of_layers(tree, layers, join_biases) if layers is not None and flat else {}
+  joined = {leaf for own in found.values() for one in own for leaf in one.leaves}
   entries = []
   for index, (path, leaf) in enumerate(flat):
     if is_masked(leaf) or not math.prod(shapes[index]):
@@ -124,6 +135,8 @@ def tensors(
     name, shape = jax.tree_util.keystr(path), shapes[index]
     if index in found:
       entries += found[index]
+    elif index in joined:
+      continue
     elif numbers[index] is not None and len(shape) > 1:
       rest, rows, columns = matrix_axes(name, shape, numbers[index])
       stack, *dims = (math.prod(shape[axis] for axis in axes) for axes in (rest, rows, columns))
@@ -165,14 +178,23 @@ def merged_from_right(dims: tuple[int, ...], limit: int, target: int) -> tuple[i
   return tuple(out)
 
 
-def _of_layers(tree: Any, layers: Layers) -> dict[int, list[Tensor]]:
-  """The weights of layers as matrices, by leaf."""
-  layers.leaves(tree, "The tree of parameters or gradients")  # checks it
+def _of_layers(tree: Any, layers: Layers, join_biases: bool) -> dict[int, list[Tensor]]:
+  """The weights of layers as matrices, by leaf; what is masked is left out."""
+  leaves = layers.leaves(tree, "The tree of parameters or gradients")
+  places = layers.places(tree)  # a masked subtree is one leaf of the tree
   found: dict[int, list[Tensor]] = {}
   for layer in layers:
-    dims = (layer.inputs, layer.outputs)
-    one = Tensor(layer.path, layer.weight, layer.view, layer.stack, dims, layer.diagonal)
-    found.setdefault(layer.weight, []).append(one)
+    if is_masked(leaves[layer.weight]):
+      continue
+    join = join_biases and not any(layer.diagonal)
+    biases = tuple(
+      bias._replace(leaf=places[bias.leaf])
+      for bias in layer.biases
+      if join and not is_masked(leaves[bias.leaf])
+    )
+    dims, weight = (layer.inputs + bool(biases), layer.outputs), places[layer.weight]
+    one = Tensor(layer.path, weight, layer.view, layer.stack, dims, layer.diagonal, biases=biases)
+    found.setdefault(weight, []).append(one)
   return found
 
 

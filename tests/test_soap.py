@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import problems
 import pytest
 from selection import slow_but
 
@@ -282,3 +283,17 @@ def test_new_bases_leave_the_first_moment(stagger):
   # the first, and of steps 1 to 8 four each; staggered the blocks take turns
   assert stack.bases.made.tolist() == [5, 5]
   assert stack.bases.failed.tolist() == [0, 0]
+
+
+def test_a_subtree_masked_as_one():
+  """Layers count parameters, a mask may hide several of them as one."""
+  params = problems.make_params()
+  layers = problems.layers_of(params)
+  tx = fop_optax.scale_by_soap(layers=layers, skip_first=False, max_precond_dim=1)
+  mask = {name: name != "fc0" for name in params}
+  masked = optax.masked(tx, mask)
+  want, _ = tx.update(params, tx.init(params))
+  got, _ = masked.update(params, masked.init(params))
+  for name, own in got.items():
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, own, want[name] if mask[name] else params[name])
