@@ -30,6 +30,7 @@ from fop_optax.optimizers.neumann import ScaleByNeumannState as ScaleByNeumannSt
 from fop_optax.optimizers.neumann import neumann as neumann
 from fop_optax.optimizers.neumann import neumann_eval_params as neumann_eval_params
 from fop_optax.optimizers.neumann import scale_by_neumann as scale_by_neumann
+from fop_optax.optimizers.orthogonalize import orthogonalize as orthogonalize
 from fop_optax.optimizers.refresh import WarmupPeriod as WarmupPeriod
 from fop_optax.optimizers.refresh import refresh_due as refresh_due
 from fop_optax.optimizers.shampoo import ScaleByShampooState as ScaleByShampooState

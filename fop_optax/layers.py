@@ -237,3 +237,18 @@ class Stats(NamedTuple):
   factors: tuple[Factors, ...]  # one a layer, in the order of `Captured.layers`
   contrasts: tuple[PyTree, ...]  # groups - 1 trees like the gradient; two groups: grad_1 - grad_2
   loss: jax.typing.ArrayLike = 0.0  # shape=(): where it is not finite, no step is taken
+
+  def inputs_only(self) -> "Stats":
+    """With the identity for each output factor: of K-FAC's direction `(A + l I)^-1 V` is left.
+
+    But for a number, and with `relative_damping=r` alone `l` is sqrt(r) times the mean eigenvalue
+    of `A`. This is the preconditioner of Newton-Muon, to be followed by
+    :func:`fop_optax.orthogonalize`.
+    """
+
+    def identity(G: jax.Array) -> jax.Array:
+      one = jnp.eye(G.shape[-1], dtype=G.dtype) if G.ndim == 3 else jnp.ones((), G.dtype)
+      return jnp.broadcast_to(one, G.shape)
+
+    factors = tuple(own._replace(G=identity(own.G)) for own in self.factors)
+    return self._replace(factors=factors)

@@ -59,7 +59,7 @@ def by_tensor(
       return state_of(no_steps(), jnp.zeros(()))
     found, leaves = find(params), jax.tree.leaves(params, is_leaf=is_masked)
     stacks = plan_stacks(found)
-    dtypes = [_arithmetic(stack, found, leaves) for stack in stacks]
+    dtypes = [arithmetic(stack, found, leaves) for stack in stacks]
     return state_of(no_steps(), tuple(map(start, stacks, dtypes)))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
@@ -83,7 +83,7 @@ def by_tensor(
     del params, extra_args
     if not jax.tree.leaves(updates):
       return updates, state
-    _check_floating(updates)
+    check_floating(updates)
     return apply(updates, state)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -148,7 +148,7 @@ def decay_after_step(
   return transformation if mask is None else optax.masked(transformation, mask)
 
 
-def _arithmetic(stack: Stack, found: Tensors, leaves: Sequence[Any]) -> Any:
+def arithmetic(stack: Stack, found: Tensors, leaves: Sequence[Any]) -> Any:
   """The widest dtype of a stack's parameters, and float32 at least."""
   members = [leaf for i in stack.layers for leaf in found[i].leaves]
   return jnp.result_type(jnp.float32, *(dtype_of(leaves[leaf]) for leaf in members))
@@ -163,7 +163,7 @@ def _check_state(stacks: Sequence[Stack], states: Sequence[TensorState]) -> None
     )
 
 
-def _check_floating(updates: Any) -> None:
+def check_floating(updates: Any) -> None:
   for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]:
     if not jnp.issubdtype(dtype_of(leaf), jnp.floating):
       raise ValueError(
