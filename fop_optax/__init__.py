@@ -19,6 +19,8 @@ from fop_optax.optimizers.fop_per_example import fop_per_example as fop_per_exam
 from fop_optax.optimizers.fop_per_example import (
   scale_by_fop_per_example as scale_by_fop_per_example,
 )
+from fop_optax.optimizers.hyperball import HyperballState as HyperballState
+from fop_optax.optimizers.hyperball import hyperball as hyperball
 from fop_optax.optimizers.kfac import ScaleByKfacState as ScaleByKfacState
 from fop_optax.optimizers.kfac import kfac as kfac
 from fop_optax.optimizers.kfac import scale_by_kfac as scale_by_kfac

@@ -42,7 +42,7 @@ def whole_steps(
     return settle(*inner.update(updates, state, params, **extra_args), state)
 
   def init(params):
-    return _placed_like(params, inner.init(params))
+    return placed_like(params, inner.init(params))
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -58,7 +58,7 @@ def all_finite(tree: Any) -> jax.Array:
   return jnp.sum(jnp.stack(leaves), dtype=jnp.int32) == len(leaves)
 
 
-def _placed_like(params: Any, state: Any) -> Any:
+def placed_like(params: Any, state: Any) -> Any:
   """`state` on the mesh of `params`, replicated where it is not on it already.
 
   There it is after a step: as it is from the start, the step is compiled once.
