@@ -6,6 +6,8 @@ from fop_optax.capture.quadratic_model import QuadraticModel as QuadraticModel
 from fop_optax.capture.quadratic_model import quadratic_model as quadratic_model
 from fop_optax.diagnostics import diagnostics as diagnostics
 from fop_optax.dimensions import DimensionNumbers as DimensionNumbers
+from fop_optax.dimensions import LayerDimensionNumbers as LayerDimensionNumbers
+from fop_optax.dimensions import dimension_numbers as dimension_numbers
 from fop_optax.layers import Layer as Layer
 from fop_optax.layers import Layers as Layers
 from fop_optax.layers import Stats as Stats

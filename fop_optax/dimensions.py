@@ -1,12 +1,16 @@
 """Dimension numbers: which axes of a parameter are the rows and the columns of its matrix."""
 
 from collections.abc import Callable, Sequence
+import dataclasses
+import itertools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax.contrib
 
+from fop_optax import views
 from fop_optax.layers import Layer, Layers, is_masked
 
 PyTree = Any
@@ -134,3 +138,85 @@ def dimension_numbers_of(
 def _is_numbers(x: Any) -> bool:
   """Whether `x` has the fields of dimension numbers: ours, or those of `optax.contrib.muon`."""
   return isinstance(x, tuple) and getattr(x, "_fields", ()) == DimensionNumbers._fields
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDimensionNumbers:
+  """Dimension numbers of captured layers; call it with params for a tree of them.
+
+  Attributes:
+    layers: the layers.
+    numbers: of each parameter, None where it is no matrix, or not by its axes alone.
+    reasons: printable path of each of those, and why.
+  """
+
+  layers: Layers
+  numbers: tuple[optax.contrib.MuonDimensionNumbers | None, ...]
+  reasons: dict[str, str]
+
+  def __call__(self, params: PyTree) -> PyTree:
+    """A tree like params."""
+    self.layers.leaves(params, "params")  # checks it
+    return self.layers.tree(params, self.numbers)
+
+
+def dimension_numbers(layers: Layers) -> LayerDimensionNumbers:
+  """The dimension numbers of captured layers, as `optax.contrib.muon` takes them.
+
+  A weight has them where the matrix that :func:`fop_optax.capture` found permutes and groups its
+  axes: dense and attention kernels, also stored with the outputs first, convolutions, experts and
+  scanned layers. Parts of a fused weight have none, nor have lookup tables and weights with a side
+  beyond `max_dim` of `capture`: Muon leaves those to Adam. To :func:`fop_optax.orthogonalize` and
+  :func:`fop_optax.soap` pass `layers=` itself, with which parts are matrices too.
+
+  Args:
+    layers: `captured.layers`.
+
+  Returns:
+    A callable of params that returns a tree like them, of `optax.contrib.MuonDimensionNumbers` or
+    None, with `reasons` for each None.
+
+  Example:
+    >>> import fop_optax, jax.numpy as jnp, optax
+    >>> def loss(params, x):
+    ...   q = jnp.einsum("bi,ihd->bhd", x, params["q"])
+    ...   return jnp.mean((jnp.sum(q, 1) + params["bias"]) ** 2)
+    >>> params = {"q": jnp.ones((4, 2, 3)), "bias": jnp.zeros(3)}
+    >>> captured = fop_optax.capture(loss, params, jnp.ones((8, 4)))
+    >>> numbers = fop_optax.dimension_numbers(captured.layers)
+    >>> print(numbers(params)["q"])
+    MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1, 2))
+    >>> print(numbers.reasons)
+    {"['bias']": 'in no layer: see `captured.fallbacks`'}
+    >>> tx = optax.contrib.muon(0.02, muon_weight_dimension_numbers=numbers)
+  """
+  numbers, reasons = [], {}
+  for leaf, (path, shape) in enumerate(zip(layers.paths, layers.shapes, strict=True)):
+    own, reason = _numbers_of(layers, leaf, shape)
+    numbers.append(own)
+    if reason is not None:
+      reasons[path] = reason
+  return LayerDimensionNumbers(layers, tuple(numbers), reasons)
+
+
+def _numbers_of(layers: Layers, leaf: int, shape: tuple[int, ...]):
+  """Dimension numbers of a parameter, or None; and why it has none, or None."""
+  own = [layer for layer in layers if layer.weight == leaf]
+  if not own:
+    biased = [x.path for x in layers if any(bias.leaf == leaf for bias in x.biases)]
+    why = f"bias of {', '.join(biased)}" if biased else "in no layer: see `captured.fallbacks`"
+    return None, why
+  if len(own) > 1:
+    return None, f"{len(own)} matrices: {', '.join(layer.path for layer in own)}"
+  (layer,) = own
+  if any(layer.diagonal):
+    side = "rows" if layer.diagonal[0] else "columns"
+    return None, f"its {side} are treated one by one: a lookup table, or more than `max_dim`"
+  if (axes := views.grouped_axes(layer.view, shape)) is None:
+    return None, "not a matrix by its axes: capture takes entries of it"
+  _, rows, columns = axes
+  spare = iter([axis for axis, n in enumerate(shape) if n == 1])  # for a side of one entry
+  sides = [side or tuple(itertools.islice(spare, 1)) for side in (rows, columns)]
+  if not all(sides):
+    return None, "a vector: it has no axis of one entry for the other side of a matrix"
+  return optax.contrib.MuonDimensionNumbers(*sides), None

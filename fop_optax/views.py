@@ -136,6 +136,58 @@ def runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[slice, slice]
   return out
 
 
+def grouped_axes(view: View, shape: tuple[int, ...]) -> list[tuple[int, ...]] | None:
+  """For each axis of a view the leaf's axes that make it up, the slowest first.
+
+  Those of one entry are left out. None if the view does more than to permute and group axes.
+  """
+  # An axis is a list of pieces (leaf axis, size, stride along it): reshapes may cut one in two.
+  axes = [[(axis, n, 1)] for axis, n in enumerate(shape)]
+  levels = 0
+  for name, *args in view:
+    if name == "scan":
+      levels += 1
+    elif name == "stack":
+      axes, levels = [sum(axes[: levels + 1], []), *axes[levels + 1 :]], 0
+    elif name == "transpose":
+      axes = axes[:levels] + [axes[levels + axis] for axis in args[0]]
+    elif name == "reshape" and (regrouped := _regroup(axes[levels:], args[0])) is not None:
+      axes = axes[:levels] + regrouped
+    else:
+      return None
+  merged = [_merge(pieces) for pieces in axes]
+  whole = all(n == shape[axis] for pieces in merged for axis, n, _ in pieces)
+  return [tuple(axis for axis, *_ in pieces) for pieces in merged] if whole else None
+
+
+def _regroup(axes, sizes):
+  """The pieces of `axes`, in their order, as axes of other sizes; None where one cannot be cut."""
+  pieces = [piece for axis in axes for piece in axis if piece[1] > 1]
+  out = []
+  for size in sizes:
+    out.append([])
+    while size > 1:
+      axis, n, stride = pieces.pop(0)
+      own = math.gcd(size, n)
+      if own < min(size, n):
+        return None
+      if own < n:
+        pieces.insert(0, (axis, n // own, stride))
+      out[-1].append((axis, own, stride * (n // own)))
+      size //= own
+  return out
+
+
+def _merge(pieces):
+  """Neighbouring pieces of one leaf axis put together again; those of one entry left out."""
+  out = []
+  for axis, n, stride in (piece for piece in pieces if piece[1] > 1):
+    if out and out[-1][0] == axis and out[-1][2] == n * stride:
+      n *= out.pop()[1]
+    out.append((axis, n, stride))
+  return out
+
+
 def index_map(view: View, shape: tuple[int, ...]) -> np.ndarray:
   """Which entry of the leaf (row-major) stands at each place of the view, -1 for a zero."""
   return replay(view, np.arange(math.prod(shape)).reshape(shape))
