@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import fop_optax
+from fop_optax.optimizers.common import keep_dtypes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,28 @@ def decays(params):
     name: {"b": False, "w": True} if isinstance(leaf, dict) else False
     for name, leaf in params.items()
   }
+
+
+def soap_then(last_step):
+  """SOAP's direction without bases, from the first step on, with a last step at a rate."""
+
+  def make(learning_rate, b1=0.9):
+    soap = fop_optax.scale_by_soap(b1, eps=1e-30, skip_first=False, max_precond_dim=1)
+    return optax.chain(soap, last_step(learning_rate))
+
+  return make
+
+
+def polar(learning_rate, layers=None):
+  """Polar factors, times the rate."""
+  rate = keep_dtypes(optax.scale_by_learning_rate(learning_rate))  # an injected one is float32
+  return optax.chain(fop_optax.orthogonalize(layers=layers), rate)
+
+
+def kfac_polar(layers, learning_rate, damping):
+  """K-FAC's direction, then its polar factors."""
+  kfac = fop_optax.scale_by_kfac(layers, damping=damping, curvature_update_period=10)
+  return optax.chain(kfac, polar(learning_rate, layers))
 
 
 COMMON = ("damping", "decay", "curvature_update_period", "inverse_update_period")
@@ -264,5 +287,25 @@ ROWS = (
     blockwise=False,
     injected=("damping", *ALIAS),
     static=("groups", "max_dim", "max_vector"),
+  ),
+  Row(
+    "soap then polar",
+    soap_then(polar),
+    {"learning_rate": 0.02},
+    curvature=False,
+    injected=("learning_rate", "b1"),
+  ),
+  Row(
+    "soap on spheres",
+    soap_then(fop_optax.hyperball),
+    {"learning_rate": optax.linear_schedule(0.02, 0.0, 10)},
+    curvature=False,
+    injected=("learning_rate", "b1"),
+  ),
+  Row(
+    "kfac then polar",
+    kfac_polar,
+    {"learning_rate": 0.02, "damping": 1e-2},
+    injected=("learning_rate", "damping"),
   ),
 )
