@@ -231,6 +231,7 @@ def test_after_kfac():
     ({"ns_steps": 0}, r"`ns_steps=0` should be a Python integer, at least 1\."),
     ({"ns_steps": jnp.asarray(5)}, r"`ns_steps=5` should be .* static_args=\"ns_steps\""),
     ({"ns_coeffs": (1.0, 2.0)}, r"`ns_coeffs=\(1.0, 2.0\)` should be three numbers, three numbers"),
+    ({"ns_coeffs": (((1.0, 2.0, 3.0),),)}, r"`ns_coeffs=\(\(.*\)` should be three numbers"),
     ({"ns_coeffs": "polar"}, r"`ns_coeffs='polar'` should be three numbers, .* or None"),
     ({"scale": "spectral"}, r"`scale='spectral'` should be one of 'muon', 'rms'\."),
     ({"others": "adam"}, r"`others='adam'` should be one of 'rms', 'keep'\."),

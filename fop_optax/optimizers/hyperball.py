@@ -52,9 +52,8 @@ def hyperball(
     dimension_numbers: which leaves are matrices, as in :func:`fop_optax.orthogonalize`; each of a
       batch of them has a norm of its own. Where neither this nor `layers` is given, every leaf of
       two or more axes has one.
-    layers: `captured.layers`: every weight that :func:`fop_optax.capture` found has one, each head,
-      part, expert or scanned layer by itself, without its bias; but for those with a diagonal side,
-      lookup tables among them.
+    layers: `captured.layers`: every matrix that :func:`fop_optax.capture` found has one, without
+      its bias; but for those with a diagonal side, lookup tables among them.
 
   Returns:
     A transformation; its `update` needs params, and no rate comes after it.

@@ -52,7 +52,8 @@ class OrthogonalizeOptions:
       common.one_of("scale", self.scale, tuple(SCALES))
     common.one_of("others", self.others, OTHERS)
     by_tensor.check_views(self.dimension_numbers, self.layers)
-    if self.ns_coeffs is not None and np.shape(self.ns_coeffs)[-1:] != (3,):
+    shape = (3,) if self.ns_coeffs is None else np.shape(self.ns_coeffs)
+    if shape[-1:] != (3,) or len(shape) > 2:
       raise ValueError(
         f"`ns_coeffs={self.ns_coeffs!r}` should be three numbers, three numbers for each step, or"
         " None for the exact polar factor."
@@ -104,8 +105,9 @@ def orthogonalize(
   them, and a norm constraint before it none.
 
   All matrices of equal shape, or the transposed one, over all parameters, go through one batched
-  iteration on their smaller side. `layers` says which matrices there are: heads, parts of a fused
-  weight, kernels of convolutions, experts and scanned layers are one each, as capture found them.
+  iteration on their smaller side. `layers` says which matrices there are, as capture found them: a
+  kernel of attention or of a convolution is one; experts, scanned layers, and parts of a weight
+  that are used apart are one each.
 
   What is no matrix is scaled to a root mean square of one, so that the same rate serves it: vectors
   (biases, norm scales) and leaves that `layers` or `dimension_numbers` do not say to be matrices.
