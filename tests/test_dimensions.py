@@ -82,6 +82,7 @@ def test_the_same_matrices_as_the_views():
     np.testing.assert_array_equal(own[layer.weight], layer.gather(leaves), layer.path)
 
 
+@pytest.mark.slow
 def test_with_optax_muon():
   """On the same direction it is `orthogonalize` with the layers, but for parts of a weight."""
   numbers = fop_optax.dimension_numbers(LAYERS)

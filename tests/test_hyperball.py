@@ -69,7 +69,7 @@ def test_norms_stay_and_steps_are_relative(size):
 def plain(params, **kwargs):
   """Whether each leaf takes the plain step along ones."""
   tx = fop_optax.hyperball(0.1, **kwargs)
-  updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+  updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), jax.jit(tx.init)(params), params)
   return jax.tree.map(lambda u: bool(jnp.allclose(u, -0.1)), updates)
 
 
@@ -85,7 +85,7 @@ def test_which_leaves_have_a_sphere():
     "last": False,
   }
   params = {"kernel": draw(2, 3, 4), "w": draw(3, 4), "b": draw(4)}
-  assert plain(params) == {"kernel": False, "w": False, "b": True}
+  assert plain(params) == {"kernel": False, "w": False, "b": True}  # no layers, no numbers
   numbers = {"w": fop_optax.DimensionNumbers()}
   assert plain(params, dimension_numbers=numbers) == {"kernel": True, "w": False, "b": True}
 

@@ -70,9 +70,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize(
-  "recipe", slow_but(RECIPES, "kfac then polar", "adam-h", "matrices here, the rest adamw")
-)
+@pytest.mark.parametrize("recipe", slow_but(RECIPES, "matrices here, the rest adamw"))
 def test_recipe(recipe):
   tx = RECIPES[recipe]
 
