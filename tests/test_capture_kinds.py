@@ -13,7 +13,7 @@ import pytest
 from test_capture import draw, relative
 
 import fop_optax
-from fop_optax.capture.kinds import convolution
+from fop_optax import moments
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -50,8 +50,7 @@ class WithStatistics:
     resolved: their layers.
     params: leaves of the parameters.
     zeros: of the layers' statistics.
-    rotations: bases of the layers, if second moments are formed.
-    measured: layers that have second moments of their own.
+    rotations: bases of the layers whose second moments are formed, by number.
     rows: where the examples lie in x and y of the uses.
     examples: N, of the chunk.
     chunks: number of chunks of the batch.
@@ -69,8 +68,7 @@ class WithStatistics:
   resolved: Resolved
   params: Sequence[Any]
   zeros: tuple[Statistics, ...]
-  rotations: tuple[Rotation, ...] | None
-  measured: frozenset[int]
+  rotations: Mapping[int, Rotation]
   rows: Mapping[Key, tuple[Piece, Piece]]
   examples: int
   chunks: int
@@ -132,7 +130,7 @@ class WithStatistics:
     def own(place):
       factors, S = self.zeros[place.layer]
       turned = Factors(*factors[::-1]) if place.flipped else factors
-      return Statistics(turned, S if place.layer in self.measured else None)
+      return Statistics(turned, S if place.layer in self.rotations else None)
 
     def probe(place):
       layer, examples = self.resolved.layers[place.layer], self.examples // self.every
@@ -153,7 +151,7 @@ class WithStatistics:
         self.every * (self.examples * self.terms if self.terms else 1),
       )
       sums, S = found[place].factors, None
-      if place.layer in self.measured:
+      if place.layer in self.rotations:
         S = second_moments.of_sums(sums, self.rotations[place.layer])
         S *= self.examples // self.every * scale[0] * scale[1]
       out[place] = Statistics(sharing.factors(sums, diagonal, scale), S)
@@ -175,10 +173,8 @@ class WithStatistics:
       self.reduced,
     )
     evaluation = Evaluation(accepted, moments, self.refresh, traced.found.meetings, marks)
-    rotation = lambda place: self.rotations and self.rotations[place.layer]
-    by_key = {
-      key: Probe(probes[place], rotation(place)) for key, place in resolved.places.items()
-    }
+    probe = lambda place: Probe(probes[place], self.rotations.get(place.layer))
+    by_key = {key: probe(place) for key, place in resolved.places.items()}
     by_key |= {Key(path, MARK): weight for path, weight in weights.items()}
     outputs, marked = evaluation.run(traced.jaxpr, traced.consts, [*params, *chunk], by_key)
     return outputs[0], (jax.tree.unflatten(traced.treedef, outputs[1:]), marked)

@@ -286,14 +286,17 @@ class Captured:
     rows, reduced = examples.rows(uses), frozenset()
     if self._spec.sharing == "reduce":
       reduced = sharing.reducible(resolved, uses, rows, size)
+    measured = {}
+    if rotations:
+      shown = second_moments.measurable(resolved, uses, rows, size)
+      measured = {index: rotations[index] for index in shown}
     backward = WithStatistics(
       traced=traced,
       uses=uses,
       resolved=resolved,
       params=leaves,
       zeros=zeros,
-      rotations=rotations,
-      measured=second_moments.measurable(resolved, uses, rows, size) if rotations else frozenset(),
+      rotations=measured,
       rows=rows,
       examples=size,
       chunks=chunks.count,

@@ -62,7 +62,7 @@ def rotations(
     if not fitting and not any(map(_is_placeholder, basis)):
       raise ValueError(
         f"`basis` has no block of the shape of {layer.path}, {' x '.join(map(str, _dims(layer)))}:"
-        " it is of another model. Pass `value_and_grad(..., basis=fop_optax.bases(opt_state))`, with"
+        " it is of another model. Pass `value_and_grad(..., basis=fop_optax.bases(opt_state))`, of"
         " the state that `tx.init(params)` made for these layers."
       )
     out.append(_of_layer(index, layer.stack, wanted, fitting, dtype))

@@ -158,7 +158,7 @@ class Moments:
     return _by_shard(form, arrays, (axis, axis), like.shape[1])
 
   def _rows(self, x: jax.Array, dy: jax.Array, dtype: jax.typing.DTypeLike):
-    """`[c x_r; h]`, or the index of a lookup, and `dy_r`: `[stack, rows, d]` and `[stack, rows]`."""
+    """`[c x_r; h]` and `dy_r`, `[stack, rows, d]`; of a lookup the index instead of the former."""
     product, fold = self.product, self.fold
     assert isinstance(product, Dense | Convolution | Lookup)
     Y = product.output_rows(dy, dtype)

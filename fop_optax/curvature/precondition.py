@@ -31,6 +31,12 @@ def multiply(factors: Factors, V: jax.Array) -> jax.Array:
   return sandwich(factors.A, V, factors.G)
 
 
+def diagonal_in(A: Side, scale: jax.Array, V: jax.Array, G: Side) -> jax.Array:
+  """`A (scale * (A' V G)) G'`, what is diagonal in the bases `A` and `G`."""
+  rotated = sandwich(transposed(A), V, G)
+  return sandwich(A, scale * rotated, transposed(G))
+
+
 def transposed(side: Side) -> Side:
   return None if side is None else side.T
 

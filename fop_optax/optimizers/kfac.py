@@ -79,7 +79,7 @@ def precondition(options: Options, layers: Layers) -> optax.GradientTransformati
     updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
   ):
     del params, extra_args
-    stats = common.check_stats(layers, stats, updates, state)
+    stats = common.check_stats(options, layers, stats, updates, state)
     return apply(updates, state, stats, fallback_finite)
 
   return optax.GradientTransformationExtraArgs(init, update)
