@@ -318,8 +318,8 @@ def _zeros(
 
   def zeros(layer, dtype):
     factors = Factors(*(shards.zeros(shape, dtype) for shape in layer.factor_shapes))
-    shape = layer.stack, layer.rows, layer.outputs
-    return Statistics(factors, shards.zeros(shape, dtype) if squares else None)
+    S = shards.zeros((layer.stack, *layer.dims), dtype) if squares else None
+    return Statistics(factors, S)
 
   return tuple(map(zeros, layers, dtypes))
 

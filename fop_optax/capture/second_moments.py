@@ -25,7 +25,7 @@ from fop_optax.capture.kinds.dense import Dense
 from fop_optax.capture.kinds.lookup import Lookup
 from fop_optax.capture.resolve import Resolved
 from fop_optax.capture.values import Key, Use
-from fop_optax.layers import Basis, Factors, Layer, Layers
+from fop_optax.layers import Basis, Factors, Layers
 
 
 class Statistics(NamedTuple):
@@ -56,21 +56,17 @@ def rotations(
   out = []
   for index, (layer, dtype) in enumerate(zip(layers, dtypes, strict=True)):
     wanted = [
-      None if diagonal else (d, d) for d, diagonal in zip(_dims(layer), layer.diagonal, strict=True)
+      None if diagonal else (d, d) for d, diagonal in zip(layer.dims, layer.diagonal, strict=True)
     ]
     fitting = [own for own in basis if [shape(own.A), shape(own.G)] == wanted]
     if not fitting and not any(map(_is_placeholder, basis)):
       raise ValueError(
-        f"`basis` has no block of the shape of {layer.path}, {' x '.join(map(str, _dims(layer)))}:"
+        f"`basis` has no block of the shape of {layer.path}, {' x '.join(map(str, layer.dims))}:"
         " it is of another model. Pass `value_and_grad(..., basis=fop_optax.bases(opt_state))`, of"
         " the state that `tx.init(params)` made for these layers."
       )
     out.append(_of_layer(index, layer.stack, wanted, fitting, dtype))
   return tuple(out)
-
-
-def _dims(layer: Layer) -> tuple[int, int]:
-  return layer.rows, layer.outputs
 
 
 def _is_placeholder(basis: Basis) -> bool:

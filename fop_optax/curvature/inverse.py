@@ -35,7 +35,7 @@ from fop_optax.curvature.damping import (
 from fop_optax.curvature.positive import positive_inverse
 from fop_optax.curvature.precondition import (
   Side,
-  diagonal_in,
+  in_basis,
   matmul,
   multiply,
   norm,
@@ -97,8 +97,8 @@ class Scaling(NamedTuple):
 def factored_invert(
   stacks: Sequence[Factors],
   damping: Damping,
-  due: jax.Array | None = None,
-  kept: Sequence["Inverse"] = (),
+  due: jax.Array | None,
+  kept: Sequence["Inverse"],
   split: Split = split_damping,
 ) -> tuple[list[FactoredInverse], jax.Array]:
   """Both damped factors of each block inverted; `split` shares the damping out."""
@@ -145,7 +145,7 @@ def _factored_damped(inverse, factors, V):
   return sandwich(A, V, G)
 
 
-def _exact_invert(stacks, damping, due=None, kept=()):
+def _exact_invert(stacks, damping, due, kept):
   del kept
   A, G = _sizes(stacks)
   asked = damping.of(A, G)
@@ -189,9 +189,8 @@ def _exact_empty(factors):
 
 def _exact_solve(inverse, V):
   # vec(V) -> (U_A (x) U_G) (l_A (x) l_G + lambda)^-1 (U_A (x) U_G)' vec(V)
-  rotated = sandwich(transposed(inverse.basis_A), V, inverse.basis_G)
-  rotated /= jnp.outer(inverse.values_A, inverse.values_G) + inverse.damping
-  return sandwich(inverse.basis_A, rotated, transposed(inverse.basis_G))
+  values = jnp.outer(inverse.values_A, inverse.values_G) + inverse.damping
+  return in_basis(inverse.basis_A, inverse.basis_G, lambda rotated: rotated / values, V)
 
 
 def _exact_damped(inverse, factors, V):
@@ -201,7 +200,7 @@ def _exact_damped(inverse, factors, V):
 def _eigenvalue_invert(stacks, damping, due, kept):
   A, G = _sizes(stacks)
   of_A, of_G = _each_side(_eigen, stacks, (A.trace, G.trace), due)
-  turns = [None] * len(stacks) if due is None else _per_stack(due, stacks)
+  turns = _per_stack(due, stacks)
   sides = zip(of_A, of_G, strict=True)
   S = [_each(_carried, *own) for own in zip(sides, kept, turns, strict=True)]
   of_S = [jax.vmap(size)(s.reshape(len(s), -1)) for s in S]
@@ -213,7 +212,7 @@ def _eigenvalue_invert(stacks, damping, due, kept):
   numbers = raised, raised - asked
   found = jnp.stack([low_A, low_G, 1 / (low + raised), *numbers])
   inverses = [
-    EigenvalueInverse(a, g, s, *own)
+    EigenvalueInverse(a, g, s, *(x.astype(s.dtype) for x in own))
     for (a, *_), (g, *_), s, own in zip(of_A, of_G, S, _per_stack(numbers, stacks), strict=True)
   ]
   return inverses, jnp.all(jnp.isfinite(found), axis=0)
@@ -239,18 +238,20 @@ def _eigenvalue_empty(factors):
 
 
 def _eigenvalue_solve(inverse, V):
-  basis_A, basis_G, S, damping, _ = inverse
-  return diagonal_in(basis_A, 1 / (S + damping), V, basis_G)
+  # vec(V) -> (U_A (x) U_G) diag(S + lambda)^-1 (U_A (x) U_G)' vec(V)
+  values = inverse.S + inverse.damping
+  return in_basis(inverse.basis_A, inverse.basis_G, lambda rotated: rotated / values, V)
 
 
 def _eigenvalue_damped(inverse, factors, V):
   del factors
-  return diagonal_in(inverse.basis_A, inverse.S + inverse.damping, V, inverse.basis_G)
+  values = inverse.S + inverse.damping
+  return in_basis(inverse.basis_A, inverse.basis_G, lambda rotated: values * rotated, V)
 
 
 def _eigenvalue_fisher(inverse, factors, V):
   del factors
-  return diagonal_in(inverse.basis_A, inverse.S, V, inverse.basis_G)
+  return in_basis(inverse.basis_A, inverse.basis_G, lambda rotated: inverse.S * rotated, V)
 
 
 def _eigenvalue_norm(inverse, factors):

@@ -5,6 +5,7 @@ precision: on accelerators the default rounds float32 operands to fewer bits, wh
 an ill-conditioned factor multiplies.
 """
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -31,10 +32,11 @@ def multiply(factors: Factors, V: jax.Array) -> jax.Array:
   return sandwich(factors.A, V, factors.G)
 
 
-def diagonal_in(A: Side, scale: jax.Array, V: jax.Array, G: Side) -> jax.Array:
-  """`A (scale * (A' V G)) G'`, what is diagonal in the bases `A` and `G`."""
-  rotated = sandwich(transposed(A), V, G)
-  return sandwich(A, scale * rotated, transposed(G))
+def in_basis(
+  A: Side, G: Side, function: Callable[[jax.Array], jax.Array], V: jax.Array
+) -> jax.Array:
+  """`A f(A' V G) G'`, a function of entries in the bases `A` and `G`."""
+  return sandwich(A, function(sandwich(transposed(A), V, G)), transposed(G))
 
 
 def transposed(side: Side) -> Side:

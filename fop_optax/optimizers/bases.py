@@ -1,10 +1,10 @@
-"""The eigenbases of a state, in which second moments of gradients are to be measured."""
+"""Eigenbases out of a state, and the second moments of gradients that are measured in them."""
 
 from typing import Any
 
 import jax
 
-from fop_optax.layers import Basis
+from fop_optax.layers import Basis, Layers, Stats
 from fop_optax.optimizers.refresh import curvature_state
 
 FIELDS = ("basis_A", "basis_G", "S", "layer")  # of a stack's inverse and of the stack
@@ -50,3 +50,20 @@ def bases(opt_state: Any) -> tuple[Basis, ...]:
   return tuple(
     Basis(stack.get("basis_A"), stack.get("basis_G"), stack["layer"]) for stack in stacks.values()
   )
+
+
+def check_second_moments(layers: Layers, stats: Stats) -> None:
+  """Checks that `stats` have second moments, of these layers.
+
+  Raises:
+    ValueError: if they have not.
+  """
+  got = [tuple(S.shape) for S in stats.second_moments]
+  wanted = [(layer.stack, *layer.dims) for layer in layers]
+  if got != wanted:
+    what = f"of the shapes {got} where these layers have {wanted}" if got else "missing"
+    raise ValueError(
+      f'Second moments of gradients are {what}: `scaling="eigenvalue"` needs them in the eigenbases'
+      " of its state. Form them with `captured.value_and_grad(params, ...,"
+      " basis=fop_optax.bases(opt_state))`."
+    )

@@ -28,6 +28,7 @@ from fop_optax.curvature.state import (
 )
 from fop_optax.curvature.steps import Finite
 from fop_optax.layers import Layers, Stats, is_masked
+from fop_optax.optimizers.bases import check_second_moments
 from fop_optax.optimizers.refresh import WarmupPeriod
 from fop_optax.optimizers.whole_steps import all_finite, whole_steps
 
@@ -310,7 +311,7 @@ def check_stats(options: Options, layers: Layers, stats: Any, updates: Any, stat
       " same `captured`."
     )
   if options.curvature.scaling.squares:
-    _check_second_moments(layers, stats)
+    check_second_moments(layers, stats)
   if len(stats.contrasts) != layers.groups - 1:
     raise ValueError(
       f"`stats` have {len(stats.contrasts)} contrasts, but these layers were captured with"
@@ -323,18 +324,6 @@ def check_stats(options: Options, layers: Layers, stats: Any, updates: Any, stat
       f"captured.value_and_grad(params, ...), {tuple(local)})`."
     )
   return stats._replace(refresh=jnp.asarray(stats.refresh, bool))  # a float after `pmean`
-
-
-def _check_second_moments(layers: Layers, stats: Stats) -> None:
-  got = [tuple(S.shape) for S in stats.second_moments]
-  wanted = [(layer.stack, layer.rows, layer.outputs) for layer in layers]
-  if got != wanted:
-    what = f"of the shapes {got} where these layers have {wanted}" if got else "missing"
-    raise ValueError(
-      f'Second moments of gradients are {what}: `scaling="eigenvalue"` needs them in the eigenbases'
-      " of its state. Form them with `captured.value_and_grad(params, ...,"
-      " basis=fop_optax.bases(opt_state))`."
-    )
 
 
 def check_state(stacks: Sequence[Stack], state: CurvatureState) -> None:

@@ -236,7 +236,8 @@ def fop(
     nesterov: whether momentum looks ahead.
     weight_decay: decoupled decay, times the learning rate.
     mask: which leaves decay.
-    scaling: `"factored"` or `"exact"`.
+    scaling: `"factored"`, `"exact"` or `"eigenvalue"`; with the last `F` is EKFAC's,
+      `(U_A (x) U_G) diag(S) (U_A (x) U_G)'`.
     curvature_update_period: statistics every that many steps (the paper's curvature interval); at
       each of the first 20, then every 10.
     inverse_update_period: inverses every that many steps; None: whenever statistics came.
