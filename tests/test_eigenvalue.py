@@ -2,6 +2,7 @@
 
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +22,10 @@ EIGENVALUE = {"scaling": "eigenvalue", "momentum": None, "norm_constraint": None
 class Reference:
   """EKFAC of one layer on row-major vectors, its basis an explicit Kronecker product `C`."""
 
-  def __init__(self, damping, relative, decay, statistics_period, basis_period):
+  def __init__(self, damping, relative, decay, statistics_period, basis_period, turn):
     self.damping, self.relative, self.decay = damping, relative, decay
     self.statistics_period, self.basis_period = statistics_period, basis_period
+    self.turn = turn  # the step of each period at which the basis is made, after the first
     self.count = self.folds = 0
     self.A = self.G = self.S = self.C = 0
 
@@ -36,7 +38,7 @@ class Reference:
       self.A, self.G = average(self.A, A), average(self.G, G)
       self.S = average(self.S, np.mean((v @ self.C) ** 2, axis=0) if self.folds else 0)
       self.folds += 1
-    if self.count % self.basis_period == 0:
+    if self.count % self.basis_period == self.turn or self.count == 0:
       (a, U_A), (g, U_G) = np.linalg.eigh(self.A), np.linalg.eigh(self.G)
       C = np.kron(U_A, U_G)
       # the diagonal in the new basis of the Fisher block that is diagonal in the old one
@@ -71,10 +73,15 @@ def make_step(captured, tx):
 
 
 @pytest.mark.parametrize(
-  ("statistics", "inverses"),
-  [(1, 2), pytest.param(2, 3, marks=SLOW), pytest.param(1, 1, marks=SLOW)],
+  ("statistics", "inverses", "stagger"),
+  [
+    (1, 2, False),
+    pytest.param(2, 3, False, marks=SLOW),
+    pytest.param(1, 1, False, marks=SLOW),
+    pytest.param(1, 2, True, marks=SLOW),
+  ],
 )
-def test_steps(statistics, inverses):
+def test_steps(statistics, inverses, stagger):
   """Statistics between the steps that make a new basis, and when one is made."""
   params, captured = captured_problem()
   tx = fop_optax.kfac(
@@ -85,10 +92,14 @@ def test_steps(statistics, inverses):
     decay=0.6,
     curvature_update_period=statistics,
     inverse_update_period=inverses,
+    stagger=stagger,
     **EIGENVALUE,
   )
   step, state = make_step(captured, tx), tx.init(params)
-  references = {name: Reference(0.01, 0.1, 0.6, statistics, inverses) for name in NAMES}
+  references = {
+    name: Reference(0.01, 0.1, 0.6, statistics, inverses, stagger * index % inverses)
+    for index, name in enumerate(NAMES)
+  }
   for seed in range(5):
     batch = problems.make_batch(seed=seed, dtype=jnp.float64)
     updates, state, _ = step(params, state, batch)
@@ -123,6 +134,10 @@ def test_a_linear_model_has_the_diagonal_of_its_fisher_matrix():
   C, fisher = np.kron(basis.A[0], basis.G[0]), v.T @ v / 20
   np.testing.assert_allclose(np.ravel(S), np.diag(C.T @ fisher @ C), rtol=1e-10, atol=1e-14)
   np.testing.assert_allclose(jnp.sum(S), np.trace(fisher), rtol=1e-12)
+  # of all that is diagonal in that basis nothing is nearer to the Fisher matrix
+  (A,), (G,) = stats.factors[0]
+  ours = np.linalg.norm(fisher - C @ np.diag(np.ravel(S)) @ C.T)
+  assert ours < 0.95 * np.linalg.norm(fisher - np.kron(A, G))
   (first,) = inverses_of(state)  # K-FAC's, which is another
   assert not np.allclose(first.value.S, S, rtol=0.1)
 
@@ -204,7 +219,7 @@ def test_damping_is_no_smaller_than_rounding():
 
 
 def test_where_bases_are_found():
-  """In a chain, with hyperparameters injected, in nested dictionaries and in NNX's optimizer."""
+  """In a chain, with hyperparameters injected, and in nested dictionaries."""
   params, captured = captured_problem()
   make = fop_optax.kfac
   options = {"layers": captured.layers} | EIGENVALUE
@@ -223,6 +238,33 @@ def test_where_bases_are_found():
   )
   for other in (wrapped.init(params), as_dicts(state)):
     jax.tree.map(np.testing.assert_array_equal, fop_optax.bases(other), plain)
+
+
+def test_nnx():
+  """The optimizer's Variables have the bases, under `nnx.jit` too."""
+  model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+  graphdef, weights = nnx.split(model, nnx.Param)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)))
+  loss = lambda weights, x: jnp.mean(nnx.merge(graphdef, weights)(x) ** 2)
+  captured = fop_optax.capture(loss, weights, x)
+  tx = fop_optax.kfac(0.1, captured.layers, curvature_update_period=1, **EIGENVALUE)
+  optimizer, state = nnx.Optimizer(model, tx, wrt=nnx.Param), tx.init(weights)
+
+  @nnx.jit
+  def step(model, optimizer):
+    basis = fop_optax.bases(optimizer.opt_state)
+    _, grads, stats = captured.value_and_grad(nnx.state(model, nnx.Param), x, basis=basis)
+    optimizer.update(model, grads, stats=stats)
+
+  for _ in range(2):
+    step(model, optimizer)
+    _, grads, stats = captured.value_and_grad(weights, x, basis=fop_optax.bases(state))
+    updates, state = tx.update(grads, state, weights, stats=stats)
+    weights = optax.apply_updates(weights, updates)
+  for kept in (optimizer.opt_state, nnx.state(optimizer)["opt_state"]):
+    (found,) = fop_optax.bases(kept)
+    (want,) = fop_optax.bases(state)
+    np.testing.assert_allclose(jnp.abs(found.A[...]), jnp.abs(want.A), atol=1e-6)
 
 
 @SLOW

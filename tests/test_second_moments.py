@@ -395,6 +395,22 @@ def test_layers_that_are_not_measured():
     assert np.allclose(S[0], np.outer(*sides), rtol=1e-10) == (layer.path != "['w']")
 
 
+def test_fixed_rows():
+  """Each is of its own: M rows of a term of the loss, their mean in place of one over examples."""
+  case, M = dense(), 5
+  points = draw(M, 4, seed=1)
+  penalty = lambda p: jnp.mean(jnp.sum((points @ p["w"] + p["b"]) ** 2, axis=1))
+  loss = lambda p, x, y: case.loss(p, x, y) + penalty(p)
+  got, layers, bases = measured(case._replace(loss=loss))
+  want = explicit(case, layers, bases)
+  rows = np.concatenate([points, np.ones((M, 1))], axis=1)
+  dy = 2 * (points @ case.params["w"] + case.params["b"])
+  (index,) = (i for i, layer in enumerate(layers) if layer.path == "['w']")
+  V = np.einsum("mi,mo->mio", rows, dy)[:, None]
+  want[index] += np.mean(turned(V, bases[index]) ** 2, axis=0)
+  assert_close(got, want)
+
+
 SHARDED = [(attention, "auto"), (attention, "explicit"), (scanned, "shard_map")]
 SHARDED_SLOW = [
   (scanned, "auto"),
@@ -402,6 +418,7 @@ SHARDED_SLOW = [
   (attention, "shard_map"),
   (embedding, "auto"),
   (embedding, "shard_map"),
+  (dense, "explicit"),
 ]
 
 

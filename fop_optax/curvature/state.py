@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax.curvature.damping import Damping
-from fop_optax.curvature.factors import Fold, Running, averaged, init_running
+from fop_optax.curvature.factors import Fold, Running, init_running, old_weight
 from fop_optax.curvature.inverse import EigenvalueInverse, Inverse, Scaling, init_inverse, remake
 from fop_optax.curvature.stacks import Stack, dtype_of, stack_factors, stack_squares
 from fop_optax.curvature.steps import Finite, Period, Steps, no_steps, whole_period
@@ -145,7 +145,6 @@ def _folded(
   """Running factors, and inverses with running second moments, after statistics if `refresh`."""
   decay = jnp.asarray(options.decay)
   fold = jax.vmap(options.fold, (0, 0, 0, None))
-  average = jax.vmap(averaged, (0, 0, 0, None))
   kept = tuple(s.inverse for s in state.stacks)
 
   def fold_stack(stack, old, inverse):
@@ -157,8 +156,10 @@ def _folded(
     sound &= finite
     running = fold(running, new, sound, decay)
     measured = sound & (inverse.made > 0)  # else there was no basis to measure them in
-    new_S = average(S, new_S, running.folds, decay)
-    return running, jnp.where(measured[:, None, None], new_S, S)
+    measured, weight = (
+      x[:, None, None] for x in (measured, old_weight(running.folds, decay, S.dtype))
+    )
+    return running, jnp.where(measured, weight * S + (1 - weight) * new_S, S)
 
   S = [i.value.S if isinstance(i.value, EigenvalueInverse) else None for i in kept]
   pairs = tuple(zip((s.running for s in state.stacks), S, strict=True))
