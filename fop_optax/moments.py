@@ -67,14 +67,18 @@ def as_rows(v: jax.Array, roles: Roles, dtype: Any) -> jax.Array:
 
 
 def sum_in_chunks(
-  form: Callable[..., jax.Array], arrays: Sequence[jax.Array], example_bytes: int
+  form: Callable[..., jax.Array],
+  arrays: Sequence[jax.Array],
+  example_bytes: int,
+  sum_bytes: int = 0,
 ) -> jax.Array:
   """`form(*arrays)`, a sum over the leading axis of the arrays, chunk by chunk for less memory.
 
-  Chunks are as long as `CHUNK_BYTES` allow, at so many bytes that `form` makes of an example.
+  Chunks are as long as `CHUNK_BYTES` allow, at so many bytes that `form` makes of an example; or
+  as `sum_bytes` do, where the sum is of that size and to add it up often would take longer.
   """
   examples = len(arrays[0])
-  limit = CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_ELSEWHERE)
+  limit = max(sum_bytes, CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_ELSEWHERE))
   at_once = max(1, limit // max(example_bytes, 1))
   chunks = next(n for n in range(1, examples + 1) if not examples % n and examples // n <= at_once)
   if chunks == 1:

@@ -148,7 +148,8 @@ class Moments:
         return of_rows(*(jnp.swapaxes(v, 0, 2) for v in rows(x, dy)))
       X, Y = jax.eval_shape(rows, x, dy)
       one = second_moments.example_bytes(X.shape[1:], Y.shape[1:], like.dtype)
-      return sum_in_chunks(lambda x, dy: of_rows(*rows(x, dy)), (x, dy), one)
+      whole = like.size // like.shape[1] * like.dtype.itemsize if looked_up else 0
+      return sum_in_chunks(lambda x, dy: of_rows(*rows(x, dy)), (x, dy), one, whole)
 
     if self.rows:
       at_x, at_y = (piece._replace(size=piece.size // self.every) for piece in self.rows)

@@ -66,7 +66,8 @@ def curvature_states(opt_state: Any) -> dict[str, dict[str, dict[Names, jax.Arra
 
 def _name(key: Any) -> str:
   """Of an attribute, a key or an index."""
-  return str(next(getattr(key, kind) for kind in ("name", "key", "idx") if hasattr(key, kind)))
+  kinds = (kind for kind in ("name", "key", "idx") if hasattr(key, kind))
+  return str(getattr(key, next(kinds, ""), None))
 
 
 def curvature_state(opt_state: Any, who: str) -> dict[str, dict[Names, jax.Array]]:
