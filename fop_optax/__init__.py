@@ -14,6 +14,7 @@ from fop_optax.layers import Stats as Stats
 from fop_optax.losses import softmax_cross_entropy as softmax_cross_entropy
 from fop_optax.losses import squared_error as squared_error
 from fop_optax.optimizers.adaptive_damping import adapt_damping as adapt_damping
+from fop_optax.optimizers.bases import bases as bases
 from fop_optax.optimizers.fop import ScaleByFopState as ScaleByFopState
 from fop_optax.optimizers.fop import fop as fop
 from fop_optax.optimizers.fop import scale_by_fop as scale_by_fop

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fop_optax.curvature.inverse import FactoredInverse
+from fop_optax.curvature.inverse import EigenvalueInverse, FactoredInverse
 from fop_optax.curvature.stacks import plan_stacks
 from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers
@@ -37,7 +37,7 @@ def diagnostics(
     - `folds` and `nonfinite_statistics`: statistics folded in and refused;
     - `inverses` and `failed_inverses`: inverses stored and refused. A layer without any (0) gets
       no update;
-    - `damping_A` and `damping_G`, or `damping` with `scaling="exact"`: at the last inverse;
+    - `damping_A` and `damping_G`, or `damping` with other scalings: at the last inverse;
       `added_A` and `added_G`, or `added`: what of it was added because the damping asked for was
       below the rounding of the Fisher block;
     - FOP: `beta` and `s` (one a contrast), `eta`, `rho2` (how far FOP is from K-FAC) and
@@ -106,6 +106,9 @@ def _conditions(stack: StackState) -> dict[str, jax.Array]:
   if isinstance(value, FactoredInverse):
     damped = (high_A + value.damping_A) / (low_A + value.damping_A)
     damped *= (high_G + value.damping_G) / (low_G + value.damping_G)
+  elif isinstance(value, EigenvalueInverse):
+    low, high = jnp.min(value.S, axis=(1, 2)), jnp.max(value.S, axis=(1, 2))
+    damped = (high + value.damping) / (low + value.damping)
   else:
     damped = (high_A * high_G + value.damping) / (low_A * low_G + value.damping)
   return {"condition_A": high_A / low_A, "condition_G": high_G / low_G, "condition": damped}

@@ -237,6 +237,7 @@ class Stats(NamedTuple):
   factors: tuple[Factors, ...]  # one a layer, in the order of `Captured.layers`
   contrasts: tuple[PyTree, ...]  # groups - 1 trees like the gradient; two groups: grad_1 - grad_2
   loss: jax.typing.ArrayLike = 0.0  # shape=(): where it is not finite, no step is taken
+  second_moments: tuple[jax.Array, ...] = ()  # one a layer, [stack, rows, outputs]; none unasked
 
   def inputs_only(self) -> "Stats":
     """With the identity for each output factor: of K-FAC's direction `(A + l I)^-1 V` is left.
@@ -251,4 +252,12 @@ class Stats(NamedTuple):
       return jnp.broadcast_to(one, G.shape)
 
     factors = tuple(own._replace(G=identity(own.G)) for own in self.factors)
-    return self._replace(factors=factors)
+    return self._replace(factors=factors, second_moments=())
+
+
+class Basis(NamedTuple):
+  """The eigenbases of blocks of one shape: eigenvectors of their factors, in the columns."""
+
+  A: jax.Array | None  # [blocks, rows, rows]; None of a diagonal factor: the identity
+  G: jax.Array | None  # [blocks, outputs, outputs]
+  layer: jax.Array  # int32, shape=(blocks,): the layer of each, those of a layer side by side

@@ -1,6 +1,6 @@
 """Second moments over the rows of an array: the arithmetic of Kronecker statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -9,7 +9,13 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from fop_optax import _compat
+
 Axes = tuple[int, ...]
+
+# What is formed of many examples is formed for about so many bytes of it at a time.
+CHUNK_BYTES = {"cpu": 4 * 2**20}
+CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 
 
 class Roles(NamedTuple):
@@ -51,6 +57,38 @@ def replicated(v: jax.Array) -> jax.sharding.NamedSharding | None:
   """The sharding of a sum over an axis of `v` that may be sharded."""
   mesh = jax.typeof(v).sharding.mesh
   return None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def as_rows(v: jax.Array, roles: Roles, dtype: Any) -> jax.Array:
+  """`v` as matrices of rows, `[stack, rows, d]`."""
+  rows, stack, features = roles
+  n_stack, n = math.prod(v.shape[i] for i in stack), math.prod(v.shape[i] for i in features)
+  return v.transpose(*stack, *rows, *features).reshape(n_stack, -1, n).astype(dtype)
+
+
+def sum_in_chunks(
+  form: Callable[..., jax.Array],
+  arrays: Sequence[jax.Array],
+  example_bytes: int,
+  sum_bytes: int = 0,
+) -> jax.Array:
+  """`form(*arrays)`, a sum over the leading axis of the arrays, chunk by chunk for less memory.
+
+  Chunks are as long as `CHUNK_BYTES` allow, at so many bytes that `form` makes of an example; or
+  as `sum_bytes` do, where the sum is of that size and to add it up often would take longer.
+  """
+  examples = len(arrays[0])
+  limit = max(sum_bytes, CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_ELSEWHERE))
+  at_once = max(1, limit // max(example_bytes, 1))
+  chunks = next(n for n in range(1, examples + 1) if not examples % n and examples // n <= at_once)
+  if chunks == 1:
+    return form(*arrays)
+  # example i to chunk i mod chunks: a sharded leading axis stays sharded
+  split = [a.reshape(examples // chunks, chunks, *a.shape[1:]) for a in arrays]
+  piece = lambda i: [lax.dynamic_index_in_dim(a, i, 1, keepdims=False) for a in split]
+  like = jax.eval_shape(lambda: form(*piece(0)))
+  zeros = _compat.vary(jnp.zeros(like.shape, like.dtype), _compat.varying(arrays))
+  return lax.scan(lambda sum, i: (sum + form(*piece(i)), None), zeros, jnp.arange(chunks))[0]
 
 
 def row_sum(v: jax.Array, roles: Roles, dtype: Any) -> jax.Array:

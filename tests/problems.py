@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fop_optax.curvature.damping import Damping
-from fop_optax.curvature.inverse import SCALINGS
+from fop_optax.curvature.inverse import SCALINGS, init_inverse
 from fop_optax.layers import Bias, Factors, Layer, Layers, Stats
 
 SIZES = ((5, 6), (6, 4), (4, 6))  # inputs, outputs; the first and third stack with no other
@@ -119,6 +119,16 @@ def per_example_grads(params, batch):
   return jax.vmap(jax.grad(one), (None, 0, 0))(params, *batch)
 
 
+def second_moments(params, batch):
+  """`mean_n V_n^2` of each layer, in the basis in which the gradients come."""
+  grads = per_example_grads(params, batch)
+  V = [
+    jnp.concatenate([grads[name]["w"], grads[name]["b"][:, None]], axis=1).astype(jnp.float32)
+    for name in sorted(k for k, v in params.items() if isinstance(v, dict))
+  ]
+  return tuple(jnp.mean(v * v, axis=0)[None] for v in V)
+
+
 def contrast_rows(groups):
   """`sqrt(2) H`, with `H` the Helmert matrix: orthonormal rows that sum to zero."""
   rows = np.zeros((groups - 1, groups))
@@ -132,5 +142,6 @@ def invert_block(factors, damping, scaling, relative=0.0):
   """The inverse of one damped block, and whether it is sound."""
   damping = Damping(*(jnp.asarray(x, factors.A.dtype) for x in (damping, relative)))
   stack = jax.tree.map(lambda f: f[None], factors)
-  (inverse,), (sound,) = SCALINGS[scaling].invert([stack], damping)
+  kept = [init_inverse(stack, SCALINGS[scaling])]
+  (inverse,), (sound,) = SCALINGS[scaling].invert([stack], damping, None, kept)
   return jax.tree.map(lambda x: x[0], inverse), sound

@@ -25,6 +25,7 @@ class Row:
     blockwise: whether what it does to a leaf or a layer does not depend on the others.
     moves_at_once: whether the first step moves parameters.
     often: whether statistics are due at the second step too.
+    squares: whether `stats` need second moments of gradients.
     injected: the arguments that `optax.inject_hyperparams` turns into arrays.
     static: arguments to declare static there.
   """
@@ -38,6 +39,7 @@ class Row:
   blockwise: bool = True
   moves_at_once: bool = True
   often: bool = False
+  squares: bool = False
   injected: tuple[str, ...] = ()
   static: tuple[str, ...] = ()
 
@@ -215,6 +217,30 @@ ROWS = (
     blockwise=False,
     often=True,
     injected=(*COMMON, "relative_damping", "norm_constraint", "learning_rate"),
+  ),
+  Row(
+    "kfac eigenvalue",
+    fop_optax.kfac,
+    {**PLAIN, "scaling": "eigenvalue", "weight_decay": 1e-2, "mask": decays},
+    squares=True,
+    injected=("decay", "damping", *ALIAS, "curvature_update_period"),
+    static=("mask",),
+  ),
+  Row(
+    "fop eigenvalue",
+    fop_optax.fop,
+    {
+      "learning_rate": 0.1,
+      "relative_damping": 0.5,
+      "scaling": "eigenvalue",
+      "curvature_update_period": 1,
+      "inverse_update_period": 2,
+      "stagger": True,
+    },
+    blockwise=False,
+    often=True,
+    squares=True,
+    injected=("relative_damping", "norm_constraint", "curvature_update_period", *ALIAS),
   ),
   Row("fop", fop_optax.fop, PLAIN, injected=(*COMMON[:3], *ALIAS)),
   Row(

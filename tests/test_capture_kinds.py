@@ -13,7 +13,7 @@ import pytest
 from test_capture import draw, relative
 
 import fop_optax
-from fop_optax.capture.kinds import convolution
+from fop_optax import moments
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -110,7 +110,7 @@ CONVOLUTIONS = {
 def test_convolution(name, chunk_bytes, monkeypatch):
   conv = CONVOLUTIONS[name]
   if chunk_bytes:  # one example at a time
-    monkeypatch.setitem(convolution.CHUNK_BYTES, "cpu", chunk_bytes)
+    monkeypatch.setitem(moments.CHUNK_BYTES, "cpu", chunk_bytes)
   x_shape, w_shape, b_shape = conv.shapes()
   params = {"w": jnp.asarray(draw(*w_shape)), "b": jnp.asarray(draw(*b_shape))}
   x, y = jnp.asarray(draw(*x_shape)), jnp.arange(N) % C

@@ -37,6 +37,8 @@ def data(row_name, seed=0, dtype=jnp.float32):
   params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
   batch = problems.make_batch(seed=seed, dtype=dtype)
   _, grads, stats = problems.value_and_grad(params, batch)
+  if row.squares:
+    stats = stats._replace(second_moments=problems.second_moments(params, batch))
   return (problems.per_example_grads(params, batch) if row.per_example else grads), stats
 
 
@@ -328,7 +330,8 @@ def test_nnx_optimizer(row):
       for layer in layers
     )
     contrast = jax.tree.map(lambda g: 0.1 * jnp.cos(jnp.arange(g.size)).reshape(g.shape), grads)
-    stats = fop_optax.Stats(refresh, factors, (contrast,))
+    squares = tuple(jnp.ones((layer.stack, *layer.dims)) for layer in layers)
+    stats = fop_optax.Stats(refresh, factors, (contrast,), second_moments=squares)
     optimizer.update(model, grads, stats=stats)
     return due(row, optimizer.opt_state)
 

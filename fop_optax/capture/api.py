@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.extend.core import primitives
 
-from fop_optax.capture import auxiliary, flow, layer_table
+from fop_optax.capture import auxiliary, flow, layer_table, second_moments
 from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import check_params, classify
 from fop_optax.capture.captured import Captured, Spec
@@ -183,8 +183,13 @@ def capture(
   notes = [*resolved.notes, *examples.notes(groups, micro_batches)]
   if fisher == "empirical" and terms_per_example is None and not traced.found.marks:
     notes += examples.terms_note()
+  rows = examples.rows(uses)
+  measured = second_moments.measurable(resolved, uses, rows, chunks.size)
+  notes += layer_table.unmeasured_note(
+    [layer.path for index, layer in enumerate(layers) if index not in measured]
+  )
   if sharing == "reduce":
-    reduced = reducible(resolved, uses, examples.rows(uses), chunks.size)
+    reduced = reducible(resolved, uses, rows, chunks.size)
     notes.append(
       layer_table.sharing_note([layers[i].path for i in sorted({p.layer for p in reduced})])
     )

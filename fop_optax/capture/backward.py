@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture import fisher, sharing
+from fop_optax.capture import fisher, second_moments, sharing
 from fop_optax.capture.batch import Result
-from fop_optax.capture.evaluate import MARK, Evaluation, moments_of
+from fop_optax.capture.evaluate import MARK, Evaluation, Probe, moments_of
 from fop_optax.capture.examples.values import Piece
 from fop_optax.capture.resolve import Place, Resolved
+from fop_optax.capture.second_moments import Rotation, Statistics
 from fop_optax.capture.trace import Signature, Traced
 from fop_optax.capture.values import Key, Use
 from fop_optax.layers import Factors
@@ -24,10 +25,10 @@ def plain(
   signature: Signature,
   params: Sequence[Any],
   args: Sequence[Any],
-  zeros: tuple[Factors, ...],
+  zeros: tuple[Statistics, ...],
   loss_scale: Any,
 ) -> Backward:
-  """The gradient of the loss as it is; the factors are zeros."""
+  """The gradient of the loss as it is; the statistics are zeros."""
 
   def backward(chunk: list[Any], key: jax.Array | None) -> Result:
     del key
@@ -41,14 +42,15 @@ def plain(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WithStatistics:
-  """The gradient and the normalised Kronecker factors, one pair a `Place`.
+  """The gradient and the normalised statistics, one of each a `Place`.
 
   Attributes:
     traced: the loss.
     uses: its accepted uses.
     resolved: their layers.
     params: leaves of the parameters.
-    zeros: of the layers' factors.
+    zeros: of the layers' statistics.
+    rotations: bases of the layers whose second moments are formed, by number.
     rows: where the examples lie in x and y of the uses.
     examples: N, of the chunk.
     chunks: number of chunks of the batch.
@@ -65,7 +67,8 @@ class WithStatistics:
   uses: Mapping[Key, Use]
   resolved: Resolved
   params: Sequence[Any]
-  zeros: tuple[Factors, ...]
+  zeros: tuple[Statistics, ...]
+  rotations: Mapping[int, Rotation]
   rows: Mapping[Key, tuple[Piece, Piece]]
   examples: int
   chunks: int
@@ -104,29 +107,40 @@ class WithStatistics:
     of_loss = lambda: self._formed(found)
     form, apart = (of_loss, bool(self.reduced)) if empirical else (second_pass, self.branch)
     if self.refresh is None or not apart:
-      factors = form()
+      statistics = form()
     else:
-      factors = jax.lax.cond(self.refresh, form, lambda: zeros)
-    power = 2 if empirical else 1  # G is of gradients squared, or of the square roots of weights
+      statistics = jax.lax.cond(self.refresh, form, lambda: zeros)
     return Result(
       value,
       aux,
       [_unscaled(grad, self.loss_scale) for grad in grads],
-      tuple(Factors(A, _unscaled(G, self.loss_scale, power)) for A, G in map(factors.get, zeros)),
+      tuple(self._unscaled(statistics[place]) for place in zeros),
     )
 
-  def _zeros(self) -> tuple[dict[Place, Factors], dict[Place, Factors]]:
-    """Zeros of the factors of each place, and its probe."""
-    turned = lambda place, of: Factors(*of[::-1]) if place.flipped else of
-    zeros = {place: turned(place, self.zeros[place.layer]) for place in self.resolved.rows}
-    examples = self.examples // self.every
-    own = lambda place: sharing.probe(
-      self.resolved.layers[place.layer], place, examples, zeros[place]
-    )
-    return zeros, {place: own(place) if place in self.reduced else zeros[place] for place in zeros}
+  def _unscaled(self, statistics: Statistics) -> Statistics:
+    # G and S are of gradients squared, or of the square roots of weights
+    power = 2 if self.fisher == "empirical" else 1
+    (A, G), S = statistics
+    unscaled = lambda x: _unscaled(x, self.loss_scale, power)
+    return Statistics(Factors(A, unscaled(G)), None if S is None else unscaled(S))
 
-  def _formed(self, found: Mapping[Place, Factors]) -> dict[Place, Factors]:
-    """The factors of what came back from the probes: of sums of rows their second moments."""
+  def _zeros(self) -> tuple[dict[Place, Statistics], dict[Place, Statistics]]:
+    """Zeros of the statistics of each place, and its probe."""
+
+    def own(place):
+      factors, S = self.zeros[place.layer]
+      turned = Factors(*factors[::-1]) if place.flipped else factors
+      return Statistics(turned, S if place.layer in self.rotations else None)
+
+    def probe(place):
+      layer, examples = self.resolved.layers[place.layer], self.examples // self.every
+      return Statistics(sharing.probe(layer, place, examples, zeros[place].factors))
+
+    zeros = {place: own(place) for place in self.resolved.rows}
+    return zeros, {p: probe(p) if p in self.reduced else zeros[p] for p in zeros}
+
+  def _formed(self, found: Mapping[Place, Statistics]) -> dict[Place, Statistics]:
+    """The statistics of what came back from the probes: of sums of rows their second moments."""
     out = dict(found)
     for place in self.reduced:
       layer, rows = self.resolved.layers[place.layer], self.resolved.rows[place].batch
@@ -136,7 +150,11 @@ class WithStatistics:
         self.every * self.examples / rows**2,
         self.every * (self.examples * self.terms if self.terms else 1),
       )
-      out[place] = sharing.factors(found[place], diagonal, scale)
+      sums, S = found[place].factors, None
+      if place.layer in self.rotations:
+        S = second_moments.of_sums(sums, self.rotations[place.layer])
+        S *= self.examples // self.every * scale[0] * scale[1]
+      out[place] = Statistics(sharing.factors(sums, diagonal, scale), S)
     return out
 
   def _loss(self, params, probes, weights, chunk):
@@ -155,7 +173,8 @@ class WithStatistics:
       self.reduced,
     )
     evaluation = Evaluation(accepted, moments, self.refresh, traced.found.meetings, marks)
-    by_key = {key: probes[place] for key, place in resolved.places.items()}
+    probe = lambda place: Probe(probes[place], self.rotations.get(place.layer))
+    by_key = {key: probe(place) for key, place in resolved.places.items()}
     by_key |= {Key(path, MARK): weight for path, weight in weights.items()}
     outputs, marked = evaluation.run(traced.jaxpr, traced.consts, [*params, *chunk], by_key)
     return outputs[0], (jax.tree.unflatten(traced.treedef, outputs[1:]), marked)
@@ -176,16 +195,23 @@ def _unscaled(array: jax.Array, scale: Any, power: int = 1) -> jax.Array:
   return wide.astype(array.dtype)
 
 
-def by_layer(resolved: Resolved, factors: Sequence[Factors]) -> tuple[Factors, ...]:
-  """The factors of each layer, those of a tied weight put together."""
-  found = dict(zip(resolved.rows, factors, strict=True))
+def by_layer(
+  resolved: Resolved, rotations: Sequence[Rotation] | None, statistics: Sequence[Statistics]
+) -> tuple[Statistics, ...]:
+  """The statistics of each layer, those of a tied weight put together.
+
+  Layers whose second moments are not measured have those of their factors.
+  """
+  found = dict(zip(resolved.rows, statistics, strict=True))
   out = []
   for index in range(len(resolved.layers)):
     straight, flipped = Place(index, False), Place(index, True)
+    factors, S = found[straight]
     if flipped in found:
-      out.append(tied(found[straight], Factors(*found[flipped][::-1])))
-    else:
-      out.append(found[straight])
+      factors = tied(factors, Factors(*found[flipped].factors[::-1]))
+    if rotations and S is None:
+      S = second_moments.of_factors(factors, rotations[index])
+    out.append(Statistics(factors, S))
   return tuple(out)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from fop_optax import _compat
 from fop_optax.capture.arguments import Arguments, is_typed_key
-from fop_optax.layers import Factors
+from fop_optax.capture.second_moments import Statistics
 
 PyTree = Any
 
@@ -222,7 +222,7 @@ class Result(NamedTuple):
   loss: jax.Array
   aux: PyTree
   grads: list[jax.Array]
-  factors: tuple[Factors, ...]
+  statistics: tuple[Statistics, ...]
 
 
 def mean(arrays: Sequence[jax.Array]) -> jax.Array:

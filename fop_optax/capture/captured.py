@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fop_optax import _compat
-from fop_optax.capture import auxiliary, layer_table, sharing
+from fop_optax.capture import auxiliary, layer_table, second_moments, sharing
 from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import classify
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
@@ -20,9 +20,10 @@ from fop_optax.capture.examples.assumptions import analyse
 from fop_optax.capture.fisher import check_marked
 from fop_optax.capture.growth import Growth
 from fop_optax.capture.resolve import resolve
+from fop_optax.capture.second_moments import Statistics
 from fop_optax.capture.trace import Signature, growing, terms_of, trace_twice
 from fop_optax.capture.values import Key
-from fop_optax.layers import Factors, Layers, Stats
+from fop_optax.layers import Basis, Factors, Layers, Stats
 
 PyTree = Any
 
@@ -77,6 +78,7 @@ class Captured:
     refresh: bool | jax.Array = True,
     key: jax.Array | None = None,
     loss_scale: jax.typing.ArrayLike | None = None,
+    basis: Sequence[Basis] | None = None,
   ) -> tuple[Any, PyTree, Stats]:
     """Loss, gradient of the mean loss, and statistics of this batch, in one backward pass.
 
@@ -96,13 +98,23 @@ class Captured:
         gradient, contrasts and G come back divided by what that makes of them, as the loss itself
         is never multiplied: write `loss_fn` without S. What overflows comes back not finite, so
         that the caller can lower S; the optimizer makes no step then.
+      basis: `fop_optax.bases(opt_state)`, for optimizers with `scaling="eigenvalue"`: the gradients
+        of examples are turned by it, squared and averaged beside the other statistics,
+        :math:`S = \\frac{R}{N} \\sum_n (U_A^\\top V_n U_G)^2` entry by entry, `V_n` the gradient
+        of example n's own loss. Rows of an example are added up first (a few megabytes of examples
+        at a time on CPU, 256 elsewhere), uses of a weight and steps of a scan are not; with
+        `sharing="reduce"` all are, inputs and gradients each by themselves. Layers whose rows
+        cannot be told apart by example have the diagonal of `A (x) G` in the basis instead: tied
+        weights, tables and those of a scan over examples; `str(captured)` names them. With
+        `fisher="exact"` terms of one example take a backward pass each.
 
     Returns:
       `(loss, grads, stats)`, or `((loss, aux), grads, stats)` with `has_aux`.
 
     Raises:
       ValueError: if the batch cannot be divided, params or args are not like the captured ones, in
-        their number, shapes or layers, or `loss_scale` is no positive number.
+        their number, shapes or layers, `loss_scale` is no positive number, or `basis` is of other
+        layers.
     """
     _check_scale(loss_scale)
     leaves = self.layers.leaves(params, "params")
@@ -116,13 +128,19 @@ class Captured:
     one_sum = self._spec.sharing == "reduce"  # of sums by example the moment is formed at once
     if one_sum or (static and (chunks.count == 1 or not refresh)):
       shards = batches.Shards()  # nothing to wait for: a sum is added up where it is formed
-    zeros = _compat.vary(_zeros(self.layers, leaves, shards), axes)
+    dtypes = [jnp.promote_types(leaves[layer.weight].dtype, jnp.float32) for layer in self.layers]
+    zeros = _compat.vary(_zeros(self.layers, dtypes, shards, basis is not None), axes)
+    rotations = None
+    if basis is not None:
+      rotations = _compat.vary(second_moments.rotations(self.layers, basis, dtypes), axes)
     if static and not refresh:
       backward = plain(signature, leaves, chunks.leaves, zeros, loss_scale)
       combine = tuple
     else:
       flag = None if static else jnp.asarray(refresh)
-      backward, combine = self._with_statistics(signature, leaves, chunks, zeros, flag, loss_scale)
+      backward, combine = self._with_statistics(
+        signature, leaves, chunks, zeros, rotations, flag, loss_scale
+      )
       if self._spec.fisher == "sampled" and key is None:
         raise ValueError(
           "With fisher='sampled' labels are drawn: pass `value_and_grad(..., key=key)`, with a new"
@@ -133,10 +151,16 @@ class Captured:
     by_leaf = list(zip(*(result.grads for result in results), strict=True))
     unflatten = functools.partial(jax.tree.unflatten, signature.params)
     contrasts = zip(*map(batches.contrasts, by_leaf), strict=True)
-    factors = jax.tree.map(lambda *f: batches.mean(f), *(r.factors for r in results))
-    factors = combine(jax.tree.map(lambda f: jnp.sum(f, axis=1), factors))  # over the shards
+    statistics = jax.tree.map(lambda *f: batches.mean(f), *(r.statistics for r in results))
+    statistics = combine(jax.tree.map(lambda f: jnp.sum(f, axis=1), statistics))  # over the shards
     loss = batches.mean([result.loss for result in results])
-    stats = Stats(jnp.asarray(refresh, bool), factors, tuple(map(unflatten, contrasts)), loss)
+    stats = Stats(
+      jnp.asarray(refresh, bool),
+      tuple(own.factors for own in statistics),
+      tuple(map(unflatten, contrasts)),
+      loss,
+      tuple(own.S for own in statistics if own.S is not None),
+    )
     grads = unflatten(map(batches.mean, by_leaf))
     if not self._spec.has_aux:
       return loss, grads, stats
@@ -230,7 +254,7 @@ class Captured:
     chunks.size  # noqa: B018  raises if the batch cannot be divided
     return signature, chunks
 
-  def _with_statistics(self, signature, leaves, chunks, zeros, refresh, loss_scale):
+  def _with_statistics(self, signature, leaves, chunks, zeros, rotations, refresh, loss_scale):
     """The backward pass with statistics for the inputs at hand, if their layers are ours."""
     size = chunks.size
     chunk = chunks.chunk(0, 0)
@@ -262,12 +286,17 @@ class Captured:
     rows, reduced = examples.rows(uses), frozenset()
     if self._spec.sharing == "reduce":
       reduced = sharing.reducible(resolved, uses, rows, size)
+    measured = {}
+    if rotations:
+      shown = second_moments.measurable(resolved, uses, rows, size)
+      measured = {index: rotations[index] for index in shown}
     backward = WithStatistics(
       traced=traced,
       uses=uses,
       resolved=resolved,
       params=leaves,
       zeros=zeros,
+      rotations=measured,
       rows=rows,
       examples=size,
       chunks=chunks.count,
@@ -279,16 +308,20 @@ class Captured:
       loss_scale=loss_scale,
       branch=self._loops.micro_batches,
     )
-    return backward, functools.partial(by_layer, resolved)
+    return backward, functools.partial(by_layer, resolved, rotations)
 
 
-def _zeros(layers: Layers, leaves: Sequence[Any], shards: batches.Shards) -> tuple[Factors, ...]:
-  """Zeros of the factors' shapes by shard, in float32 or the parameter's better precision."""
-  dtypes = [jnp.promote_types(leaves[layer.weight].dtype, jnp.float32) for layer in layers]
-  return tuple(
-    Factors(*(shards.zeros(shape, dtype) for shape in layer.factor_shapes))
-    for layer, dtype in zip(layers, dtypes, strict=True)
-  )
+def _zeros(
+  layers: Layers, dtypes: Sequence[Any], shards: batches.Shards, squares: bool
+) -> tuple[Statistics, ...]:
+  """Zeros of the statistics' shapes by shard, with second moments if `squares`."""
+
+  def zeros(layer, dtype):
+    factors = Factors(*(shards.zeros(shape, dtype) for shape in layer.factor_shapes))
+    S = shards.zeros((layer.stack, *layer.dims), dtype) if squares else None
+    return Statistics(factors, S)
+
+  return tuple(map(zeros, layers, dtypes))
 
 
 def _check_scale(scale):

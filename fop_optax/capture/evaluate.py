@@ -6,7 +6,7 @@ Descends only where accepted uses are; every other equation goes, untouched, to 
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -20,12 +20,21 @@ from fop_optax.capture.examples.values import Piece
 from fop_optax.capture.growth import NESTED
 from fop_optax.capture.kinds.table import Table
 from fop_optax.capture.resolve import Place, Resolved
+from fop_optax.capture.second_moments import Rotation, Statistics
 from fop_optax.capture.statistics import Moments, form_moments
 from fop_optax.capture.values import Key, Path, Product, Use
 
-# For each use zeros, [stack, ...] of what is left of its stack; for each mark those of its terms.
-Probes = dict[Key, Any]
 MARK = -1  # the `part` of a mark's key
+
+
+class Probe(NamedTuple):
+  """What a use needs to form statistics, all `[stack, ...]` of what is left of its stack."""
+
+  zeros: Statistics
+  rotation: Rotation | None
+
+
+Probes = dict[Key, Any]  # a `Probe` for each use; for each mark zeros, one for each of its terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +110,15 @@ class Evaluation:
     use = self.uses[keys[0]]
     x = _rows_operand(use.product, operands)
     (y,) = repeated.evaluate(jaxpr, equation, operands, None)
-    moments, zeros = [self.moments[key] for key in keys], [probes[key] for key in keys]
+    moments = [self.moments[key] for key in keys]
+    own = [probes[key].zeros for key in keys], [probes[key].rotation for key in keys], self.refresh
     if not use.repeats:
-      return form_moments(moments, x, y, zeros, self.refresh)
+      return form_moments(moments, x, y, *own)
     x_too = isinstance(x, repeated.Repeated)
     moments = [each.repeated(use.repeats, x_too) for each in moments]
     rows = repeated.repeat(y, use.repeats).rows
     x = x.rows if x_too else x
-    return repeated.Repeated(form_moments(moments, x, rows, zeros, self.refresh))
+    return repeated.Repeated(form_moments(moments, x, rows, *own))
 
   def _inline(self, equation, operands, probes, here, depth):
     inner, consts = _compat.open_jaxpr(flow.inner_jaxpr(equation))
@@ -199,5 +209,6 @@ def moments_of(
       every=1 if use.fixed else every,
       fold=use.fold,
       reduced=place in reduced,
+      fixed=use.fixed,
     )
   return out

@@ -154,7 +154,8 @@ def _sum_of_columns(
     factors = column(jnp.broadcast_to(chosen, z.shape).astype(z.dtype))
     # inputs do not depend on labels: their moments are counted once
     is_pair = lambda node: isinstance(node, Factors)
-    return jax.tree.map(lambda t, f: Factors(f.A, t.G + f.G), total, factors, is_leaf=is_pair)
+    plus = lambda t, f: Factors(f.A, t.G + f.G) if is_pair(f) else t + f
+    return jax.tree.map(plus, total, factors, is_leaf=is_pair)
 
   return lax.fori_loop(0, z.shape[classes] * math.prod(sizes), add, total)
 
@@ -179,8 +180,9 @@ def _axes(shape: Sequence[int], classes: int, examples: int) -> list[np.ndarray]
 def _separate(column, z: jax.Array, axes: Sequence[np.ndarray]) -> list[jax.Array]:
   """For each axis of terms, whether terms at different places along it reach no common row.
 
-  If so, signs that change along the axis change no factor: found out on a combination of
-  columns, with one pass for each binary digit of the places, so that any two differ in one of them.
+  Nor, where second moments are formed, a common example. If so, signs that change along the axis
+  change no factor: found out on a combination of columns, with one pass for each binary digit of
+  the places, so that any two differ in one of them.
   """
   digits = [(i, bit) for i, axis in enumerate(axes) for bit in range(int(axis.max()).bit_length())]
   v = jnp.cos(jnp.arange(z.size, dtype=z.dtype) ** 2 + 1).reshape(z.shape)
@@ -190,7 +192,8 @@ def _separate(column, z: jax.Array, axes: Sequence[np.ndarray]) -> list[jax.Arra
     for i, axis in enumerate(axes):
       signs = signs * jnp.where(pattern[0] == i, 1 - 2 * (axis >> pattern[1] & 1), 1)
     is_pair = lambda node: isinstance(node, Factors)
-    return [pair.G for pair in jax.tree.leaves(column(signs * v), is_leaf=is_pair)]
+    leaves = jax.tree.leaves(column(signs * v), is_leaf=is_pair)
+    return [leaf.G if is_pair(leaf) else leaf for leaf in leaves]
 
   found = lax.map(outputs, jnp.asarray([(len(axes), 0), *digits]))
   same = jnp.stack([_equal(G) for G in found]).all(axis=0)

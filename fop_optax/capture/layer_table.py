@@ -72,6 +72,14 @@ def sharing_note(paths: Sequence[str]) -> str:
   return f"Rows of each example added up (`sharing='reduce'`): {which}."
 
 
+def unmeasured_note(paths: Sequence[str]) -> list[str]:
+  """Which layers have no second moments of their own."""
+  if not paths:
+    return []
+  which = ", ".join(paths)
+  return [f"Rows not told apart by example, so that `basis=` measures nothing there: {which}."]
+
+
 def _shape(shape: tuple[int, ...]) -> str:
   return "x".join(map(str, shape)) or "scalar"
 

@@ -71,12 +71,16 @@ def probe(layer: Layer, place: Place, examples: int, like: Factors) -> Factors:
 
 def by_example(form: Callable[[jax.Array], jax.Array], array: jax.Array, piece: Piece) -> jax.Array:
   """`form` of each example's part of an array: `[stack, examples, ...]`."""
+  return jax.vmap(form, out_axes=1)(examples_first(array, piece))
+
+
+def examples_first(array: jax.Array, piece: Piece) -> jax.Array:
+  """Each example's part of an array, along a leading axis."""
   axis = piece.axis
   before, after = array.shape[:axis], array.shape[axis + 1 :]
   split = array.reshape(*before, piece.outer, piece.size, piece.inner, *after)
   split = jnp.moveaxis(split, axis + 1, 0)
-  split = split.reshape(piece.size, *before, piece.outer * piece.inner, *after)
-  return jax.vmap(form, out_axes=1)(split)
+  return split.reshape(piece.size, *before, piece.outer * piece.inner, *after)
 
 
 def factors(sums: Factors, diagonal: tuple[bool, bool], scale: tuple[float, float]) -> Factors:

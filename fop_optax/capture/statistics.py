@@ -8,7 +8,8 @@ of an identity on `y` returns, as the cotangent of a probe of zeros,
 with the numbers `a` and `g` that normalise them, formed from `x` and `dy` where they are at hand;
 `c` is the number that the loss multiplies `W` by, `h` the homogeneous coordinate of its bias. AD
 adds cotangents: a weight that is used twice, or constant over a scan, gets the sum, and one that a
-scan goes over gets a stack.
+scan goes over gets a stack. Where they are asked for, those of `fop_optax.capture.second_moments`
+are formed beside them.
 
 Where the examples are sharded the sums are over those of each device, along an axis of their own
 behind the stack: they are added up once all uses, groups and micro-batches are, outside of branches
@@ -24,15 +25,18 @@ from jax import lax
 import jax.numpy as jnp
 
 from fop_optax import _compat
+from fop_optax.capture import second_moments
 from fop_optax.capture.entries import Fold, Indices
 from fop_optax.capture.examples.values import Piece
 from fop_optax.capture.kinds.convolution import Convolution
 from fop_optax.capture.kinds.dense import Dense
+from fop_optax.capture.kinds.lookup import Lookup
 from fop_optax.capture.kinds.table import Table
-from fop_optax.capture.sharing import by_example
+from fop_optax.capture.second_moments import Rotation, Statistics
+from fop_optax.capture.sharing import by_example, examples_first
 from fop_optax.capture.values import ONE_HOT, Product
 from fop_optax.layers import Factors
-from fop_optax.moments import added_up
+from fop_optax.moments import added_up, sum_in_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +45,9 @@ class Moments:
 
   With a `homogeneous` layer its bias stands in the inputs, and so in the outputs of uses that are
   `flipped`. Of entries that repeat by `fold` the distinct ones count. Of the examples of a chunk
-  every `every`-th counts, `every` times, where `rows` says at which axes of x and y they lie. With
-  `reduced` the rows of each example are only added up: see `fop_optax.capture.sharing`.
+  every `every`-th counts, `every` times, where `rows` says at which axes of x and y they lie; those
+  that are `fixed` are of none. With `reduced` the rows of each example are only added up: see
+  `fop_optax.capture.sharing`.
   """
 
   product: Product
@@ -57,18 +62,29 @@ class Moments:
   every: int
   fold: Fold | None = None
   reduced: bool = False
+  fixed: bool = False
 
-  def __call__(self, x: jax.Array, dy: jax.Array, like: Factors) -> Factors:
+  def __call__(
+    self, x: jax.Array, dy: jax.Array, like: Statistics, U: Rotation | None
+  ) -> Statistics:
     """The sums over the rows of each shard, scaled, in the shapes and dtypes of `like`."""
     x, dy, count = self._thin(x, dy)
     if self.reduced:
-      return self._sums(x, dy, like)
+      return Statistics(self._sums(x, dy, like.factors))
+    factors = self._factors(x, dy, count, like.factors)
+    if like.S is None:
+      return Statistics(factors)
+    assert U is not None
+    return Statistics(factors, count * self.scale[1] * self._squares(x, dy, like.S, U))
+
+  def _factors(self, x: jax.Array, dy: jax.Array, count: int, like: Factors) -> Factors:
+    """Of the examples that are left, each of which is to count so often."""
     if jnp.iscomplexobj(dy):
       assert isinstance(self.product, Dense)
       product, x, dy = self.product.as_real(self.coefficient * x, dy)
       scale, examples = (count * self.scale[0], count * self.scale[1]), self.examples // self.every
       real = dataclasses.replace(self, product=product, coefficient=1.0, scale=scale)
-      return dataclasses.replace(real, examples=examples, every=1)(x, dy, like)
+      return dataclasses.replace(real, examples=examples, every=1)._factors(x, dy, 1, like)
     scale_a, scale_g = (count * scale for scale in self.scale)
     shards = like.A.shape[1]
     x_axis, y_axis = self._examples_at(x, dy) if shards > 1 else (None, None)
@@ -120,6 +136,53 @@ class Moments:
     elif self.homogeneous and not biased:
       a = _padded(a, 1)
     return Factors(a, g)
+
+  def _squares(self, x: jax.Array, dy: jax.Array, like: jax.Array, U: Rotation) -> jax.Array:
+    """`sum_n (U_A' V_n U_G)^2` over the examples of each shard, like `like`."""
+    looked_up = isinstance(self.product, Lookup)
+    of_rows = functools.partial(self._of_lookups if looked_up else second_moments.of_rows, U=U)
+    rows = jax.vmap(functools.partial(self._rows, dtype=like.dtype))
+
+    def form(x, dy):
+      if self.fixed:  # each row is of its own
+        return of_rows(*(jnp.swapaxes(v, 0, 2) for v in rows(x, dy)))
+      X, Y = jax.eval_shape(rows, x, dy)
+      one = second_moments.example_bytes(X.shape[1:], Y.shape[1:], like.dtype)
+      whole = like.size // like.shape[1] * like.dtype.itemsize if looked_up else 0
+      return sum_in_chunks(lambda x, dy: of_rows(*rows(x, dy)), (x, dy), one, whole)
+
+    if self.rows:
+      at_x, at_y = (piece._replace(size=piece.size // self.every) for piece in self.rows)
+      arrays, axis = (examples_first(x, at_x), examples_first(dy, at_y)), 0
+    else:  # all of it is of one example, or of none
+      arrays, axis = (x[None], dy[None]), None
+    return _by_shard(form, arrays, (axis, axis), like.shape[1])
+
+  def _rows(self, x: jax.Array, dy: jax.Array, dtype: jax.typing.DTypeLike):
+    """`[c x_r; h]` and `dy_r`, `[stack, rows, d]`; of a lookup the index instead of the former."""
+    product, fold = self.product, self.fold
+    assert isinstance(product, Dense | Convolution | Lookup)
+    Y = product.output_rows(dy, dtype)
+    if fold and fold.outputs:
+      Y = added_up(Y, 2, fold.outputs)
+    if isinstance(product, Lookup):
+      return product.input_rows(x), Y
+    X = product.input_rows(x, dtype)
+    if fold and fold.inputs:
+      X = added_up(X, 2, fold.inputs)
+    X *= jnp.asarray(self.coefficient, dtype)
+    if self.homogeneous:
+      X = jnp.concatenate([X, jnp.full((*X.shape[:2], 1), self.coordinate, dtype)], axis=2)
+    return X, Y
+
+  def _of_lookups(self, index: jax.Array, Y: jax.Array, U: Rotation) -> jax.Array:
+    assert isinstance(self.product, Lookup)
+    S = second_moments.of_lookups(index, Y, U, self.product.inputs)
+    S *= jnp.asarray(self.coefficient, Y.dtype) ** 2
+    if not self.homogeneous:
+      return S
+    bias = jnp.full((*Y.shape[:3], 1), self.coordinate, Y.dtype)
+    return jnp.concatenate([S, second_moments.of_rows(bias, Y, U)], axis=1)
 
   def _examples_at(self, x: jax.Array, dy: jax.Array) -> tuple[int | None, int | None]:
     """Axes of x and of y along which shards of the examples are taken, None where there is none.
@@ -188,7 +251,8 @@ def form_moments(
   moments: Sequence[Moments],
   x: jax.Array,
   y: jax.Array,
-  probes: Sequence[Factors],
+  probes: Sequence[Statistics],
+  rotations: Sequence[Rotation | None],
   refresh: jax.Array | None,
 ) -> jax.Array:
   """`y`, in the backward pass of which the statistics become the cotangent of `probes`.
@@ -197,37 +261,40 @@ def form_moments(
     moments: what to form, for each part of the weight.
     x: the other operand of the product.
     y: its output.
-    probes: zeros of the factors' shapes, with an axis of shards behind the stack.
+    probes: zeros of the statistics' shapes, with an axis of shards behind the stack.
+    rotations: for each of them the basis of its second moments, where it has some.
     refresh: a traced bool, or None for always.
   """
   like = jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype), list(probes))
   types = jax.tree.map(jax.typeof, list(probes))
 
-  def form(x, dy):
-    sums = [each(x, dy, shapes) for each, shapes in zip(moments, like, strict=True)]
+  def form(x, dy, rotations):
+    each = zip(moments, like, rotations, strict=True)
+    sums = [own(x, dy, shapes, rotation) for own, shapes, rotation in each]
     return jax.tree.map(_compat.sharded_like, sums, types)
 
   @jax.custom_vjp
-  def identity(y, x, probes, refresh):
-    del x, probes, refresh
+  def identity(y, x, probes, rotations, refresh):
+    del x, probes, rotations, refresh
     return y
 
-  def forward(y, x, probes, refresh):
+  def forward(y, x, probes, rotations, refresh):
     del probes
-    return y, (x, refresh)
+    return y, (x, rotations, refresh)
 
   def backward(residuals, dy):
-    x, refresh = residuals
+    x, rotations, refresh = residuals
     if refresh is None:
-      return dy, None, form(x, dy), None
+      return dy, None, form(x, dy, rotations), None, None
     skip = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), like)
     skip = jax.tree.map(_compat.sharded_like, skip, types)
     skip = _compat.vary(skip, _compat.varying((x, dy)))
     # products only inside the branch: gradients of convolutions would be slow there on CPU
-    return dy, None, lax.cond(refresh, lambda: form(x, dy), lambda: skip), None
+    statistics = lax.cond(refresh, lambda: form(x, dy, rotations), lambda: skip)
+    return dy, None, statistics, None, None
 
   identity.defvjp(forward, backward)
-  return identity(y, x, list(probes), refresh)
+  return identity(y, x, list(probes), list(rotations), refresh)
 
 
 def _by_shard(

@@ -62,8 +62,12 @@ class Damping(NamedTuple):
 
   def of(self, A: Size, G: Size) -> jax.Array:
     """Lambda, in the dtype of the factors."""
-    absolute, relative = (x.astype(A.trace.dtype) for x in self)
-    return absolute + relative * A.mean * G.mean
+    return self.at(A.mean * G.mean)
+
+  def at(self, mean: jax.Array) -> jax.Array:
+    """Lambda for blocks of this mean eigenvalue, in its dtype."""
+    absolute, relative = (x.astype(mean.dtype) for x in self)
+    return absolute + relative * mean
 
 
 def split_damping(A: Size, G: Size, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -84,12 +88,13 @@ def split_damping(A: Size, G: Size, damping: jax.Array) -> tuple[jax.Array, jax.
   return pi * root, root / pi
 
 
-def block_rounding(A: Size, G: Size) -> jax.Array:
-  """The size of rounding errors in the small eigenvalues of `F`: `4 eps |A|_F |G|_F`.
+def block_rounding(A: Size, G: Size, norm: jax.Array | None = None) -> jax.Array:
+  """The size of rounding errors in the small eigenvalues of `F`: `4 eps |F|_F`.
 
-  A gradient is not known better either: divided by less, its rounding would be the direction.
+  A gradient is not known better either: divided by less, its rounding would be the direction. The
+  `norm` of `F` is `|A|_F |G|_F` unless it is given.
   """
-  return jnp.maximum(A.resolution, G.resolution) * A.norm * G.norm
+  return jnp.maximum(A.resolution, G.resolution) * (A.norm * G.norm if norm is None else norm)
 
 
 def add_damping(factor: jax.Array, damping: jax.Array) -> jax.Array:

@@ -38,11 +38,16 @@ def init_running(shapes: tuple[tuple[int, ...], ...], blocks: int, dtype) -> Run
 def fold(running: Running, new: Factors, finite: jax.Array, decay: jax.Array) -> Running:
   """Folds new statistics into a block's factors, unless they are not finite: those are counted."""
   folds = running.folds + finite
-  t = jnp.maximum(folds, 1).astype(new.A.dtype)
-  weight = jnp.minimum(1 - 1 / t, decay.astype(new.A.dtype))
+  weight = old_weight(folds, decay, new.A.dtype)
   factors = jax.tree.map(
     lambda old, new: jnp.where(finite, weight * old + (1 - weight) * new, old),
     running.factors,
     new,
   )
   return Running(factors, folds, running.nonfinite + ~finite)
+
+
+def old_weight(folds: jax.Array, decay: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """The weight of the old average when the `folds`-th statistics come."""
+  t = jnp.maximum(folds, 1).astype(dtype)
+  return jnp.minimum(1 - 1 / t, decay.astype(dtype))

@@ -3,7 +3,9 @@
 A *scaling* says what `M`, the damped Fisher block, is and how its inverse is kept:
 
 - "factored": `M = (A + pi sqrt(lambda) I) (x) (G + sqrt(lambda) / pi I)`, the inverses of both;
-- "exact": `M = A (x) G + lambda I`, the eigenvectors and eigenvalues of both.
+- "exact": `M = A (x) G + lambda I`, the eigenvectors and eigenvalues of both;
+- "eigenvalue": `M = (U_A (x) U_G) diag(S + lambda) (U_A (x) U_G)'`, the eigenvectors of both, and
+  `S`, a running average of second moments of gradients in that basis (EKFAC).
 
 Damping below the rounding of `F` in its precision is raised to it, block by block: inverted as they
 are, eigenvalues that ought to be zero would blow up what rounding left of the gradient there.
@@ -31,7 +33,15 @@ from fop_optax.curvature.damping import (
   trace_of,
 )
 from fop_optax.curvature.positive import positive_inverse
-from fop_optax.curvature.precondition import Side, multiply, sandwich, transposed
+from fop_optax.curvature.precondition import (
+  Side,
+  in_basis,
+  matmul,
+  multiply,
+  norm,
+  sandwich,
+  transposed,
+)
 from fop_optax.curvature.stacks import by_block, by_shape, per_stack
 from fop_optax.layers import Factors
 
@@ -60,24 +70,39 @@ class ExactInverse(NamedTuple):
   added: jax.Array  # shape=(): what of it was added because less would be rounding
 
 
+class EigenvalueInverse(NamedTuple):
+  """Eigenvectors of both factors (None for a diagonal one), second moments of gradients in them."""
+
+  basis_A: Side
+  basis_G: Side
+  S: jax.Array  # [rows, outputs], of now
+  damping: jax.Array  # shape=(): lambda when the basis was made, or its rounding
+  added: jax.Array  # shape=(): what of it was added because less would be rounding
+
+
 class Scaling(NamedTuple):
   """How one kind of inverse is made, for all stacks, and used, for one block."""
 
-  empty: Callable[[Factors], Any]  # factors of a block -> inverse of zeros
-  # Factors of each stack, damping, which blocks are due (None: all) -> inverses of each stack, and
-  # for each block whether it is sound.
-  invert: Callable[[Sequence[Factors], Damping, jax.Array | None], tuple[list[Any], jax.Array]]
+  empty: Callable[[Factors], Any]  # factors of a block -> an inverse that takes all to zero
+  # Factors of each stack, damping, which blocks are due (None: all), inverses so far -> inverses of
+  # each stack, and for each block whether it is sound.
+  invert: Callable[..., tuple[list[Any], jax.Array]]
   solve: Callable[[Any, jax.Array], jax.Array]  # V -> M^-1 V
   damped: Callable[[Any, Factors, jax.Array], jax.Array]  # V -> M V
+  fisher: Callable[[Any, Factors, jax.Array], jax.Array]  # V -> F V
+  norm: Callable[[Any, Factors], jax.Array]  # |F|_F
+  squares: bool = False  # whether its inverses have an `S`
 
 
 def factored_invert(
   stacks: Sequence[Factors],
   damping: Damping,
-  due: jax.Array | None = None,
+  due: jax.Array | None,
+  kept: Sequence["Inverse"],
   split: Split = split_damping,
 ) -> tuple[list[FactoredInverse], jax.Array]:
   """Both damped factors of each block inverted; `split` shares the damping out."""
+  del kept
   A, G = _sizes(stacks)
   asked = damping.of(A, G)
   asked_A, asked_G = split(A, G, asked)
@@ -120,7 +145,8 @@ def _factored_damped(inverse, factors, V):
   return sandwich(A, V, G)
 
 
-def _exact_invert(stacks, damping, due=None):
+def _exact_invert(stacks, damping, due, kept):
+  del kept
   A, G = _sizes(stacks)
   asked = damping.of(A, G)
   raised = jnp.maximum(asked, block_rounding(A, G))
@@ -163,18 +189,112 @@ def _exact_empty(factors):
 
 def _exact_solve(inverse, V):
   # vec(V) -> (U_A (x) U_G) (l_A (x) l_G + lambda)^-1 (U_A (x) U_G)' vec(V)
-  rotated = sandwich(transposed(inverse.basis_A), V, inverse.basis_G)
-  rotated /= jnp.outer(inverse.values_A, inverse.values_G) + inverse.damping
-  return sandwich(inverse.basis_A, rotated, transposed(inverse.basis_G))
+  values = jnp.outer(inverse.values_A, inverse.values_G) + inverse.damping
+  return in_basis(inverse.basis_A, inverse.basis_G, lambda rotated: rotated / values, V)
 
 
 def _exact_damped(inverse, factors, V):
   return multiply(factors, V) + inverse.damping * V
 
 
+def _eigenvalue_invert(stacks, damping, due, kept):
+  A, G = _sizes(stacks)
+  of_A, of_G = _each_side(_eigen, stacks, (A.trace, G.trace), due)
+  turns = _per_stack(due, stacks)
+  sides = zip(of_A, of_G, strict=True)
+  S = [_each(_carried, *own) for own in zip(sides, kept, turns, strict=True)]
+  of_S = [jax.vmap(size)(s.reshape(len(s), -1)) for s in S]
+  asked = damping.at(jnp.concatenate([own.mean for own in of_S]))
+  rounding = block_rounding(A, G, jnp.concatenate([own.norm for own in of_S]))
+  raised = jnp.maximum(asked, rounding)
+  low = jnp.concatenate([jnp.min(s, axis=(1, 2)) for s in S])
+  low_A, low_G = (jnp.concatenate([low for *_, low in side]) for side in (of_A, of_G))
+  numbers = raised, raised - asked
+  found = jnp.stack([low_A, low_G, 1 / (low + raised), *numbers])
+  inverses = [
+    EigenvalueInverse(a, g, s, *(x.astype(s.dtype) for x in own))
+    for (a, *_), (g, *_), s, own in zip(of_A, of_G, S, _per_stack(numbers, stacks), strict=True)
+  ]
+  return inverses, jnp.all(jnp.isfinite(found), axis=0)
+
+
+def _carried(sides, old):
+  """`S` in a new basis."""
+  # Statistics are measured in the basis that the state holds: S is in the old one. What has the
+  # diagonal S there, F = U_old diag(S) U_old', has in the new one the diagonal P_A S P_G' with the
+  # squared overlaps P = (U_new' U_old)^2. Their rows and columns add up to one: S stays positive
+  # and keeps its trace. The first statistics find no basis: theirs is that of A (x) G, which
+  # counts as theirs in the average and fades with them.
+  (basis_A, values_A, _), (basis_G, values_G, _) = sides
+  overlap = lambda new, old: None if new is None else matmul(new.T, old) ** 2
+  P_A, P_G = overlap(basis_A, old.value.basis_A), overlap(basis_G, old.value.basis_G)
+  carried = sandwich(P_A, old.value.S, transposed(P_G))
+  return jnp.where(old.made > 0, carried, jnp.outer(values_A, values_G))
+
+
+def _eigenvalue_empty(factors):
+  empty, ones = _exact_empty(factors), jnp.ones((len(factors.A), len(factors.G)), factors.A.dtype)
+  return EigenvalueInverse(empty.basis_A, empty.basis_G, ones, empty.damping, empty.added)
+
+
+def _eigenvalue_solve(inverse, V):
+  # vec(V) -> (U_A (x) U_G) diag(S + lambda)^-1 (U_A (x) U_G)' vec(V)
+  values = inverse.S + inverse.damping
+  return in_basis(inverse.basis_A, inverse.basis_G, lambda rotated: rotated / values, V)
+
+
+def _eigenvalue_damped(inverse, factors, V):
+  del factors
+  values = inverse.S + inverse.damping
+  return in_basis(inverse.basis_A, inverse.basis_G, lambda rotated: values * rotated, V)
+
+
+def _eigenvalue_fisher(inverse, factors, V):
+  del factors
+  return in_basis(inverse.basis_A, inverse.basis_G, lambda rotated: inverse.S * rotated, V)
+
+
+def _eigenvalue_norm(inverse, factors):
+  del factors
+  return jnp.linalg.norm(inverse.S)
+
+
+def _kronecker_fisher(inverse, factors, V):
+  del inverse
+  return multiply(factors, V)
+
+
+def _kronecker_norm(inverse, factors):
+  del inverse
+  return norm(factors)
+
+
 SCALINGS = {
-  "factored": Scaling(_factored_empty, factored_invert, _factored_solve, _factored_damped),
-  "exact": Scaling(_exact_empty, _exact_invert, _exact_solve, _exact_damped),
+  "factored": Scaling(
+    empty=_factored_empty,
+    invert=factored_invert,
+    solve=_factored_solve,
+    damped=_factored_damped,
+    fisher=_kronecker_fisher,
+    norm=_kronecker_norm,
+  ),
+  "exact": Scaling(
+    empty=_exact_empty,
+    invert=_exact_invert,
+    solve=_exact_solve,
+    damped=_exact_damped,
+    fisher=_kronecker_fisher,
+    norm=_kronecker_norm,
+  ),
+  "eigenvalue": Scaling(
+    empty=_eigenvalue_empty,
+    invert=_eigenvalue_invert,
+    solve=_eigenvalue_solve,
+    damped=_eigenvalue_damped,
+    fisher=_eigenvalue_fisher,
+    norm=_eigenvalue_norm,
+    squares=True,
+  ),
 }
 
 
@@ -199,11 +319,11 @@ def _sides(A: Sequence[Any], G: Sequence[Any]) -> list[Any]:
   return [side for pair in zip(A, G, strict=True) for side in pair]
 
 
-def _each(function, factors, dampings, due=None):
+def _each(function, first, second, due=None):
   """`function` of each block, along the leading axes; zeros for those that are not due."""
-  shapes = jax.eval_shape(jax.vmap(function), factors, dampings)
+  shapes = jax.eval_shape(jax.vmap(function), first, second)
   nothing = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), shapes)
-  return by_block(function, nothing, factors, dampings, due=due)
+  return by_block(function, nothing, first, second, due=due)
 
 
 def _per_stack(flat: Any, stacks: Sequence[Factors]) -> list[Any]:
@@ -213,9 +333,14 @@ def _per_stack(flat: Any, stacks: Sequence[Factors]) -> list[Any]:
 class Inverse(NamedTuple):
   """A block's inverse, or those of a stack of blocks with a leading axis everywhere."""
 
-  value: FactoredInverse | ExactInverse
+  value: FactoredInverse | ExactInverse | EigenvalueInverse
   made: jax.Array  # int32, shape=(): inverses stored
   failed: jax.Array  # int32, shape=(): inverses refused because they were not finite
+
+  def with_S(self, S: jax.Array) -> "Inverse":
+    """EKFAC's with other second moments."""
+    assert isinstance(self.value, EigenvalueInverse)
+    return self._replace(value=self.value._replace(S=S))
 
 
 def init_inverse(factors: Factors, scaling: Scaling) -> Inverse:
@@ -237,7 +362,7 @@ def remake(
   Blocks that are not `known`, without statistics, are left without an inverse; those that are not
   `due` (None: all are) with the one they have.
   """
-  values, sound = scaling.invert(stacks, damping, due)
+  values, sound = scaling.invert(stacks, damping, due, inverses)
   tried = known if due is None else known & due
   counted = _per_stack((tried & sound, tried & ~sound), stacks)
 

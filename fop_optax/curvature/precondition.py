@@ -5,6 +5,7 @@ precision: on accelerators the default rounds float32 operands to fewer bits, wh
 an ill-conditioned factor multiplies.
 """
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -29,6 +30,13 @@ def sandwich(left: Side, V: jax.Array, right: Side) -> jax.Array:
 def multiply(factors: Factors, V: jax.Array) -> jax.Array:
   """`F V = A V G`."""
   return sandwich(factors.A, V, factors.G)
+
+
+def in_basis(
+  A: Side, G: Side, function: Callable[[jax.Array], jax.Array], V: jax.Array
+) -> jax.Array:
+  """`A f(A' V G) G'`, a function of entries in the bases `A` and `G`."""
+  return sandwich(A, function(sandwich(transposed(A), V, G)), transposed(G))
 
 
 def transposed(side: Side) -> Side:

@@ -98,9 +98,18 @@ def stack_factors(
     zeros = Factors(*(jnp.zeros(shape, dtype) for shape in stack.factor_shapes))
     return zeros, jnp.ones(stack.blocks, bool)
   members = [jax.tree.map(lambda f: f.astype(dtype), factors[i]) for i in stack.layers]
-  finite = lambda f: jnp.all(jnp.isfinite(f), axis=range(1, f.ndim))
-  sound = _concatenate([finite(f.A) & finite(f.G) for f in members])
+  sound = _concatenate([_finite(f.A) & _finite(f.G) for f in members])
   return Factors(_concatenate([f.A for f in members]), _concatenate([f.G for f in members])), sound
+
+
+def stack_squares(
+  stack: Stack, second_moments: Sequence[jax.Array], dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+  """The second moments of the layers of `stack`, as `stack_factors`."""
+  if not stack.layers:
+    return jnp.zeros((stack.blocks, *stack.dims), dtype), jnp.ones(stack.blocks, bool)
+  members = [second_moments[i].astype(dtype) for i in stack.layers]
+  return _concatenate(members), _concatenate([_finite(S) for S in members])
 
 
 def unstack(
@@ -186,6 +195,10 @@ def per_stack(flat: Any, blocks: Sequence[int]) -> list[Any]:
 def dtype_of(leaf: Any) -> Any:
   """dtype of an array, of a `jax.ShapeDtypeStruct` or of a Python number."""
   return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def _finite(blocks):
+  return jnp.all(jnp.isfinite(blocks), axis=range(1, blocks.ndim))
 
 
 def _concatenate(arrays):

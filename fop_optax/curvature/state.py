@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax.curvature.damping import Damping
-from fop_optax.curvature.factors import Fold, Running, init_running
-from fop_optax.curvature.inverse import Inverse, Scaling, init_inverse, remake
-from fop_optax.curvature.stacks import Stack, dtype_of, stack_factors
+from fop_optax.curvature.factors import Fold, Running, init_running, old_weight
+from fop_optax.curvature.inverse import EigenvalueInverse, Inverse, Scaling, init_inverse, remake
+from fop_optax.curvature.stacks import Stack, dtype_of, stack_factors, stack_squares
 from fop_optax.curvature.steps import Finite, Period, Steps, no_steps, whole_period
-from fop_optax.layers import Factors, Layers
+from fop_optax.layers import Layers, Stats
 
 
 class StackState(NamedTuple):
@@ -102,34 +102,19 @@ def empty_curvature(
 def advance(
   state: CurvatureState,
   stacks: Sequence[Stack],
-  factors: Sequence[Factors],
-  refresh: jax.Array,
+  stats: Stats,
   finite: Finite,
   damping: Damping,
   options: CurvatureOptions,
 ) -> CurvatureState:
-  """One step: folds statistics in if `refresh`, remakes the inverses that are due.
+  """One step: folds statistics in if there are some, remakes the inverses that are due.
 
   A step whose loss or gradient is not `finite` is counted and changes nothing else; the count
   stands still, so that a refresh that fell on it is made up for by the next.
   """
   _, inverse_period = options.periods(state.steps.count)
-  refresh = jnp.asarray(refresh) & finite.both
-  decay = jnp.asarray(options.decay)
-
-  def fold_all(running):
-    news = [
-      stack_factors(stack, factors, s.dtype) for stack, s in zip(stacks, state.stacks, strict=True)
-    ]
-    return tuple(
-      jax.vmap(options.fold, (0, 0, 0, None))(old, new, sound, decay)
-      for old, (new, sound) in zip(running, news, strict=True)
-    )
-
-  running = tuple(s.running for s in state.stacks)
-  running = jax.lax.cond(refresh, fold_all, lambda running: running, running)
-
-  kept = tuple(s.inverse for s in state.stacks)
+  refresh = stats.refresh & finite.both
+  running, kept = _folded(state, stacks, stats, refresh, options)
   due = refresh
   if options.stagger:
     due = _turns(kept, running, state.steps.count % inverse_period, inverse_period) & finite.both
@@ -148,6 +133,40 @@ def advance(
       StackState(r, i, s.layer) for r, i, s in zip(running, inverse, state.stacks, strict=True)
     ),
   )
+
+
+def _folded(
+  state: CurvatureState,
+  stacks: Sequence[Stack],
+  stats: Stats,
+  refresh: jax.Array,
+  options: CurvatureOptions,
+) -> tuple[tuple[Running, ...], tuple[Inverse, ...]]:
+  """Running factors, and inverses with running second moments, after statistics if `refresh`."""
+  decay = jnp.asarray(options.decay)
+  fold = jax.vmap(options.fold, (0, 0, 0, None))
+  kept = tuple(s.inverse for s in state.stacks)
+
+  def fold_stack(stack, old, inverse):
+    running, S = old
+    new, sound = stack_factors(stack, stats.factors, running.factors.A.dtype)
+    if S is None:
+      return fold(running, new, sound, decay), None
+    new_S, finite = stack_squares(stack, stats.second_moments, S.dtype)
+    sound &= finite
+    running = fold(running, new, sound, decay)
+    measured = sound & (inverse.made > 0)  # else there was no basis to measure them in
+    measured, weight = (
+      x[:, None, None] for x in (measured, old_weight(running.folds, decay, S.dtype))
+    )
+    return running, jnp.where(measured, weight * S + (1 - weight) * new_S, S)
+
+  S = [i.value.S if isinstance(i.value, EigenvalueInverse) else None for i in kept]
+  pairs = tuple(zip((s.running for s in state.stacks), S, strict=True))
+  fold_all = lambda pairs: tuple(map(fold_stack, stacks, pairs, kept))
+  pairs = jax.lax.cond(refresh, fold_all, lambda pairs: pairs, pairs)
+  inverses = (i if S is None else i.with_S(S) for i, (_, S) in zip(kept, pairs, strict=True))
+  return tuple(running for running, _ in pairs), tuple(inverses)
 
 
 def _remake(kept, running, due, damping, scaling):

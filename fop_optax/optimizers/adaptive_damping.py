@@ -68,7 +68,7 @@ def adapt_damping(
       " number for the damping and not a schedule."
     )
   ((fields),) = found.values()
-  count, *_ = fields["steps"]
+  count, *_ = fields["steps"].values()
   factor = jnp.asarray(decay) ** every
   rho = jnp.asarray(ratio)
   change = jnp.where(rho > 0.75, factor, jnp.where(rho >= 0.25, 1, 1 / factor))

@@ -1,6 +1,6 @@
 """What K-FAC and FOP share: options, checks of what comes in, and the way in and out of a step."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
 import numbers
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import optax
 from fop_optax import _compat
 from fop_optax.curvature import factors, per_example_factors
 from fop_optax.curvature.damping import Damping
-from fop_optax.curvature.inverse import SCALINGS
+from fop_optax.curvature.inverse import SCALINGS, Scaling
 from fop_optax.curvature.stacks import (
   Stack,
   dtype_of,
@@ -28,6 +28,7 @@ from fop_optax.curvature.state import (
 )
 from fop_optax.curvature.steps import Finite
 from fop_optax.layers import Layers, Stats, is_masked
+from fop_optax.optimizers.bases import check_second_moments
 from fop_optax.optimizers.refresh import WarmupPeriod
 from fop_optax.optimizers.whole_steps import all_finite, whole_steps
 
@@ -58,7 +59,7 @@ class Options:
   per_example: bool = False  # whether statistics are those of `curvature.per_example_factors`
 
   def __post_init__(self):
-    one_of("scaling", self.scaling, tuple(SCALINGS))
+    one_of("scaling", self.scaling, tuple(self._scalings))
     for name in ("damping", "relative_damping"):
       check(name, getattr(self, name), lambda x: x >= 0, "at least 0")
     check("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
@@ -79,17 +80,18 @@ class Options:
   @property
   def curvature(self) -> CurvatureOptions:
     """The part of it that the curvature needs."""
-    scalings, fold = SCALINGS, factors.fold
-    if self.per_example:
-      scalings, fold = per_example_factors.SCALINGS, per_example_factors.fold
     return CurvatureOptions(
       self.decay,
-      scalings[self.scaling],
-      fold,
+      self._scalings[self.scaling],
+      per_example_factors.fold if self.per_example else factors.fold,
       self.curvature_update_period,
       self.inverse_update_period,
       self.stagger,
     )
+
+  @property
+  def _scalings(self) -> Mapping[str, Scaling]:
+    return per_example_factors.SCALINGS if self.per_example else SCALINGS
 
 
 def check_layers(layers: Any) -> Layers:
@@ -192,9 +194,7 @@ def begin(
   gradients = all_finite([tree[leaf] for tree in [leaves, *trees] for leaf in own])
   finite = Finite(jnp.isfinite(stats.loss), gradients & fallback_finite)
   damping = options.damping_at(state.steps.count)
-  curvature = advance(
-    state, stacks, stats.factors, stats.refresh, finite, damping, options.curvature
-  )
+  curvature = advance(state, stacks, stats, finite, damping, options.curvature)
   resolutions = [_resolution(stack, layers, leaves) for stack in stacks]
   return Step(stacks, matrices, others, resolutions, curvature, updates, leaves)
 
@@ -291,7 +291,7 @@ def keep_dtypes(
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def check_stats(layers: Layers, stats: Any, updates: Any, state: Any) -> Stats:
+def check_stats(options: Options, layers: Layers, stats: Any, updates: Any, state: Any) -> Stats:
   """Checks that `stats` came, from a loss with these layers, and are averaged over devices."""
   if stats is None:
     raise ValueError(
@@ -310,6 +310,8 @@ def check_stats(layers: Layers, stats: Any, updates: Any, state: Any) -> Stats:
       f" {[layer.factor_shapes for layer in layers]}. `layers` and `stats` should come from the"
       " same `captured`."
     )
+  if options.curvature.scaling.squares:
+    check_second_moments(layers, stats)
   if len(stats.contrasts) != layers.groups - 1:
     raise ValueError(
       f"`stats` have {len(stats.contrasts)} contrasts, but these layers were captured with"

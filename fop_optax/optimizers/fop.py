@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fop_optax.curvature import precondition
 from fop_optax.curvature.inverse import Scaling
 from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers, Stats
@@ -150,7 +149,7 @@ def project(
     updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
   ):
     del params, extra_args
-    stats = common.check_stats(layers, stats, updates, state)
+    stats = common.check_stats(options, layers, stats, updates, state)
     return apply(updates, state, stats, fallback_finite)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -168,7 +167,7 @@ def _block_direction(
   """`fop_direction` with the metric and the inverse of one block."""
   factors, inverse = state.running.factors, state.inverse.value
   multiply, fisher_norm = {
-    "fisher": (lambda V: precondition.multiply(factors, V), precondition.norm(factors)),
+    "fisher": (lambda V: scaling.fisher(inverse, factors, V), scaling.norm(inverse, factors)),
     # M with the running factors of now, damped as when they were last inverted.
     "damped": (lambda V: scaling.damped(inverse, factors, V), 0.0),
     "inverse": (None, 0.0),
@@ -237,7 +236,8 @@ def fop(
     nesterov: whether momentum looks ahead.
     weight_decay: decoupled decay, times the learning rate.
     mask: which leaves decay.
-    scaling: `"factored"` or `"exact"`.
+    scaling: `"factored"`, `"exact"` or `"eigenvalue"`; with the last `F` is EKFAC's,
+      `(U_A (x) U_G) diag(S) (U_A (x) U_G)'`.
     curvature_update_period: statistics every that many steps (the paper's curvature interval); at
       each of the first 20, then every 10.
     inverse_update_period: inverses every that many steps; None: whenever statistics came.

@@ -79,7 +79,7 @@ def precondition(options: Options, layers: Layers) -> optax.GradientTransformati
     updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
   ):
     del params, extra_args
-    stats = common.check_stats(layers, stats, updates, state)
+    stats = common.check_stats(options, layers, stats, updates, state)
     return apply(updates, state, stats, fallback_finite)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -112,9 +112,21 @@ def kfac(
   .. math::
     M^{-1} V = (A + \pi \sqrt\lambda I)^{-1} \, V \, (G + \sqrt\lambda / \pi \, I)^{-1}
 
-  or, with `scaling="exact"`, :math:`(A \otimes G + \lambda I)^{-1} V`. Then come momentum,
-  decoupled weight decay and the learning rate. Statistics of the present batch enter before its
-  gradient is preconditioned, so that the first step is exact.
+  or, with `scaling="exact"`, :math:`(A \otimes G + \lambda I)^{-1} V`. With `"eigenvalue"` (EKFAC)
+  only the eigenvectors of the factors are kept, and the rest is measured in their basis:
+
+  .. math::
+    M^{-1} V = U_A \big[ (U_A^\top V U_G) / (S + \lambda) \big] U_G^\top, \qquad
+    S = E_n \big[ (U_A^\top V_n U_G)^2 \big]
+
+  entry by entry, with the gradient `V_n` of example n's own loss, so that `S` is the diagonal of
+  the Fisher block in that basis. It comes from `captured.value_and_grad(...,
+  basis=fop_optax.bases(opt_state))`, which says what counts as one gradient, and is averaged like
+  the factors. The first statistics find no basis: they count with the diagonal of `A (x) G`. Under
+  a new basis `S` is carried over by the squared overlaps of the eigenvectors, not begun anew.
+
+  Then come momentum, decoupled weight decay and the learning rate. Statistics of the present batch
+  enter before its gradient is preconditioned, so that the first step is exact.
 
   If the loss, a gradient or the update is not finite, the whole step is skipped: the update is zero
   for every parameter, and momentum, weight decay and fallback stand still with the count. Skipped
@@ -133,8 +145,9 @@ def kfac(
     damping: lambda, a number, an array or a schedule of the step, in units of the loss' curvature.
       Given alone, that is all; where neither is given, `relative_damping` is 1.
     relative_damping: lambda in units of each block's mean eigenvalue,
-      :math:`\mathrm{tr} A \, \mathrm{tr} G / (\dim A \dim G)`: the direction does not depend on
-      the units of the loss then, nor on how far it has come down. With both, their sum.
+      :math:`\mathrm{tr} A \, \mathrm{tr} G / (\dim A \dim G)`, with `scaling="eigenvalue"` the mean
+      of `S`: the direction does not depend on the units of the loss then, nor on how far it has
+      come down. With both, their sum.
     decay: weight of the old average when statistics are folded in; less in the beginning, so that
       the average starts exact.
     momentum: decay of the trace of directions, None for none.
@@ -143,11 +156,12 @@ def kfac(
       the default `fallback` takes care of.
     mask: which leaves decay, a tree of bools or a callable of params, as in `optax.adamw`. Under
       `optax.inject_hyperparams` declare a callable with `static_args="mask"`.
-    scaling: `"factored"` or `"exact"`.
+    scaling: `"factored"`, `"exact"` or `"eigenvalue"`.
     curvature_update_period: statistics every that many steps, a number or a schedule of the step,
       through :func:`fop_optax.refresh_due`; statistics that come are folded in whatever the period.
       By default :class:`fop_optax.WarmupPeriod`: at each of the first 20 steps, then every 10.
-    inverse_update_period: inverses every that many steps, likewise; None: whenever statistics came.
+    inverse_update_period: inverses (or eigenbases) every that many steps, likewise; None: whenever
+      statistics came.
     stagger: whether blocks take turns to remake their inverses, so that no step pays for all.
     norm_constraint: kappa, a number or a schedule: the step that is taken, rate and momentum in it,
       has at most this squared length in the damped Fisher metric, which is twice the KL divergence
@@ -187,6 +201,9 @@ def kfac(
   References:
     Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
     <https://arxiv.org/abs/1503.05671>`_, 2015
+
+    George et al., `Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis
+    <https://arxiv.org/abs/1806.03884>`_, 2018
   """
   options = Options(
     damping=damping,

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from fop_optax.curvature.state import CurvatureState
 
+Names = tuple[str, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class WarmupPeriod:
@@ -44,22 +46,49 @@ class WarmupPeriod:
     return jnp.where(jnp.asarray(count) < self.steps, 1, self.period)
 
 
-def curvature_states(opt_state: Any) -> dict[str, dict[str, list[jax.Array]]]:
-  """Curvature states in a tree: where each is -> its field -> the arrays under that field.
+def curvature_states(opt_state: Any) -> dict[str, dict[str, dict[Names, jax.Array]]]:
+  """Curvature states in a tree: where each is -> its field -> names below it -> array.
 
   Found by the names of its fields and not by its type, which Flax NNX (a `State` of Variables) and
   checkpoints (nested dictionaries) do not keep.
   """
-  found: dict[str, dict[str, list[jax.Array]]] = {}
+  found: dict[str, dict[str, dict[Names, jax.Array]]] = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
-    names = [str(getattr(key, "name", getattr(key, "key", None))) for key in path]
+    names = tuple(map(_name, path))
     for depth, name in reversed(list(enumerate(names))):
       if name in CurvatureState._fields:
         fields = found.setdefault(jax.tree_util.keystr(path[:depth]), {})
-        fields.setdefault(name, []).append(leaf)
+        fields.setdefault(name, {})[names[depth + 1 :]] = leaf
         break
   wanted = set(CurvatureState._fields)
   return {where: fields for where, fields in found.items() if set(fields) == wanted}
+
+
+def _name(key: Any) -> str:
+  """Of an attribute, a key or an index."""
+  kinds = (kind for kind in ("name", "key", "idx") if hasattr(key, kind))
+  return str(getattr(key, next(kinds, ""), None))
+
+
+def curvature_state(opt_state: Any, who: str) -> dict[str, dict[Names, jax.Array]]:
+  """The fields of the one curvature state in a tree.
+
+  Raises:
+    ValueError: if there is none, or more than one.
+  """
+  found = curvature_states(opt_state)
+  if not found:
+    raise ValueError(
+      f"`{who}(opt_state)` found no curvature state. Pass the whole state that"
+      " `tx.init(params)` made, with `tx` a `fop_optax` optimizer such as `kfac` or `fop`."
+    )
+  if len(found) > 1:
+    raise ValueError(
+      f"`{who}(opt_state)` found {len(found)} curvature states, at"
+      f" {' and '.join(f'opt_state{where}' for where in found)}. Pass the part of one of them."
+    )
+  ((fields),) = found.values()
+  return fields
 
 
 def refresh_due(opt_state: Any) -> jax.Array:
@@ -84,17 +113,6 @@ def refresh_due(opt_state: Any) -> jax.Array:
     >>> print(fop_optax.refresh_due(tx.init(params)))
     True
   """
-  found = curvature_states(opt_state)
-  if not found:
-    raise ValueError(
-      "`refresh_due(opt_state)` found no curvature state. Pass the whole state that"
-      " `tx.init(params)` made, with `tx` a `fop_optax` optimizer such as `kfac` or `fop`."
-    )
-  if len(found) > 1:
-    raise ValueError(
-      f"`refresh_due(opt_state)` found {len(found)} curvature states, at"
-      f" {' and '.join(f'opt_state{where}' for where in found)}. Pass the part of one of them."
-    )
-  ((fields),) = found.values()
-  (count, *_), (period,) = fields["steps"], fields["curvature_update_period"]
+  fields = curvature_state(opt_state, "refresh_due")
+  (count, *_), (period,) = (fields[k].values() for k in ("steps", "curvature_update_period"))
   return count % period == 0

@@ -17,10 +17,6 @@ import jax.numpy as jnp
 from fop_optax import moments
 from fop_optax.capture.values import Atom, Matching, atom
 
-# Patches are formed for about so many bytes of them at a time, which bounds their memory.
-CHUNK_BYTES = {"cpu": 4 * 2**20}
-CHUNK_BYTES_ELSEWHERE = 256 * 2**20
-
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
@@ -49,11 +45,9 @@ class Convolution:
     return ((self.x_axes[0], self.y_axes[0]),)
 
   def input_moment(self, x: jax.Array, bias: bool, diagonal: bool, dtype: Any) -> jax.Array:
-    """`sum_r p_r p_r'` over the patches `p_r`, of `[p_r; 1]` with `bias`."""
-    x = x.transpose(self.x_axes[0], *self.x_axes[2:], self.x_axes[1])
-    per_example = math.prod(self.output) * math.prod(self.kernel) * x.shape[-1] * x.dtype.itemsize
-    limit = CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_ELSEWHERE)
-    chunks = _chunks(x.shape[0], max(1, limit // max(per_example, 1)))
+    """`sum_r p_r p_r'` over the patches `p_r`, of `[p_r; 1]` with `bias`, in chunks of examples."""
+    x = self._channels_last(x)
+    example_bytes = math.prod(self.output) * math.prod(self.kernel) * x.shape[-1] * x.dtype.itemsize
 
     def moment(x):
       patches, roles = self._patches(x)
@@ -63,25 +57,15 @@ class Convolution:
       n = math.prod(patches.shape[axis] for axis in roles.rows)
       return moments.with_ones(a, moments.row_sum(patches, roles, dtype), n)
 
-    if chunks == 1:
-      return moment(x)
-    # example i to chunk i mod chunks: a sharded batch axis stays sharded
-    x = x.reshape(x.shape[0] // chunks, chunks, *x.shape[1:])
-    like = jax.eval_shape(lambda x: moment(x[:, 0]), x)
-    add = lambda total, i: (total + moment(lax.dynamic_index_in_dim(x, i, 1, keepdims=False)), None)
-    return lax.scan(add, jnp.zeros(like.shape, like.dtype), jnp.arange(chunks))[0]
+    return moments.sum_in_chunks(moment, [x], example_bytes)
 
   def output_moment(self, x: jax.Array, dy: jax.Array, diagonal: bool, dtype: Any) -> jax.Array:
     """`sum_r dy_r dy_r'`, a block for each feature group."""
-    batch, feature, *spatial = self.y_axes
-    dy = dy.transpose(batch, *spatial, feature)
-    dy = dy.reshape(*dy.shape[:-1], self.groups, -1)
-    roles = moments.Roles(tuple(range(dy.ndim - 2)), (dy.ndim - 2,), (dy.ndim - 1,))
-    return moments.second_moment(dy, roles, diagonal, dtype)
+    return moments.second_moment(*self._by_group(dy), diagonal, dtype)
 
   def input_sum(self, x: jax.Array, bias: bool, dtype: Any) -> jax.Array:
     """`sum_r p_r`, of `[p_r; 1]` with `bias`: `[stack, d]`. No patch is formed."""
-    x = x.transpose(self.x_axes[0], *self.x_axes[2:], self.x_axes[1])
+    x = self._channels_last(x)
     n = len(self.kernel)
     total = jnp.stack([jnp.sum(piece, range(n + 1), dtype) for piece in self._pieces(x)])
     total = total.reshape(*self.kernel, self.groups, -1)
@@ -96,6 +80,24 @@ class Convolution:
     """`sum_r dy_r`, for each feature group."""
     batch, feature, *spatial = self.y_axes
     return jnp.sum(dy, (batch, *spatial), dtype).reshape(self.groups, -1)
+
+  def input_rows(self, x: jax.Array, dtype: Any) -> jax.Array:
+    """The patches, `[groups, rows, d]`."""
+    return moments.as_rows(*self._patches(self._channels_last(x)), dtype)
+
+  def output_rows(self, dy: jax.Array, dtype: Any) -> jax.Array:
+    """`dy_r` of each feature group, `[groups, rows, d]`."""
+    return moments.as_rows(*self._by_group(dy), dtype)
+
+  def _channels_last(self, x: jax.Array) -> jax.Array:
+    return x.transpose(self.x_axes[0], *self.x_axes[2:], self.x_axes[1])
+
+  def _by_group(self, dy: jax.Array) -> tuple[jax.Array, moments.Roles]:
+    """`dy[n, *spatial, groups, features]`, and its axes: rows, stack, features."""
+    batch, feature, *spatial = self.y_axes
+    dy = dy.transpose(batch, *spatial, feature)
+    dy = dy.reshape(*dy.shape[:-1], self.groups, -1)
+    return dy, moments.Roles(tuple(range(dy.ndim - 2)), (dy.ndim - 2,), (dy.ndim - 1,))
 
   def _patches(self, x: jax.Array) -> tuple[jax.Array, moments.Roles]:
     """Patches of `x[n, *spatial, features]`, and their axes: rows, stack, features."""
@@ -174,8 +176,3 @@ def match(equation: Any, weight: int) -> Matching | str:
 
 def _atoms(*atoms: tuple[str, int, int]) -> tuple[Atom, ...]:
   return tuple(atom(*each) for each in atoms if each[2] > 1)
-
-
-def _chunks(examples: int, at_once: int) -> int:
-  """The smallest number of equal chunks of at most `at_once` examples."""
-  return next(n for n in range(1, examples + 1) if examples % n == 0 and examples // n <= at_once)

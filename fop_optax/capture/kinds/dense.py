@@ -95,6 +95,16 @@ class Dense:
     roles = moments.Roles(self.y_rows, self.y_stack, self.y_out)
     return moments.row_sum(_cut(dy, self.y_cut), roles, dtype)
 
+  def input_rows(self, x: jax.Array, dtype: Any) -> jax.Array:
+    """`x_r`, `[stack, rows, d]`."""
+    roles = moments.Roles(self.x_rows, self.x_stack, self.x_in)
+    return moments.as_rows(_cut(x, self.x_cut), roles, dtype)
+
+  def output_rows(self, dy: jax.Array, dtype: Any) -> jax.Array:
+    """`dy_r`, `[stack, rows, d]`."""
+    roles = moments.Roles(self.y_rows, self.y_stack, self.y_out)
+    return moments.as_rows(_cut(dy, self.y_cut), roles, dtype)
+
 
 def stacked(equation: Any, weight: int) -> moments.Axes:
   """The axes of the weight operand that the product keeps in x, w and y."""

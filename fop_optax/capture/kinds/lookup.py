@@ -64,11 +64,7 @@ class Lookup:
   def input_moment(self, x: jax.Array, bias: bool, diagonal: bool, dtype: Any) -> jax.Array:
     """How often each row is looked up: the diagonal of the one-hot rows' second moment."""
     assert diagonal
-    index, found = self.index(x)
-    index = jnp.where(found, index, self.inputs)
-    index = index.transpose(
-      *self.x_stack, *self.x_rows, *range(index.ndim - len(self.window), index.ndim)
-    )
+    index = self._indices(x)
     count = lambda index: jnp.zeros(self.inputs, dtype).at[index].add(1, mode="drop")
     for _ in self.x_stack:
       count = jax.vmap(count)
@@ -85,6 +81,23 @@ class Lookup:
     dy = jnp.where(jnp.expand_dims(found, (*self.y_windows, *self.y_out)), dy, 0)
     roles = moments.Roles((*self.y_rows, *self.y_windows), self.y_stack, self.y_out)
     return moments.second_moment(dy, roles, diagonal, dtype)
+
+  def input_rows(self, x: jax.Array) -> jax.Array:
+    """Which row each lookup reads, `[stack, rows]`; `inputs`, one too many, where it reads none."""
+    index = self._indices(x)
+    return index.reshape(math.prod(index.shape[: len(self.x_stack)]), -1)
+
+  def output_rows(self, dy: jax.Array, dtype: Any) -> jax.Array:
+    """`dy_r` of each lookup, `[stack, rows, d]`."""
+    roles = moments.Roles((*self.y_rows, *self.y_windows), self.y_stack, self.y_out)
+    return moments.as_rows(dy, roles, dtype)
+
+  def _indices(self, x: jax.Array) -> jax.Array:
+    """`[*stack, *rows, *window]`."""
+    index, found = self.index(x)
+    index = jnp.where(found, index, self.inputs)
+    windows = range(index.ndim - len(self.window), index.ndim)
+    return index.transpose(*self.x_stack, *self.x_rows, *windows)
 
   def index(self, x: Any) -> tuple[Any, Any]:
     """Which rows are looked up, `[..., *window]`, and whether there are such, `[..., 1 ...]`."""
