@@ -13,8 +13,12 @@ from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers
 from fop_optax.optimizers.fop import ScaleByFopState
 from fop_optax.optimizers.kfac import ScaleByKfacState
+from fop_optax.optimizers.neumann import ScaleByNeumannState
+from fop_optax.optimizers.shampoo import ScaleByShampooState
+from fop_optax.optimizers.soap import ScaleBySoapState
 
-STATES = (ScaleByKfacState, ScaleByFopState)
+STACKED = (ScaleBySoapState, ScaleByShampooState)
+STATES = (ScaleByKfacState, ScaleByFopState, *STACKED, ScaleByNeumannState)
 
 
 def diagnostics(
@@ -23,7 +27,7 @@ def diagnostics(
   """Numbers of the last step and events so far.
 
   Args:
-    opt_state: state of an optimizer that holds one K-FAC or FOP state, however deep.
+    opt_state: state of an optimizer that holds one state of this library's, however deep.
     layers: `captured.layers`, for the names of layers; needed under `jax.jit`. Without it layers
       are named by their number. Per-example optimizers have none: theirs are the leaves of params.
     condition: whether to work out condition numbers, an eigendecomposition of each factor.
@@ -45,6 +49,10 @@ def diagnostics(
     - with `condition`: `condition_A` and `condition_G` of the running factors, and `condition` of
       the damped Fisher block that they give with that damping.
 
+    SOAP and Shampoo know no layers: they have `stacks`, for the shape of the tensors in each
+    `inverses` and `failed_inverses`, the bases or roots stored and refused, one entry a tensor. Of
+    the Neumann optimizer there are the steps alone.
+
     With `curvature="exact"` of per-example gradients there are no layers, but `"all parameters"`
     with FOP's numbers.
 
@@ -65,6 +73,10 @@ def diagnostics(
     [1] [1] [[0.]]
   """
   state = _find(opt_state)
+  if isinstance(state, STACKED):
+    return {**state.steps._asdict(), "stacks": _by_shape(state)}
+  if isinstance(state, ScaleByNeumannState):
+    return state.steps._asdict()
   curvature: CurvatureState = state.curvature
   owners = _owners(curvature.stacks, layers)
   out: dict[str, dict[str, jax.Array]] = {}
@@ -81,6 +93,17 @@ def diagnostics(
     **curvature.steps._asdict(),
     "layers": out,
   }
+
+
+def _by_shape(state: ScaleBySoapState | ScaleByShampooState) -> dict[str, dict[str, jax.Array]]:
+  """Events of each stack, under the shape of its tensors; of those of one shape side by side."""
+  out: dict[str, dict[str, jax.Array]] = {}
+  for stack in state.stacks:
+    own = {"inverses": stack.made, "failed_inverses": stack.failed}
+    name = " x ".join(map(str, stack.dims[1:]))
+    before = out.get(name)
+    out[name] = own if before is None else jax.tree.map(lambda *x: jnp.concatenate(x), before, own)
+  return out
 
 
 def _numbers(stack: StackState, condition: bool) -> dict[str, jax.Array]:
@@ -125,9 +148,9 @@ def _find(opt_state: Any) -> Any:
   found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
   if len(found) != 1:
     raise ValueError(
-      f"`diagnostics(opt_state)` found {len(found)} states of K-FAC or FOP where it needs one. Pass"
-      " the state that `tx.init(params)` made, or the part of it with one of them (of a"
-      " `flax.nnx.Optimizer`, its `opt_state`)."
+      f"`diagnostics(opt_state)` found {len(found)} states of this library's optimizers, where it"
+      " needs one. Pass the state that `tx.init(params)` made, or the part of it with one of them"
+      " (of a `flax.nnx.Optimizer`, its `opt_state`)."
     )
   return jax.tree.map(_unwrap, found[0], is_leaf=_is_wrapped)
 

@@ -181,7 +181,7 @@ def test_refresh_due_finds_one_state():
     fop_optax.refresh_due(state)
   where = re.findall(r"opt_state(\[\d\])\.inner_states", str(caught.value))
   assert where == ["[0]", "[1]"]
-  with pytest.raises(ValueError, match="found 2 states of K-FAC or FOP where it needs one"):
+  with pytest.raises(ValueError, match="found 2 states of this library"):
     fop_optax.diagnostics(state)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import problems
 from problems import contrast_rows
 import pytest
+from selection import slow_but
 
 from fop_optax.curvature import precondition
 from fop_optax.curvature.inverse import SCALINGS
@@ -44,6 +45,7 @@ def project(A, G, damping, groups, scaling="factored", metric="fisher", rows=Non
   return fop_direction(average, contrasts, solve, multiply, **kwargs), solve(average)
 
 
+dtype_name = lambda dtype: np.dtype(dtype).name
 jitted = jax.jit(project, static_argnames=("scaling", "metric"))
 
 
@@ -59,7 +61,7 @@ def relative(a, b):
   return np.max(np.abs(a - b)) / np.max(np.abs(b))
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("dtype", slow_but([np.float64, np.float32], "float64", name=dtype_name))
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scaling", ["factored", "exact"])
 @pytest.mark.parametrize("case", CASES)

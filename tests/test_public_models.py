@@ -64,6 +64,7 @@ def test_missing_collections_are_skipped_and_named(tmp_path, capsys):
     assert f"skipped {name}: {tmp_path / 'sources' / name} is not there" in printed
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_run_is_a_row_with_its_error(tmp_path):
   collection = problem.Collection("none", package="none")
 

@@ -26,14 +26,11 @@ def normal(seed, *shape):
   shape=st.lists(st.integers(1, 7), min_size=0, max_size=3).map(tuple), size=st.integers(1, 5)
 )
 def test_pieces_hold_every_entry_once(shape, size):
-  whole = tensors({"w": jnp.zeros(shape)})
+  whole = tensors({"w": np.zeros(shape)})
   pieces = whole.map(lambda tensor: tensor.cut(size))
   seen = np.concatenate([views.index_map(piece.view, shape).ravel() for piece in pieces])
   assert sorted(seen.tolist()) == list(range(int(np.prod(shape))))
   assert all(d <= size for piece in pieces for d in piece.dims)
-  leaf = np.arange(seen.size).reshape(shape)
-  back = sum(np.asarray(p.spread(p.gather([jnp.asarray(leaf)]), [shape])[0]) for p in pieces)
-  np.testing.assert_array_equal(back, leaf)
 
 
 def loss(params, tokens, image):
@@ -163,7 +160,11 @@ def test_gradients_that_are_odd(method):
   for _ in range(4):
     updates, state = update(kinds, state)
     assert all(bool(jnp.all(jnp.isfinite(u))) for u in jax.tree.leaves(updates))
-  assert int(state.steps.count) == 4
+  report = fop_optax.diagnostics(state)
+  assert report["count"] == 4
+  assert set(report["stacks"]) == {"4 x 3", "1 x 5", "1 x 1", "1"}
+  assert report["stacks"]["4 x 3"]["failed_inverses"].tolist() == [0] * 4
+  assert all(x > 0 for x in report["stacks"]["4 x 3"]["inverses"].tolist())
   for bad in (jnp.nan, jnp.inf, 1e25):  # of the last the square overflows
     updates, after = update(kinds | {"row": bad * normal(2, 1, 5)}, state)
     assert all(bool(jnp.all(u == 0)) for u in jax.tree.leaves(updates))

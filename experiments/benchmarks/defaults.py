@@ -60,6 +60,7 @@ class Method(NamedTuple):
     groups: of examples, as `fop_optax.capture` takes them; None: no capture.
     fisher: as `fop_optax.capture` takes it.
     sharing: likewise.
+    eigenvalue: whether it takes the second moments of examples' gradients (EKFAC).
     tuned: whether the best rate counts, workload by workload.
   """
 
@@ -68,6 +69,7 @@ class Method(NamedTuple):
   groups: int | None = None
   fisher: str = "empirical"
   sharing: str = "expand"
+  eigenvalue: bool = False
   tuned: bool = False
 
 
@@ -77,7 +79,23 @@ def _around(rate: float) -> tuple[float, ...]:
 
 def _kfac(fisher="empirical", sharing="expand", **options):
   make = lambda rate, layers: fop_optax.kfac(rate, layers, **options)
-  return Method(make, _around(RATE), groups=1, fisher=fisher, sharing=sharing)
+  eigenvalue = options.get("scaling") == "eigenvalue"
+  return Method(make, _around(RATE), 1, fisher, sharing, eigenvalue)
+
+
+def _then_polar(direction, groups=None):
+  """The polar factor of what `direction(layers)` makes; momentum is `direction`'s."""
+
+  def make(schedule, layers):
+    polar = fop_optax.orthogonalize(layers=layers)
+    return optax.chain(direction(layers), polar, optax.scale_by_learning_rate(schedule))
+
+  return Method(make, _around(RATE), groups=groups)
+
+
+def _kfac_direction(layers):
+  kfac = fop_optax.scale_by_kfac(layers, relative_damping=1e-2)
+  return optax.chain(kfac, optax.trace(0.9))
 
 
 def _gradient_only(optimizer, rate=ADAM_RATE, **options):
@@ -95,6 +113,9 @@ OTHERS = {
   "SOAP every step": _gradient_only(fop_optax.soap, inverse_update_period=1),
   "KL-SOAP": _gradient_only(fop_optax.soap, kl=True, correct_bias=False),
   "Shampoo": _gradient_only(fop_optax.shampoo),
+  "EKFAC": _kfac(scaling="eigenvalue"),
+  "K-FAC then polar": _then_polar(_kfac_direction, groups=1),
+  "SOAP then polar": _then_polar(lambda _: fop_optax.scale_by_soap(inverse_update_period=1)),
   "Neumann": _gradient_only(fop_optax.neumann, rate=0.1, steps_per_epoch=1),
 }
 # What the defaults were chosen from, and what else is on offer: the model's own Fisher in place of
@@ -161,7 +182,10 @@ def gradients(workload: Workload, method: Method) -> tuple[Any, Callable]:
 
   def with_statistics(params, state, batch, key):
     refresh = fop_optax.refresh_due(state)
-    loss, grads, stats = captured.value_and_grad(params, *batch, refresh=refresh, key=key)
+    basis = fop_optax.bases(state) if method.eigenvalue else None
+    loss, grads, stats = captured.value_and_grad(
+      params, *batch, refresh=refresh, key=key, basis=basis
+    )
     return loss, grads, {"stats": stats}
 
   return captured.layers, with_statistics

@@ -38,7 +38,8 @@ def newton_root(A: jax.Array, eps: jax.Array, root: int) -> jax.Array:
   """
   eye = jnp.eye(len(A), dtype=A.dtype)
   A = A + eps * eye
-  z = (root + 1) / (2 * jnp.sqrt(jnp.sum(A**2)))
+  largest = jnp.max(jnp.abs(A))  # its square may overflow
+  z = (root + 1) / (2 * largest * jnp.sqrt(jnp.sum((A / largest) ** 2)))
   tolerance = NEWTON_TOLERANCE[A.dtype.name]
   error = lambda M: jnp.max(jnp.abs(M - eye))
 

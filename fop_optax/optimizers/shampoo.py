@@ -226,7 +226,7 @@ def _root(options: ShampooOptions, exponent: float, t: jax.Array, F: jax.Array) 
   b2, eps = (jnp.asarray(x, F.dtype) for x in (options.b2, options.eps))
   F = F / correction(b2, t, options.correct_bias)
   # Ours: less than the rounding of F would not keep its zero eigenvalues from being anything.
-  eps = jnp.maximum(eps, jnp.finfo(F.dtype).eps * jnp.sqrt(jnp.sum(F**2)))
+  eps = jnp.maximum(eps, jnp.finfo(F.dtype).eps * jnp.trace(F))
   if options.eigenvalue_correction:
     return jnp.linalg.eigh(F + eps * jnp.eye(len(F), dtype=F.dtype))[1]
   if options.root == "newton":
@@ -385,7 +385,7 @@ def shampoo(
     learning_rate: a number, an array or a schedule.
     b1: decay of the momentum.
     b2: decay of the factors; 1: they are sums.
-    eps: added to the factors; at least the rounding of each, `machine epsilon |F|`.
+    eps: added to the factors; at least the rounding of each, machine epsilon times its trace.
     weight_decay: decay, times the learning rate.
     mask: which leaves decay, a tree of bools or a callable of params, as in `optax.adamw`.
     decoupled_decay: whether decay is added to the direction. If not, to the gradient.

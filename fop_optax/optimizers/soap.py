@@ -38,6 +38,14 @@ class SoapStack(NamedTuple):
   def dtype(self):
     return self.nu[0].dtype
 
+  @property
+  def made(self):
+    return self.bases.made
+
+  @property
+  def failed(self):
+    return self.bases.failed
+
 
 class ScaleBySoapState(NamedTuple):
   """State of `scale_by_soap`."""
