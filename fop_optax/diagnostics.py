@@ -15,7 +15,7 @@ from fop_optax.optimizers.fop import ScaleByFopState
 from fop_optax.optimizers.kfac import ScaleByKfacState
 from fop_optax.optimizers.neumann import ScaleByNeumannState
 from fop_optax.optimizers.shampoo import ScaleByShampooState
-from fop_optax.optimizers.soap import ScaleBySoapState
+from fop_optax.optimizers.soap import ScaleBySoapState, SoapStack
 
 STACKED = (ScaleBySoapState, ScaleByShampooState)
 STATES = (ScaleByKfacState, ScaleByFopState, *STACKED, ScaleByNeumannState)
@@ -50,8 +50,8 @@ def diagnostics(
       the damped Fisher block that they give with that damping.
 
     SOAP and Shampoo know no layers: they have `stacks`, for the shape of the tensors in each
-    `inverses` and `failed_inverses`, the bases or roots stored and refused, one entry a tensor. Of
-    the Neumann optimizer there are the steps alone.
+    `inverses` and `failed_inverses`, the bases or roots stored and refused, one entry a tensor, and
+    with `contrast` what FOP found. Of the Neumann optimizer there are the steps alone.
 
     With `curvature="exact"` of per-example gradients there are no layers, but `"all parameters"`
     with FOP's numbers.
@@ -100,6 +100,8 @@ def _by_shape(state: ScaleBySoapState | ScaleByShampooState) -> dict[str, dict[s
   out: dict[str, dict[str, jax.Array]] = {}
   for stack in state.stacks:
     own = {"inverses": stack.made, "failed_inverses": stack.failed}
+    if isinstance(stack, SoapStack) and stack.projection is not None:
+      own |= stack.projection._asdict()
     name = " x ".join(map(str, stack.dims[1:]))
     before = out.get(name)
     out[name] = own if before is None else jax.tree.map(lambda *x: jnp.concatenate(x), before, own)

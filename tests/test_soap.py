@@ -297,3 +297,76 @@ def test_a_subtree_masked_as_one():
   for name, own in got.items():
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, own, want[name] if mask[name] else params[name])
+
+
+def halves(seed, steps, *shape):
+  """Mean gradients and the contrasts of two halves, `[steps, ...]`."""
+  g = np.random.default_rng(seed).normal(size=(2, steps, *shape))
+  return jnp.asarray(g.mean(0)), jnp.asarray(g[0] - g[1])
+
+
+def stats_of(contrast):
+  return fop_optax.Stats(jnp.asarray(False), (), (contrast,))
+
+
+def test_contrasts_enter_the_first_moment_in_the_metric_of_the_step():
+  """FOP's equations with the dense matrix `M` of the step."""
+  with jax.enable_x64(True):
+    means, contrasts = halves(0, 5, 4, 3)
+    tx = fop_optax.scale_by_soap(0.9, 0.8, 1e-3, inverse_update_period=100, contrast=True)
+    step = jax.jit(lambda g, c, state: tx.update(g, state, stats=stats_of(c)))
+    _, state = step(means[0], contrasts[0], tx.init(means[0]))
+    basis = np.kron(*(np.asarray(Q[0]) for Q in state.stacks[0].bases.bases))
+    m, v = np.zeros(12), np.zeros(12)
+    for t in range(1, 5):
+      direction, state = step(means[t], contrasts[t], state)
+      g, c = (np.asarray(x[t]).ravel() for x in (means, contrasts))
+      v = 0.8 * v + 0.2 * (basis.T @ g) ** 2
+      M = basis @ np.diag(np.sqrt(v) + 1e-3) @ basis.T
+      inner = lambda a, b, M=M: a @ np.linalg.solve(M, b)
+      perp = c - (c @ M @ g) / (g @ M @ g) * g
+      combined = g + inner(g, perp) / inner(perp, perp) * perp
+      eta = inner(g, combined) / inner(combined, combined)
+      m = 0.9 * m + 0.1 * eta * combined
+      want = np.linalg.solve(M, m) * np.sqrt(1 - 0.8**t) / (1 - 0.9**t)
+      np.testing.assert_allclose(direction.ravel(), want, rtol=1e-9)
+  report = fop_optax.diagnostics(state)["stacks"]["4 x 3"]
+  np.testing.assert_allclose(report["eta"], eta, rtol=1e-9)
+  assert 0 < report["rho2"][0] < 1
+  assert report["residual"][0] < 1e-12
+
+
+def test_halves_that_agree_are_soap():
+  with jax.enable_x64(True):
+    means, _ = halves(1, 4, 4, 3)
+    run = lambda tx: jax.lax.scan(
+      lambda state, g: tx.update(g, state, stats=stats_of(jnp.zeros_like(g)))[::-1],
+      tx.init(means[0]),
+      means,
+    )[1]
+    got = run(fop_optax.scale_by_soap(contrast=True, inverse_update_period=2))
+    want = run(fop_optax.scale_by_soap(inverse_update_period=2))
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_contrasts_of_a_captured_loss():
+  params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+  x = jax.random.normal(jax.random.key(0), (8, 3))
+  loss = lambda params, x: jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) - 0.3) ** 2)
+  captured = fop_optax.capture(loss, params, x, groups=2)
+  tx = fop_optax.soap(0.01, contrast=True, layers=captured.layers)
+
+  @jax.jit
+  def step(params, state):
+    value, grads, stats = captured.value_and_grad(params, x, refresh=False)
+    updates, state = tx.update(grads, state, params, stats=stats)
+    return optax.apply_updates(params, updates), state, value
+
+  state, values = tx.init(params), []
+  for _ in range(10):
+    params, state, value = step(params, state)
+    values.append(float(value))
+  assert values[-1] < values[1]
+  assert step._cache_size() == 1
+  with pytest.raises(ValueError, match=r"`contrast=True` needs .* two groups .*stats=stats\)`"):
+    tx.update(params, state, params)

@@ -77,7 +77,7 @@ def unmeasured_note(paths: Sequence[str]) -> list[str]:
   if not paths:
     return []
   which = ", ".join(paths)
-  return [f"Rows not told apart by example, so that `basis=` measures nothing there: {which}."]
+  return [f"EKFAC is K-FAC for {which}, whose rows are not told apart by example."]
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ import optax
 from fop_optax.curvature.stacks import Stack, dtype_of, plan_stacks, stack_matrices, unstack
 from fop_optax.curvature.steps import Finite, no_steps
 from fop_optax.dimensions import Dimensions
-from fop_optax.layers import is_masked
+from fop_optax.layers import Stats, is_masked
 from fop_optax.optimizers import common
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.whole_steps import all_finite
@@ -32,10 +32,9 @@ class TensorState(Protocol):
     ...
 
 
-# count, state of each stack, its gradients -> its directions, its state after the step
-Step = Callable[
-  [jax.Array, Sequence[Any], list[jax.Array]], tuple[list[jax.Array], tuple[Any, ...]]
-]
+# count, state of each stack, its gradients [blocks, *dims] and, where they are asked for, their
+# contrasts [blocks, k, *dims] -> its directions, its state after the step
+Step = Callable[..., tuple[list[jax.Array], tuple[Any, ...]]]
 
 
 def by_tensor(
@@ -43,6 +42,7 @@ def by_tensor(
   start: Callable[[Stack, Any], TensorState],
   step: Step,
   state_of: Callable[..., Any],
+  contrast: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """A method that makes of each tensor of the gradient its direction.
 
@@ -51,6 +51,7 @@ def by_tensor(
     start: state of a stack before the first step, for arithmetic in a dtype.
     step: one step of all stacks.
     state_of: counters of steps and state of the stacks -> state.
+    contrast: whether it needs the contrasts of the groups' gradients, in `stats`.
   """
 
   def init(params: optax.Params) -> Any:
@@ -63,28 +64,32 @@ def by_tensor(
     return state_of(no_steps(), tuple(map(start, stacks, dtypes)))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
-  def apply(updates, state):
+  def apply(updates, state, trees):
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_masked)
     found = find(updates)
     stacks = plan_stacks(found)
     _check_state(stacks, state.stacks)
-    tensors = [
+    gather = lambda leaves: [
       stack_matrices(stack, found, leaves, s.dtype)
       for stack, s in zip(stacks, state.stacks, strict=True)
     ]
+    gradients = gather(leaves)
+    others = [gather(jax.tree.leaves(tree, is_leaf=is_masked)) for tree in trees]
+    contrasts = [jnp.stack(parts, axis=1) for parts in zip(*others, strict=True)]
     # Of a tensor whose square overflows the second moments would.
-    finite = all_finite([jnp.sum(g**2) for g in tensors])
-    directions, after = step(state.steps.count, state.stacks, tensors)
+    finite = all_finite([jnp.sum(g**2) for g in [*gradients, *contrasts]])
+    more = (contrasts,) if contrast else ()
+    directions, after = step(state.steps.count, state.stacks, gradients, *more)
     steps = state.steps.counted(Finite(jnp.asarray(True), finite))
     leaves = unstack(stacks, found, directions, leaves)
     return jax.tree.unflatten(treedef, leaves), state_of(steps, after)
 
-  def update(updates, state, params=None, **extra_args):
+  def update(updates, state, params=None, *, stats: Any = None, **extra_args):
     del params, extra_args
     if not jax.tree.leaves(updates):
       return updates, state
     check_floating(updates)
-    return apply(updates, state)
+    return apply(updates, state, _contrasts(stats) if contrast else ())
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -146,6 +151,18 @@ def decay_after_step(
 
   transformation = optax.GradientTransformation(init, update)
   return transformation if mask is None else optax.masked(transformation, mask)
+
+
+def _contrasts(stats: Any) -> tuple[Any, ...]:
+  """The contrasts in `stats`, trees like the gradient."""
+  if not isinstance(stats, Stats) or not stats.contrasts:
+    raise ValueError(
+      "`contrast=True` needs the gradients of at least two groups of examples. Write `captured ="
+      " fop_optax.capture(loss, params, ..., groups=2)`, `loss, grads, stats ="
+      " captured.value_and_grad(params, ..., refresh=False)` and `tx.update(grads, opt_state,"
+      " params, stats=stats)`."
+    )
+  return stats.contrasts
 
 
 def arithmetic(stack: Stack, found: Tensors, leaves: Sequence[Any]) -> Any:

@@ -17,10 +17,19 @@ from fop_optax.layers import Layers
 from fop_optax.optimizers import by_tensor, common
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.whole_steps import whole_steps
+from fop_optax.projection import fop_direction
 from fop_optax.tensors import Tensor, Tensors, merged_from_left, tensors
 
 STARTS = ("eigh", "identity")
 MAX_PRECOND_DIM = 10_000
+
+
+class Projection(NamedTuple):
+  """What FOP found at the last step: see `fop_optax.projection`."""
+
+  eta: jax.Array  # shape=(blocks,)
+  rho2: jax.Array  # shape=(blocks,)
+  residual: jax.Array  # shape=(blocks,)
 
 
 class SoapStack(NamedTuple):
@@ -29,6 +38,7 @@ class SoapStack(NamedTuple):
   mu: jax.Array  # first moment, in the bases
   nu: tuple[jax.Array, ...]  # second moment, in the bases; factorized: of its rows, of its columns
   bases: Eigenbases
+  projection: Projection | None  # of FOP in this metric, where it has `contrast`
 
   @property
   def dims(self):
@@ -75,6 +85,7 @@ class SoapOptions:
   skip_first: bool
   start: str
   kl: bool
+  contrast: bool
   dimension_numbers: Dimensions
   layers: Layers | None
   mu_dtype: Any
@@ -119,10 +130,12 @@ def _start(options: SoapOptions, stack: Stack, dtype: Any) -> SoapStack:
     stack, dtype, options.statistics_dtype, options.start == "identity", options.kl
   )
   mu = jnp.zeros(shape, options.mu_dtype or dtype)
-  return SoapStack(mu, tuple(jnp.zeros(own, dtype) for own in nu), bases)
+  numbers = (jnp.zeros(stack.blocks, dtype) for _ in Projection._fields)
+  projection = Projection(*numbers) if options.contrast else None
+  return SoapStack(mu, tuple(jnp.zeros(own, dtype) for own in nu), bases, projection)
 
 
-def _step(options: SoapOptions, count: jax.Array, stacks, gradients):
+def _step(options: SoapOptions, count: jax.Array, stacks, gradients, contrasts=None):
   """One step of all stacks: directions, states.
 
   The gradient of a step enters the bases after it, but for the first.
@@ -131,10 +144,10 @@ def _step(options: SoapOptions, count: jax.Array, stacks, gradients):
   bases = tuple(s.bases for s in stacks)
   if options.start == "eigh":
     bases = jax.lax.cond(first, first_bases, lambda bases, _: bases, bases, gradients)
-  adam = jax.vmap(lambda s, g: _adam(options, count, s, g))
-  results = [
-    adam(s._replace(bases=own), g) for s, own, g in zip(stacks, bases, gradients, strict=True)
-  ]
+  adam = jax.vmap(functools.partial(_adam, options, count))
+  stacks = [s._replace(bases=own) for s, own in zip(stacks, bases, strict=True)]
+  columns = (stacks, gradients) if contrasts is None else (stacks, gradients, contrasts)
+  results = [adam(*row) for row in zip(*columns, strict=True)]
   directions, stacks = [r[0] for r in results], tuple(r[1] for r in results)
 
   step = count + (0 if options.skip_first else 1)
@@ -147,7 +160,7 @@ def _step(options: SoapOptions, count: jax.Array, stacks, gradients):
   return directions, jax.lax.cond(jnp.any(due), remake, lambda stacks: stacks, stacks)
 
 
-def _adam(options: SoapOptions, count: jax.Array, s: SoapStack, gradient: jax.Array):
+def _adam(options: SoapOptions, count: jax.Array, s: SoapStack, gradient, contrasts=None):
   """One step of one tensor: its direction, and its state but for new bases.
 
   Of a matrix, with `g = Q_0' G Q_1`, products elementwise, and t counting steps from one:
@@ -156,12 +169,14 @@ def _adam(options: SoapOptions, count: jax.Array, s: SoapStack, gradient: jax.Ar
       direction = sqrt(1 - b2^t) / (1 - b1^t)  Q_0 [m / (sqrt(v) + eps)] Q_1'
 
   Next to moments that are corrected for their start eps is `eps / sqrt(1 - b2^t)`.
+
+  With contrasts of groups of examples, m takes in place of g FOP's combination of both in the
+  metric of this step, `sqrt(v) + eps`; v and the statistics take g.
   """
   b1, b2, eps = (jnp.asarray(x, s.dtype) for x in (options.b1, options.b2, options.eps))
   skipped = (count == 0) & options.skip_first
   t = jnp.maximum(count + (0 if options.skip_first else 1), 1).astype(s.dtype)
   rotated = rotate(s.bases.bases, gradient)
-  mu = b1 * s.mu.astype(s.dtype) + (1 - b1) * rotated
   square = (rotated**2,)
   if len(s.nu) == 2:
     square = jnp.sum(rotated**2, axis=1), jnp.sum(rotated**2, axis=0)
@@ -169,7 +184,14 @@ def _adam(options: SoapOptions, count: jax.Array, s: SoapStack, gradient: jax.Ar
   root2 = jnp.sqrt(1 - b2**t)
   if options.eps_after_correction:
     eps = eps * root2
-  direction = unrotate(s.bases.bases, mu / (jnp.sqrt(_product(nu)) + eps))
+  root = jnp.sqrt(_product(nu)) + eps
+  combined, projection = rotated, None
+  if contrasts is not None:
+    turned = jax.vmap(lambda c: rotate(s.bases.bases, c))(contrasts)
+    found = fop_direction(rotated, turned, lambda V: V / root, lambda V: V * root)
+    combined, projection = found.direction * root, Projection(found.eta, found.rho2, found.residual)
+  mu = b1 * s.mu.astype(s.dtype) + (1 - b1) * combined
+  direction = unrotate(s.bases.bases, mu / root)
   if options.normalize_grads:
     direction /= 1e-30 + jnp.sqrt(jnp.mean(direction**2))
   if options.correct_bias:
@@ -177,7 +199,7 @@ def _adam(options: SoapOptions, count: jax.Array, s: SoapStack, gradient: jax.Ar
   beta = b2 if options.shampoo_beta is None else jnp.asarray(options.shampoo_beta, s.dtype)
   bases = fold(s.bases, gradient, rotated, beta, count == 0)
   keep = lambda new, old: jnp.where(skipped, old, new.astype(old.dtype))
-  after = SoapStack(keep(mu, s.mu), jax.tree.map(keep, nu, s.nu), bases)
+  after = SoapStack(keep(mu, s.mu), jax.tree.map(keep, nu, s.nu), bases, projection)
   return jnp.where(skipped, 0, direction), after
 
 
@@ -207,7 +229,7 @@ def _moved(s: SoapStack, bases: Eigenbases, orders: tuple[jax.Array | None, ...]
       which, axis = (mode, 0) if len(nu) == 2 else (0, mode)
       nu[which] = jnp.take(nu[which], order, axis)
   mu = rotate(bases.bases, unrotate(s.bases.bases, s.mu.astype(s.dtype)))
-  return SoapStack(mu.astype(s.mu.dtype), tuple(nu), bases)
+  return SoapStack(mu.astype(s.mu.dtype), tuple(nu), bases, s.projection)
 
 
 def scale_by_soap(
@@ -229,6 +251,7 @@ def scale_by_soap(
   skip_first: bool = True,
   start: str = "eigh",
   kl: bool = False,
+  contrast: bool = False,
   dimension_numbers: Dimensions = None,
   layers: Layers | None = None,
   mu_dtype: Any = None,
@@ -256,6 +279,7 @@ def scale_by_soap(
     skip_first=skip_first,
     start=start,
     kl=kl,
+    contrast=contrast,
     dimension_numbers=dimension_numbers,
     layers=layers,
     mu_dtype=mu_dtype,
@@ -270,6 +294,7 @@ def _soap(options: SoapOptions) -> optax.GradientTransformationExtraArgs:
     functools.partial(_start, options),
     functools.partial(_step, options),
     ScaleBySoapState,
+    options.contrast,
   )
 
 
@@ -295,6 +320,7 @@ def soap(
   skip_first: bool = True,
   start: str = "eigh",
   kl: bool = False,
+  contrast: bool = False,
   dimension_numbers: Dimensions = None,
   layers: Layers | None = None,
   mu_dtype: Any = None,
@@ -347,6 +373,9 @@ def soap(
       method from the identity, and no eigendecomposition is ever compiled.
     kl: KL-SOAP (Lin et al., 2025): each statistic is of the gradient whitened along the other axes.
       Their code has `correct_bias=False`, and does not sort columns; neither do we then.
+    contrast: FOP in SOAP's metric, which is ours: `update` takes the `stats` of
+      `fop_optax.capture(..., groups=2)`, and the first moment of each tensor takes, in place of its
+      gradient, what :func:`fop_optax.fop_direction` makes of it and the contrasts.
     dimension_numbers: how leaves with two or more axes are matrices: a tree of
       :class:`fop_optax.DimensionNumbers` (or of those of `optax.contrib.muon`) like params or part
       of one, or a callable that makes one. Axes in neither are a batch of matrices, as of layers
@@ -403,6 +432,7 @@ def soap(
     skip_first=skip_first,
     start=start,
     kl=kl,
+    contrast=contrast,
     dimension_numbers=dimension_numbers,
     layers=layers,
     mu_dtype=mu_dtype,
