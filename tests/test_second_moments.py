@@ -379,7 +379,10 @@ def test_layers_that_are_not_measured():
     return fop_optax.softmax_cross_entropy(h @ p["table"].T, y)
 
   captured = fop_optax.capture(loss, params, x, y)
-  assert str(captured).splitlines()[-1] == ("EKFAC is K-FAC for ['one'], ['positions'], ['table'].")
+  assert str(captured).splitlines()[-1] == (
+    "EKFAC is K-FAC for ['one'], ['positions'], ['table'], whose rows are not told apart by"
+    " example."
+  )
   bases = bases_of(captured.layers)
   stats = captured.value_and_grad(params, x, y, basis=bases)[2]
   for layer, (A, G), S, basis in zip(
