@@ -27,7 +27,7 @@ from experiments.workloads.base import Workload
 import fop_optax
 
 RATE = 0.1  # of K-FAC and FOP
-ADAM_RATE = 0.01  # of methods whose steps are of Adam's size
+ADAM_RATE = 0.03  # of methods whose steps are of the size of Adam's
 FALLING = optax.exponential_decay(0.3, 20, 1 / 3, end_value=0.1)  # a bound that is loose at first
 LAST = 8  # steps whose mean loss is the final training loss
 
