@@ -361,7 +361,7 @@ def test_max_dim_keeps_diagonals():
   full = fop_optax.capture(mlp, params, x, y).value_and_grad(params, x, y)[2].factors
   assert fop_optax.capture(mlp, params, x, y, max_dim=D).layers[1].diagonal == (False, False)
   captured = fop_optax.capture(mlp, params, x, y, max_dim=D - 1)  # the bias does not count
-  (_, (A, G)) = captured.value_and_grad(params, x, y)[2].factors
+  (_, (A, G)) = jax.jit(captured.value_and_grad)(params, x, y)[2].factors
   assert captured.layers[1].diagonal == (True, True)
   assert "5d x 4d" in str(captured)
   relative(A, np.diagonal(full[1].A, axis1=1, axis2=2))
@@ -400,7 +400,7 @@ def test_kronecker_is_the_dense_fisher_where_every_input_meets_every_output_grad
   params = {"w": jnp.zeros((D, K))}  # so that dy = -t / n does not depend on x
   loss = lambda p, x, t: fop_optax.squared_error(x @ p["w"], t)
   captured = fop_optax.capture(loss, params, x, t)
-  (A, G) = captured.value_and_grad(params, x, t)[2].factors[0]
+  (A, G) = jax.jit(captured.value_and_grad)(params, x, t)[2].factors[0]
   of_term = jax.grad(lambda p, x, t: 0.5 * jnp.sum((x @ p["w"] - t) ** 2))
   g = jax.vmap(of_term, (None, 0, 0))(params, x.reshape(-1, D), t.reshape(-1, K))["w"]
   g = g.reshape(len(g), -1)
@@ -440,7 +440,7 @@ def test_bfloat16_activations_and_weights_have_float32_factors():
     found = {}
     for name, (loss, p) in kinds.items():
       captured = fop_optax.capture(loss, p, x, y, strict=True)
-      _, grads, stats = captured.value_and_grad(p, x, y)
+      _, grads, stats = jax.jit(captured.value_and_grad)(p, x, y)
       assert {leaf.dtype for leaf in jax.tree.leaves(stats.factors)} == {jnp.dtype("float32")}
       assert jax.tree.map(lambda a: a.dtype, grads) == jax.tree.map(lambda a: a.dtype, p)
       found[name] = stats.factors
@@ -456,7 +456,9 @@ def test_layers_are_static_data():
   assert captured.layers == again == pickle.loads(pickle.dumps(again))
   assert hash(captured.layers) == hash(again)
   assert not callable(captured.layers)
-  other = captured.value_and_grad(params, x[:4], y[:4])  # another batch size: the same layers
+  other = jax.jit(captured.value_and_grad)(
+    params, x[:4], y[:4]
+  )  # another batch size: the same layers
   assert other[2].factors[0].A.shape == captured.layers[0].factor_shapes[0]
 
 

@@ -50,7 +50,7 @@ def fit(p, x, y):
 def captured(loss, p, *args, **options):
   """What was captured, and its statistics, eagerly; the gradient is that of `jax.grad`."""
   found = fop_optax.capture(loss, p, *args, terms_per_example=1, **options)
-  value, grads, stats = found.value_and_grad(p, *args)
+  value, grads, stats = jax.jit(found.value_and_grad)(p, *args)
   np.testing.assert_allclose(value, loss(p, *args), rtol=1e-12)
   close(grads, jax.grad(loss)(p, *args))
   return found, stats.factors
@@ -147,7 +147,7 @@ def test_fixed_points_are_rows_of_their_own():
   # cut into chunks the fixed rows are in each: neither factor changes
   for options in ({"groups": 2}, {"micro_batches": 3}):
     chunked = fop_optax.capture(loss, p, X, Y, terms_per_example=1, **options)
-    close(chunked.value_and_grad(p, X, Y)[2].factors, factors)
+    close(jax.jit(chunked.value_and_grad)(p, X, Y)[2].factors, factors)
   # nor with a penalty that is the product of a constant with another matrix
   other = lambda p, x, y: loss(p, x, y) + (p["w2"].reshape(-1) @ jnp.ones(H * H)) ** 2
   found, same = captured(other, p, X, Y)
@@ -245,7 +245,7 @@ def test_derivatives_of_a_network_are_captured_whole(name):
   updates = []
   for each, tree in ((found, p), (other, joined)):
     tx = fop_optax.kfac(1.0, each.layers, damping=1e-2, momentum=None, norm_constraint=None)
-    _, grads, stats = each.value_and_grad(tree, X)
+    _, grads, stats = jax.jit(each.value_and_grad)(tree, X)
     updates.append(tx.update(grads, tx.init(tree), tree, stats=stats)[0])
   ours, theirs = updates
   for weight, bias in (("w1", "b1"), ("w2", "b2")):

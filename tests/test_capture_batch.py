@@ -125,7 +125,7 @@ def test_weak_types_make_no_difference(captured_weak, weak):
   loss = lambda p, x, y: cross_entropy(p, x.astype("bfloat16") * p["scale"], y)
   captured = fop_optax.capture(loss, params | {"scale": scales[captured_weak]}, x, y, groups=2)
   params |= {"scale": scales[weak]}
-  value, grads, stats = captured.value_and_grad(params, x, y)
+  value, grads, stats = jax.jit(captured.value_and_grad)(params, x, y)
   np.testing.assert_allclose(value, loss(params, x, y), rtol=1e-6)  # promoted as the loss does it
   assert grads["scale"].dtype == jnp.float32
   assert np.any(stats.factors[0].A)
@@ -156,7 +156,7 @@ def test_complex_and_8_bit_leaves_have_their_gradients_and_no_layer(options):
   assert [layer.path for layer in captured.layers] == ["['imaginary']", "['real']", "['w']"]
   assert captured.fallbacks["['complex']"] == "complex64: curvature is of real parameters"
   assert captured.fallbacks["['eight']"].startswith("float8_e5m2: curvature is of parameters with")
-  _, grads, stats = captured.value_and_grad(params, x, y)
+  _, grads, stats = jax.jit(captured.value_and_grad)(params, x, y)
   assert jax.tree.map(lambda g: g.dtype, grads) == jax.tree.map(lambda p: p.dtype, params)
   for name, expected in jax.grad(loss)(params, x, y).items():
     tolerance = 0.25 if name == "eight" else 1e-5  # two bits of mantissa, rounded in each group
@@ -179,7 +179,7 @@ def test_state_beside_the_batch_is_named_by_batch_argnums():
   with pytest.raises(ValueError, match=r"(?s)leading axes.*args\[0\]\['mean'\]: 4.*batch_argnums"):
     fop_optax.capture(loss, params, state, x, y, has_aux=True)
   captured = fop_optax.capture(loss, params, state, x, y, has_aux=True, batch_argnums=(1, 2))
-  (_, aux), grads, _ = captured.value_and_grad(params, state, x, y)
+  (_, aux), grads, _ = jax.jit(captured.value_and_grad)(params, state, x, y)
   np.testing.assert_allclose(aux["mean"], jnp.mean(x, 0), rtol=1e-5)
   assert aux["steps"] == 1
   expected = jax.grad(lambda p: loss(p, state, x, y)[0])(params)
@@ -374,7 +374,7 @@ def test_groups_in_a_loop_are_groups_written_out(micro_batches):
   captured = fop_optax.capture(
     loss, params, x, y, key, has_aux=True, groups=3, micro_batches=micro_batches
   )
-  (loss_, aux), *rest = captured.value_and_grad(params, x, y, key)
+  (loss_, aux), *rest = jax.jit(captured.value_and_grad)(params, x, y, key)
   (looped, looped_aux), *looped_rest = jax.jit(captured.value_and_grad)(params, x, y, key)
   text = jax.jit(captured.value_and_grad).lower(params, x, y, key).as_text()
   assert "stablehlo.while" in text

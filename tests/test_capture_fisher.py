@@ -52,7 +52,7 @@ def test_exact_is_kfac_jax(groups, traced):
 def test_directions_of_kfac_jax_exact_from_the_loss():
   params, x, y, oracle = inputs()
   captured = fop_optax.capture(mlp, params, x, y, fisher="exact")
-  _, grads, stats = captured.value_and_grad(params, x, y)
+  _, grads, stats = jax.jit(captured.value_and_grad)(params, x, y)
   for key, scaling in (("pi", "factored"), ("exact", "exact")):
     for damping in (0.01, 0.1):
       tx = fop_optax.kfac(
@@ -92,7 +92,7 @@ def test_exact_is_the_gauss_newton_matrix(kind, terms):
     y = jnp.asarray(rng.integers(3, size=(6, terms)))
     loss = lambda p, x, y: fop_optax.softmax_cross_entropy(x @ p["w"], y)
   captured = fop_optax.capture(loss, {"w": w}, x, y, fisher="exact")
-  (A, G) = captured.value_and_grad({"w": w}, x, y)[2].factors[0]
+  (A, G) = jax.jit(captured.value_and_grad)({"w": w}, x, y)[2].factors[0]
   hessian = jax.hessian(lambda w: loss({"w": w}, x, y))(w).reshape(12, 12)
   close(np.kron(A[0], G[0]), hessian)
 

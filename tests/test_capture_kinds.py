@@ -215,7 +215,7 @@ def test_a_lookup_is_the_product_with_one_hot_rows(name):
   found = []
   for look_up in (LOOKUPS[name], one_hot_product):
     captured = fop_optax.capture(lambda *args, f=look_up: loss(f, *args), params, x, y, strict=True)
-    found.append((captured, captured.value_and_grad(params, x, y)))
+    found.append((captured, jax.jit(captured.value_and_grad)(params, x, y)))
   (ours, (value, grads, stats)), (_, (dense_value, dense_grads, dense)) = found
   relative(value, dense_value)
   jax.tree.map(relative, grads, dense_grads)
@@ -236,7 +236,7 @@ def test_ids_out_of_range_count_as_the_lookup_treats_them(mode):
     return fop_optax.softmax_cross_entropy(jnp.tanh(h) @ p["head"], y)
 
   captured = fop_optax.capture(loss, params, x, y)
-  _, grads, stats = captured.value_and_grad(params, x, y)
+  _, grads, stats = jax.jit(captured.value_and_grad)(params, x, y)
   jax.tree.map(relative, grads, jax.grad(loss)(params, x, y))
   A, G = stats.factors[1]
   counts = {"fill": [1, 0, 2, 0, 1], "clip": [1, 0, 2, 0, 3]}[mode]
@@ -276,7 +276,7 @@ def test_a_table_is_a_lookup_of_all_its_rows(name):
   found = []
   for add in (TABLES[name], look_up):
     captured = fop_optax.capture(lambda *args, f=add: loss(f, *args), params, x, y, strict=True)
-    found.append((captured, captured.value_and_grad(params, x, y)))
+    found.append((captured, jax.jit(captured.value_and_grad)(params, x, y)))
   (ours, (value, grads, stats)), (_, (expected, their_grads, theirs)) = found
   relative(value, expected)
   jax.tree.map(relative, grads, their_grads)
@@ -304,7 +304,7 @@ def test_tables_that_a_scan_goes_over_are_a_stack():
   unrolled = fop_optax.capture(lambda *args: loss(*args, one_by_one), params, x, y, strict=True)
   assert scanned.layers[1].stack == 2
   (_, ours), (_, *theirs) = (
-    captured.value_and_grad(params, x, y)[2].factors for captured in (scanned, unrolled)
+    jax.jit(captured.value_and_grad)(params, x, y)[2].factors for captured in (scanned, unrolled)
   )
   jax.tree.map(lambda a, *b: relative(a, np.concatenate(b)), ours, *theirs)
 
@@ -323,7 +323,7 @@ def test_a_tied_weight_is_the_balanced_sum_of_its_uses():
 
   captured = fop_optax.capture(tied, params, x, strict=True)
   assert captured.layers[1].kind == "lookup + dense"
-  _, grads, stats = captured.value_and_grad(params, x)
+  _, grads, stats = jax.jit(captured.value_and_grad)(params, x)
   both = params | {"out": params["w"]}
   _, each, expected = fop_optax.capture(apart, both, x).value_and_grad(both, x)
   relative(grads["w"], each["w"] + each["out"])
@@ -335,7 +335,7 @@ def test_a_tied_weight_is_the_balanced_sum_of_its_uses():
 
   scaled = fop_optax.capture(lambda p, x: tied(p, x, 10.0), params, x)
   for ours, theirs in zip(
-    scaled.value_and_grad(params, x)[2].factors, stats.factors, strict=True
+    jax.jit(scaled.value_and_grad)(params, x)[2].factors, stats.factors, strict=True
   ):  # with the loss ten times as large, the block a hundred times
     relative(np.trace(ours.G[0]) * ours.A[0], 100 * np.trace(theirs.G[0]) * theirs.A[0])
 
@@ -357,7 +357,7 @@ def test_experts_of_limited_capacity_have_rows_that_are_no_multiple_of_the_examp
 
   captured = fop_optax.capture(loss, params, x, y, strict=True)
   assert [layer.stack for layer in captured.layers] == [1, E]
-  _, grads, stats = captured.value_and_grad(params, x, y)
+  _, grads, stats = jax.jit(captured.value_and_grad)(params, x, y)
   jax.tree.map(relative, grads, jax.grad(loss)(params, x, y))
   chosen = np.asarray(jnp.argmax(x @ params["router"], 1))
   for expert in range(E):
@@ -378,7 +378,7 @@ def test_joined_weights_are_parts_of_the_joined_layer():
   whole = lambda p, x, y: fop_optax.softmax_cross_entropy(jnp.tanh(x @ p["ab"]) @ p["cd"], y)
   loss = lambda p, x, y: whole(joined(p), x, y)
   captured = fop_optax.capture(loss, params, x, y, strict=True)
-  _, grads, stats = captured.value_and_grad(params, x, y)
+  _, grads, stats = jax.jit(captured.value_and_grad)(params, x, y)
   _, joined_grads, (_, (ab, cd), *_) = fop_optax.capture(
     whole, joined(params), x, y
   ).value_and_grad(joined(params), x, y)
@@ -413,7 +413,7 @@ def test_statistics_of_a_fraction_are_those_of_these_examples(groups):
       some_network, params, x, y, groups=groups, curvature_fraction=fraction
     )
     assert not captured.fallbacks
-    return captured.value_and_grad(params, x, y)
+    return jax.jit(captured.value_and_grad)(params, x, y)
 
   kept = np.arange(24).reshape(-1, 3, groups)[:, 0].ravel()  # every third of each group
   _, grads, stats = run(x, y, 1 / 3)

@@ -36,7 +36,7 @@ def check(look_up, w, x, expected, kind="lookup"):
   loss = lambda w, x: head(look_up(w, x))
   captured = fop_optax.capture(loss, w, x, strict=True, groups=1)
   assert [layer.kind for layer in captured.layers] == [kind]
-  value, grads, stats = captured.value_and_grad(w, x)
+  value, grads, stats = jax.jit(captured.value_and_grad)(w, x)
   relative(value, expected.loss)
   relative(grads, expected.grads[0])
   (A, G) = stats.factors[0]
@@ -207,7 +207,7 @@ def test_a_token_and_registers_around_the_batch_are_two_tables():
   join = lambda p, h: jnp.concatenate([p["a"][None], h, p["b"]])
   loss = lambda p, h: head(jax.vmap(join, (None, 0))(p, h))
   captured = fop_optax.capture(loss, params, h, strict=True, groups=2)
-  _, grads, stats = captured.value_and_grad(params, h)
+  _, grads, stats = jax.jit(captured.value_and_grad)(params, h)
 
   def rows(p, h, _, tap):
     first = tap("a", jnp.ones((len(h), 1, 1)), p["a"][None])
@@ -240,7 +240,7 @@ def test_weights_adapted_to_each_task_are_weights(steps):
   loss = lambda p, x, y: jnp.mean(jax.vmap(lambda x, y: inner(changes(p, x, y), x[::-1], y))(x, y))
   captured = fop_optax.capture(loss, params, x, y, strict=True, terms_per_example=1)
   assert [layer.kind for layer in captured.layers] == ["dense", "dense"]
-  _, grads, stats = captured.value_and_grad(params, x, y)
+  _, grads, stats = jax.jit(captured.value_and_grad)(params, x, y)
   jax.tree.map(relative, grads, jax.grad(loss)(params, x, y))
 
   def tapped(p, x, y, tap):

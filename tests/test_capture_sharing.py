@@ -175,7 +175,7 @@ def test_explicit_sums(make, groups):
   params, loss, *_, shape = case = make()
   x, y = batch(shape)
   captured = fop_optax.capture(loss, params, x, y, groups=groups, sharing="reduce")
-  _, _, stats = captured.value_and_grad(params, x, y)
+  _, _, stats = jax.jit(captured.value_and_grad)(params, x, y)
   pieces = [(x[i::groups], y[i::groups]) for i in range(groups)]
   assert_explicit(captured, stats, case, pieces, T if make is attention else 1)
 
@@ -193,7 +193,7 @@ def test_pieces_and_shares_of_the_batch(make):
   assert_explicit(captured, step(True), case, [(x[i::2], y[i::2]) for i in range(2)], 1)
   assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(step(False).factors))
   captured = fop_optax.capture(loss, params, x, y, curvature_fraction=0.5, sharing="reduce")
-  stats = captured.value_and_grad(params, x, y)[2]
+  stats = jax.jit(captured.value_and_grad)(params, x, y)[2]
   assert_explicit(captured, stats, case, [(x[::2], y[::2])], 1)
 
 
@@ -211,7 +211,7 @@ def test_which_is_exact_of_linear_layers(pooled):
   hessian = jax.hessian(lambda w: loss({"w": w}, x, y))(params["w"]).reshape(12, 12)
   for sharing, exact in (("reduce", pooled), ("expand", not pooled)):
     captured = fop_optax.capture(loss, params, x, y, fisher="exact", sharing=sharing)
-    (found,) = captured.value_and_grad(params, x, y)[2].factors
+    (found,) = jax.jit(captured.value_and_grad)(params, x, y)[2].factors
     fisher = np.kron(found.A[0], found.G[0])
     assert np.allclose(fisher, hessian, rtol=1e-9, atol=1e-12) == exact
 
@@ -226,7 +226,7 @@ def test_sampled_is_exact_in_the_mean():
     fop_optax.capture(marked, params, x, y, fisher=fisher, sharing="reduce")
     for fisher in ("exact", "sampled")
   )
-  (_, want) = exact.value_and_grad(params, x, y)[2].factors
+  (_, want) = jax.jit(exact.value_and_grad)(params, x, y)[2].factors
   draw = lambda key: sampled.value_and_grad(params, x, y, key=key)[2].factors[1].G
   drawn = jax.lax.map(draw, jax.random.split(jax.random.key(3), 2000))
   error = jnp.std(drawn, axis=0) / 2000**0.5
@@ -238,11 +238,11 @@ def test_sharded_batch(kind):
   params, loss, *_, shape = recurrent()
   x, y = batch(shape)
   captured = fop_optax.capture(loss, params, x, y, sharing="reduce")
-  want = captured.value_and_grad(params, x, y)[2].factors
+  want = jax.jit(captured.value_and_grad)(params, x, y)[2].factors
   axis = jax.sharding.AxisType.Explicit if kind == "explicit" else jax.sharding.AxisType.Auto
   mesh = jax.make_mesh((4,), ("data",), (axis,))
   data = jax.NamedSharding(mesh, jax.P("data"))
-  factors = lambda params, x, y: captured.value_and_grad(params, x, y)[2].factors
+  factors = lambda params, x, y: jax.jit(captured.value_and_grad)(params, x, y)[2].factors
   if kind == "shard_map":
     local = lambda *args, own=factors: jax.lax.pmean(own(*args), "data")
     factors = jax.shard_map(
@@ -265,7 +265,7 @@ def test_what_does_not_reduce_is_said():
     "Rows of each example added up (`sharing='reduce'`): ['w']."
   )
   plain = fop_optax.capture(loss, params, x, y)
-  a, b = (c.value_and_grad(params, x, y)[2].factors for c in (captured, plain))
+  a, b = (jax.jit(c.value_and_grad)(params, x, y)[2].factors for c in (captured, plain))
   for layer, one, other in zip(plain.layers, a, b, strict=True):
     if layer.path != "['w']":  # the lookup, and the head, which has one row an example
       jax.tree.map(np.testing.assert_array_equal, one, other)

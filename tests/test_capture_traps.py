@@ -198,7 +198,7 @@ def test_trap(loss, params, refused):
   in_layers = {captured.layers.paths[leaf] for leaf in captured.layers.covered}
   assert in_layers == {f"['{name}']" for name in params if name not in refused}
   expected = grouped_gradient(loss, params, x, y, groups=2)
-  _, grads, _ = captured.value_and_grad(params, x, y)
+  _, grads, _ = jax.jit(captured.value_and_grad)(params, x, y)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), grads, expected)
 
 
@@ -238,7 +238,7 @@ def test_a_branch_that_the_program_fixes_is_no_branch():
   params, x, y = {"w": W, "v": W + 1}, draw(N, D), jnp.arange(N) % D
   captured, expected = (fop_optax.capture(f, params, x, y) for f in (loss, plain))
   assert captured.fallbacks == expected.fallbacks == {"['v']": "no gradient of the loss reaches it"}
-  both = lambda p: [c.value_and_grad(p, x, y) for c in (captured, expected)]
+  both = lambda p: [jax.jit(c.value_and_grad)(p, x, y) for c in (captured, expected)]
   ours, theirs = jax.jit(both)(params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, theirs)
 

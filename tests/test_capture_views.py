@@ -181,7 +181,7 @@ def test_a_step_is_that_of_plain_products():
     tx = fop_optax.kfac(0.1, captured.layers, damping=0.1)
 
     def step(params, captured=captured, tx=tx):
-      _, grads, stats = captured.value_and_grad(params, x, y)
+      _, grads, stats = jax.jit(captured.value_and_grad)(params, x, y)
       return tx.update(grads, tx.init(params), params, stats=stats)[0]
 
     updates.append(jax.jit(step)(params))

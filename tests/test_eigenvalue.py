@@ -104,7 +104,7 @@ def test_steps(statistics, inverses, stagger):
     batch = problems.make_batch(seed=seed, dtype=jnp.float64)
     updates, state, _ = step(params, state, batch)
     # the factors at hand, of which other tests say what they are
-    stats = captured.value_and_grad(params, batch)[2]
+    stats = jax.jit(captured.value_and_grad)(params, batch)[2]
     grads = problems.per_example_grads(params, batch)
     for name, factors, reference in zip(NAMES, stats.factors, references.values(), strict=True):
       A, G = (np.asarray(x[0]) for x in factors)
@@ -307,7 +307,7 @@ def test_errors():
   batch = problems.make_batch(dtype=jnp.float64)
   tx = fop_optax.kfac(0.1, captured.layers, **EIGENVALUE)
   state = tx.init(params)
-  _, grads, stats = captured.value_and_grad(params, batch)
+  _, grads, stats = jax.jit(captured.value_and_grad)(params, batch)
   with pytest.raises(ValueError, match=r"are missing.*`captured.value_and_grad\(.*basis=fop_optax"):
     tx.update(grads, state, params, stats=stats)
   other = stats._replace(second_moments=(jnp.ones((1, 2, 2)),))

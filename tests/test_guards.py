@@ -151,7 +151,7 @@ def test_a_parameter_without_a_gradient_is_left_alone(make, fallback):
   assert paths == ["['frozen']", "['scale']"]
   rate = (1.0,) if make is fop_optax.kfac else ()
   tx = make(*rate, layers=captured.layers, fallback=fallback)
-  _, grads, stats = captured.value_and_grad(params, x, y)
+  _, grads, stats = jax.jit(captured.value_and_grad)(params, x, y)
   updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
   moved = {name: bool(jnp.any(update != 0)) for name, update in updates.items()}
   assert moved == {"frozen": False, "scale": False, "shift": True, "w": True}

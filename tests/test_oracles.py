@@ -61,7 +61,7 @@ def test_kfac_jax_from_the_loss(precision, groups, scaling, damping):
     return fop_optax.softmax_cross_entropy(h @ p["w2"] + p["b2"], y)
 
   captured = fop_optax.capture(loss, params, x, y, groups=groups)
-  value, grads, _ = captured.value_and_grad(params, x, y)
+  value, grads, _ = jax.jit(captured.value_and_grad)(params, x, y)
   close(value, oracle["loss"], tolerance)
   for name in params:
     close(grads[name], oracle[f"g_{name}"], tolerance)
@@ -97,7 +97,7 @@ def test_asdl_from_the_loss(precision, damping):
     return fop_optax.softmax_cross_entropy(x, y)
 
   captured = fop_optax.capture(loss, params, x, y)
-  value, grads, stats = captured.value_and_grad(params, x, y)
+  value, grads, stats = jax.jit(captured.value_and_grad)(params, x, y)
   close(value, oracle["loss"], tolerance)
   for name, layer, factors in zip(names, captured.layers, stats.factors, strict=True):
     assert layer.path == f"['{name}']['weight']"
@@ -144,7 +144,7 @@ def test_asdl_convolutions_from_the_loss(precision):
 
   # ASDL has no homogeneous coordinate: the biases are in no layer here.
   captured = fop_optax.capture(loss, weights, biases, x, y, batch_argnums=(1, 2))
-  value, grads, stats = captured.value_and_grad(weights, biases, x, y)
+  value, grads, stats = jax.jit(captured.value_and_grad)(weights, biases, x, y)
   close(value, oracle["loss"], tolerance)
   for name, factors in zip(names, stats.factors, strict=True):
     close(grads[name], oracle[f"{name}/grad_weight"], tolerance)

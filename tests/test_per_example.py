@@ -157,7 +157,7 @@ def test_exact_without_damping_is_the_shortest_solution():
 def test_gradients_and_contrasts_are_the_captured_ones(groups):
   params, batch = problem()
   captured = fop_optax.capture(problems.loss, params, batch, groups=groups)
-  _, mean, stats = captured.value_and_grad(params, batch)
+  _, mean, stats = jax.jit(captured.value_and_grad)(params, batch)
   grads = problems.per_example_grads(params, batch)
 
   settings = per_example.Settings("kronecker", None, 8192, 1024, groups)
@@ -218,7 +218,7 @@ def test_kronecker_is_kfac_where_norms_are_constant(method, scaling):
   one, two = (tx.init(params) for tx in ways)
   for seed in range(4):
     batch = constant_norms(seed)
-    _, mean, stats = captured.value_and_grad(params, *batch)
+    _, mean, stats = jax.jit(captured.value_and_grad)(params, *batch)
     want, one = ways[0].update(mean, one, params, stats=stats)
     grads = jax.vmap(jax.grad(of_constant_norms), (None, 0, 0, 0))(params, *batch)
     got, two = ways[1].update(grads, two, params)
@@ -232,7 +232,7 @@ def test_kronecker_is_not_kfac_elsewhere():
   params = problems.make_params(dtype=jnp.float64, sizes=sizes)
   batch = problems.make_batch(128, dtype=jnp.float64, sizes=sizes)
   captured = fop_optax.capture(problems.loss, params, batch, groups=1)
-  _, mean, stats = captured.value_and_grad(params, batch)
+  _, mean, stats = jax.jit(captured.value_and_grad)(params, batch)
   kfac = fop_optax.scale_by_kfac(captured.layers, damping=1e-3)
   want, _ = kfac.update(mean, kfac.init(params), params, stats=stats)
   tx = fop_optax.scale_by_kfac_per_example(damping=1e-3)

@@ -66,7 +66,7 @@ def test_eight_devices_are_one(options):
   tx = fop_optax.fop(0.1, captured.layers, damping=0.1)
 
   def step(params, x, y):
-    loss, grads, stats = captured.value_and_grad(params, x, y)
+    loss, grads, stats = jax.jit(captured.value_and_grad)(params, x, y)
     updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
     return loss, grads, stats.factors, updates
 
@@ -176,7 +176,7 @@ def test_shard_map_with_its_check():
     )
 
   state = tx.init(params)
-  loss_and_grads = captured.value_and_grad(params, x, y)
+  loss_and_grads = jax.jit(captured.value_and_grad)(params, x, y)
   updates, _ = tx.update(loss_and_grads[1], state, params, stats=loss_and_grads[2])
   expected = *loss_and_grads[:2], loss_and_grads[2].factors, loss_and_grads[2].contrasts, updates
   for check in (True, False):
