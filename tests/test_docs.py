@@ -1,4 +1,4 @@
-"""What the documentation says runs: the README's code with its printed output, and all doctests."""
+"""What the README says runs, and prints what it shows; doctests are run by `make doctest`."""
 
 import os
 import pathlib
@@ -48,9 +48,3 @@ def test_readme_names_make_targets_that_exist():
   named = set(re.findall(r"`?make ([a-z]+)", README))
   assert named
   assert named <= targets
-
-
-@pytest.mark.slow  # `make doctest` runs them too
-def test_doctests():
-  printed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules", "fop_optax")
-  assert re.search(r"\d+ passed", printed)

@@ -206,10 +206,17 @@ def test_compare_on_tfds_folders(name, tmp_path):
 
 BENCHMARKS = {
   "step_cost": (
-    ["--cases", "mlp-16", "cnn-pooled-4", "--rounds", "1", "--period", "2"],
-    "mlp-16 .* kfac .* refresh .* fop .* every 2 .* cnn-pooled-4",
+    ["--cases", "mlp-16", "--optimizers", "fop", "--rounds", "1", "--period", "2"],
+    "mlp-16 .* sgd .* fop .* refresh .* every 2",
   ),
-  "compile_time": (["--blocks", "1", "--rounds", "1"], "1 scanned .* fop, every 10 .* 1 unrolled"),
+  "update_cost": (
+    ["--cases", "16", "--methods", "SOAP", "Neumann", "--rounds", "1"],
+    "AdamW .* 1.00 .* SOAP .* Neumann",
+  ),
+  "compile_time": (
+    ["--blocks", "1", "--forms", "scanned", "--rounds", "1"],
+    "1 scanned .* kfac, every 10 .* fop, every 10",
+  ),
   "curvature_fraction": (["--batch", "256", "--fractions", "1", "0.5"], "1/1 .* 1.0000 .* 1/2"),
 }
 
