@@ -17,7 +17,7 @@ from selection import slow_but
 
 import fop_optax
 
-QUICK = ("sgd", "soap", "kfac", "fop")  # the others are slow
+QUICK = ("sgd", "kfac", "fop")  # the others are slow
 
 
 @pytest.fixture(params=slow_but(ROWS, *QUICK, name=lambda row: row.name))

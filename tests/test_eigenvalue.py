@@ -167,6 +167,7 @@ def test_fop_in_its_metric(metric):
     np.testing.assert_allclose(matrix(updates, name).ravel(), want, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_second_moments_that_are_not_finite():
   """Nothing of such statistics is folded in; a basis that fails leaves the last good one."""
   params, captured = captured_problem()

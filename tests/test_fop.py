@@ -38,6 +38,7 @@ def test_equal_groups_are_kfac(problem):
     assert (layer["beta"], layer["eta"], layer["rho2"]) == (0, 1, 0)
 
 
+@pytest.mark.slow
 def test_options(problem):
   params, batch = problem
   run = lambda **kwargs: first_step(fop_optax.scale_by_fop, params, batch, **kwargs)

@@ -89,6 +89,7 @@ def test_against_dense_matrices():
   np.testing.assert_allclose(given[free], want, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_pieces_of_the_batch_give_the_same():
   params, x, y = network()
   loss = lambda params, x, y: fop_optax.softmax_cross_entropy(outputs(params, x), y)
@@ -232,6 +233,7 @@ def test_adapt_damping_needs_a_hyperparameter():
       fop_optax.adapt_damping(state, 0.5)
 
 
+@pytest.mark.slow
 def test_a_full_batch_never_gets_worse():
   """All of it together: a small autoencoder, steps refused where the loss would rise."""
   keys = jax.random.split(jax.random.key(3), 5)

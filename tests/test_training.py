@@ -47,15 +47,9 @@ def close(a, b):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), a, b)
 
 
-@pytest.mark.parametrize(
-  ("name", "scaling"),
-  [
-    ("kfac", "factored"),
-    pytest.param("kfac", "exact", marks=pytest.mark.slow),
-    pytest.param("fop", "exact", marks=pytest.mark.slow),
-    pytest.param("fop", "factored", marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.slow  # by default the contract suite has a scan and a vmap
+@pytest.mark.parametrize("scaling", ["factored", "exact"])
+@pytest.mark.parametrize("name", ["kfac", "fop"])
 def test_steps_in_a_loop_a_scan_and_a_vmap_are_the_same(name, scaling):
   step, init, batch = make_step(name, scaling=scaling, curvature_update_period=2)
   seeds = [problems.make_params(seed) for seed in range(3)]
