@@ -26,6 +26,7 @@ class Row:
     moves_at_once: whether the first step moves parameters.
     often: whether statistics are due at the second step too.
     squares: whether `stats` need second moments of gradients.
+    rounding: how far two compilations of its steps may differ; most are equal to the last digit.
     injected: the arguments that `optax.inject_hyperparams` turns into arrays.
     static: arguments to declare static there.
   """
@@ -40,6 +41,7 @@ class Row:
   moves_at_once: bool = True
   often: bool = False
   squares: bool = False
+  rounding: float = 0.0
   injected: tuple[str, ...] = ()
   static: tuple[str, ...] = ()
 
@@ -140,6 +142,7 @@ ROWS = (
       "inverse_update_period": 2,
     },
     curvature=False,
+    rounding=1e-6,  # which roots of small eigenvalues multiply
     injected=("learning_rate", "b1", "b2", "eps", "weight_decay", "inverse_update_period"),
     static=("mask",),
   ),
@@ -319,6 +322,7 @@ ROWS = (
     soap_then(polar),
     {"learning_rate": 0.02},
     curvature=False,
+    rounding=1e-6,
     injected=("learning_rate", "b1"),
   ),
   Row(
