@@ -456,9 +456,8 @@ def test_layers_are_static_data():
   assert captured.layers == again == pickle.loads(pickle.dumps(again))
   assert hash(captured.layers) == hash(again)
   assert not callable(captured.layers)
-  other = jax.jit(captured.value_and_grad)(
-    params, x[:4], y[:4]
-  )  # another batch size: the same layers
+  # another batch size: the same layers
+  other = jax.jit(captured.value_and_grad)(params, x[:4], y[:4])
   assert other[2].factors[0].A.shape == captured.layers[0].factor_shapes[0]
 
 
