@@ -10,6 +10,7 @@ import numpy as np
 from fop_optax.curvature.inverse import EigenvalueInverse, FactoredInverse
 from fop_optax.curvature.stacks import plan_stacks
 from fop_optax.curvature.state import CurvatureState, StackState
+from fop_optax.factorizations import eigvalsh
 from fop_optax.layers import Layers
 from fop_optax.optimizers.fop import ScaleByFopState
 from fop_optax.optimizers.kfac import ScaleByKfacState
@@ -141,7 +142,7 @@ def _conditions(stack: StackState) -> dict[str, jax.Array]:
 
 def _extremes(factor):
   """Smallest and largest eigenvalue of each matrix of a stack, at least 0."""
-  values = jnp.linalg.eigvalsh(factor) if factor.ndim == 3 else factor
+  values = jax.vmap(eigvalsh)(factor) if factor.ndim == 3 else factor
   return jnp.maximum(jnp.min(values, -1), 0), jnp.maximum(jnp.max(values, -1), 0)
 
 

@@ -38,6 +38,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fop_optax.factorizations import eigh
+
 Product = Callable[[jax.Array], jax.Array]
 
 # A direction of `E` counts if its share of the contrasts' size is above this; in float32 as well.
@@ -181,7 +183,7 @@ def _solve_semidefinite(E, D, floor, valid):
   if len(D) == 1:  # two groups: D / E
     values, vectors = E[0], jnp.ones_like(E)
   else:
-    values, vectors = jnp.linalg.eigh(E)
+    values, vectors = eigh(E)
   kept = valid & (values > floor)
   shares = jnp.where(kept, _ips(vectors.T, D) / jnp.where(kept, values, 1), 0)
   return _ips(vectors, shares)

@@ -22,6 +22,7 @@ from fop_optax.capture.captured import Captured
 from fop_optax.capture.evaluate import MARK, Evaluation
 from fop_optax.capture.fisher import check_marked, times_hessian
 from fop_optax.capture.values import Key
+from fop_optax.factorizations import eigh
 
 
 class QuadraticModel(NamedTuple):
@@ -64,7 +65,7 @@ class QuadraticModel(NamedTuple):
     # to unit diagonal: directions may differ in length by orders of magnitude
     scale = jnp.where(free, jnp.sqrt(jnp.abs(jnp.diagonal(matrix))), 0)
     scale = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
-    values, vectors = jnp.linalg.eigh(scale[:, None] * matrix * scale)
+    values, vectors = eigh(scale[:, None] * matrix * scale)
     kept = values > 8 * len(values) * jnp.finfo(values.dtype).eps
     along = vectors.T @ (scale * right)
     free_part = -scale * (vectors @ jnp.where(kept, along / jnp.where(kept, values, 1), 0))

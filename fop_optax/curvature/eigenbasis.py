@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from fop_optax.curvature.modes import along, second_moment
 from fop_optax.curvature.precondition import Side, matmul
 from fop_optax.curvature.stacks import Stack, by_block, by_side, per_stack
+from fop_optax.factorizations import eigh, orthonormal
 
 KL_START = 0.1  # of the eigenvalues, in the authors' code
 
@@ -142,7 +143,7 @@ def follow(
 
 
 def _eigenvectors(S: jax.Array) -> Followed:
-  _, basis = jnp.linalg.eigh(S + 1e-30 * jnp.eye(len(S), dtype=S.dtype))
+  _, basis = eigh(S + 1e-30 * jnp.eye(len(S), dtype=S.dtype))
   return _followed(basis[:, ::-1], jnp.arange(len(S), dtype=jnp.int32))
 
 
@@ -151,7 +152,7 @@ def _follow(S: jax.Array, basis: jax.Array, sort: bool) -> Followed:
   order = jnp.arange(len(S), dtype=jnp.int32)
   if sort:
     order = jnp.argsort(-jnp.sum(basis * product, axis=0), stable=True).astype(jnp.int32)
-  return _followed(jnp.linalg.qr(product[:, order])[0], order)
+  return _followed(orthonormal(product[:, order]), order)
 
 
 def _unmoved(basis: jax.Array) -> Followed:

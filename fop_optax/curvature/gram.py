@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from fop_optax import moments
 from fop_optax.curvature.damping import Damping
 from fop_optax.curvature.precondition import matmul
+from fop_optax.factorizations import eigh
 
 
 class Gram(NamedTuple):
@@ -46,7 +47,7 @@ def gram(gradients: Sequence[jax.Array], dtype: jax.typing.DTypeLike) -> Gram:
     roles = moments.Roles(rows=tuple(range(1, leaf.ndim)), stack=(), features=(0,))
     K += moments.second_moment(leaf, roles, False, dtype)[0] / batch
   finite = jnp.all(jnp.isfinite(K))
-  S, U = jnp.linalg.eigh(jnp.where(finite, K, 0))
+  S, U = eigh(jnp.where(finite, K, 0))
   return Gram(U, jnp.maximum(S, 0), finite)
 
 

@@ -43,6 +43,7 @@ from fop_optax.curvature.precondition import (
   transposed,
 )
 from fop_optax.curvature.stacks import by_block, by_shape, per_stack
+from fop_optax.factorizations import eigh
 from fop_optax.layers import Factors
 
 Split = Callable[[Size, Size, jax.Array], tuple[jax.Array, jax.Array]]
@@ -170,7 +171,7 @@ def _eigen(factor, damping):
   if factor.ndim == 1:
     values = jnp.maximum(factor, 0)
     return None, values, jnp.min(values)
-  values, basis = jnp.linalg.eigh(factor)
+  values, basis = eigh(factor)
   values = jnp.maximum(values, 0)  # rounding may make them negative
   found = jnp.isfinite(jnp.sum(values) + jnp.sum(basis))
   return basis, values, jnp.where(found, jnp.min(values), jnp.nan)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from fop_optax.curvature.precondition import matmul
 from fop_optax.curvature.stacks import by_shape
+from fop_optax.factorizations import svd
 
 Polar = Callable[[jax.Array], jax.Array]
 Triple = tuple[float, float, float]
@@ -44,7 +45,7 @@ def newton_schulz(X: jax.Array, coefficients: Sequence[Triple], dtype: Any = Non
 
 def exact_polar(X: jax.Array) -> jax.Array:
   """`U V'` of a singular value decomposition, without singular values that are rounding."""
-  U, s, Vt = jnp.linalg.svd(unit(X), full_matrices=False)
+  U, s, Vt = jax.vmap(svd)(unit(X))
   rounding = max(X.shape[1:]) * jnp.finfo(X.dtype).eps * jnp.max(s, axis=1, keepdims=True)
   return matmul(jnp.where((s > rounding)[:, None], U, 0), Vt)
 

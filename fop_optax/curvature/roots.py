@@ -13,6 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from fop_optax.curvature.precondition import matmul
+from fop_optax.factorizations import eigh
 
 NEWTON_STEPS = 100
 NEWTON_TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
@@ -21,7 +22,7 @@ ACCEPTED = 0.1  # of `max |M - I|` where the iteration stalls: the root is a rou
 
 def eigh_root(A: jax.Array, eps: jax.Array, exponent: float) -> jax.Array:
   """`Q l^-e Q'` of `A + eps I = Q l Q'`, with the least eigenvalue raised to eps."""
-  values, basis = jnp.linalg.eigh(A + eps * jnp.eye(len(A), dtype=A.dtype))
+  values, basis = eigh(A + eps * jnp.eye(len(A), dtype=A.dtype))
   low = values[0]  # they rise
   # rounding may have left eigenvalues below eps, or below zero
   values = jnp.where(low < eps, values - low + eps, values)

@@ -15,6 +15,7 @@ from fop_optax.curvature.roots import eigh_root, newton_root
 from fop_optax.curvature.stacks import Stack, by_block, by_side, per_stack
 from fop_optax.curvature.steps import Steps, whole_period
 from fop_optax.dimensions import Dimensions
+from fop_optax.factorizations import eigh
 from fop_optax.layers import Layers
 from fop_optax.optimizers import by_tensor, common
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
@@ -228,7 +229,7 @@ def _root(options: ShampooOptions, exponent: float, t: jax.Array, F: jax.Array) 
   # Ours: less than the rounding of F would not keep its zero eigenvalues from being anything.
   eps = jnp.maximum(eps, jnp.finfo(F.dtype).eps * jnp.trace(F))
   if options.eigenvalue_correction:
-    return jnp.linalg.eigh(F + eps * jnp.eye(len(F), dtype=F.dtype))[1]
+    return eigh(F + eps * jnp.eye(len(F), dtype=F.dtype))[1]
   if options.root == "newton":
     return newton_root(F, eps, round(1 / exponent))
   return eigh_root(F, eps, exponent)
