@@ -10,11 +10,16 @@ the counted floor: the FLOPs of SGD's step and those that the method cannot do w
     products     2 r o (r + o) for a layer's matrix [r, o] and each of M^-1 V; K-FAC has one, FOP
                  three (M^-1 g_avg, M^-1 g_perp, F g_avg)
     refresh      2 N T (r^2 + o^2) for A and G of N examples with T rows, r^3 + o^3 for the inverses
+
+of a side of which only the diagonal is kept, nothing. `--compile-threads` compiles so many steps at
+a time, for machines with many cores: seconds of compilation say nothing then and are left out.
 """
 
 from collections.abc import Callable
+import concurrent.futures
 import csv
 import dataclasses
+import functools
 import itertools
 import pathlib
 import statistics
@@ -41,11 +46,12 @@ class Config:
   """What to time.
 
   Attributes:
-    cases: networks and batch sizes: mlp-N, cnn-pooled-N, cnn-flat-N.
+    cases: networks and batch sizes: mlp-N, cnn-pooled-N, cnn-flat-N, resnet18-N, gpt2-N.
     optimizers: of kfac and fop.
     period: steps between two refreshes.
     rounds: rounds of alternating windows.
     kfac_jax: also time kfac_jax.Optimizer, which has to be installed.
+    compile_threads: how many steps are compiled at a time.
     out: a CSV file to write.
   """
 
@@ -54,6 +60,7 @@ class Config:
   period: int = 10
   rounds: int = 11
   kfac_jax: bool = False
+  compile_threads: int = 1
   out: str | None = None
 
 
@@ -119,10 +126,11 @@ def floor(case: cases.Case, name: str, plain_flops: float, refreshes: float) -> 
   """Counted FLOPs over those of a plain step, with so many refreshes a step (0, 1, 1 / period)."""
   flops = plain_flops
   layers = fop_optax.capture(case.loss, case.params, case.x, case.y).layers
-  for layer, rows in zip(layers, case.rows, strict=True):
-    r, o = layer.rows, layer.outputs
-    flops += PRODUCTS[name] * 2 * r * o * (r + o)
-    flops += refreshes * (2 * len(case.x) * rows * (r**2 + o**2) + r**3 + o**3)
+  rows = (case.rows,) * len(layers) if isinstance(case.rows, int) else case.rows
+  for layer, own in zip(layers, rows, strict=True):
+    sides = [d for d, diagonal in zip(layer.dims, layer.diagonal, strict=True) if not diagonal]
+    flops += PRODUCTS[name] * 2 * layer.rows * layer.outputs * sum(sides)
+    flops += refreshes * sum(2 * len(case.x) * own * d**2 + d**3 for d in sides)
   return flops / plain_flops
 
 
@@ -145,14 +153,22 @@ class Row:
 def measure(name: str, config: Config) -> list[Row]:
   """All lines of one network."""
   case = cases.build(name)
-  plain = sgd(case)
   every = f"every {config.period}"
   kinds: dict[str, bool | None] = {"ordinary": False, "refresh": True, every: None}
   shares = dict(zip(kinds, (0, 1, 1 / config.period), strict=True))
-  steps = {
-    (optimizer, kind): ours(case, optimizer, config.period, refresh)
-    for optimizer, (kind, refresh) in itertools.product(config.optimizers, kinds.items())
-  }
+  pairs = list(itertools.product(config.optimizers, kinds))
+  with concurrent.futures.ThreadPoolExecutor(config.compile_threads) as pool:
+    plain, *steppers = pool.map(
+      lambda make: make(),
+      [
+        lambda: sgd(case),
+        *(
+          functools.partial(ours, case, optimizer, config.period, kinds[kind])
+          for optimizer, kind in pairs
+        ),
+      ],
+    )
+  steps = dict(zip(pairs, steppers, strict=True))
   windows: dict[Any, timing.Window] = {key: step.window for key, step in steps.items()}
   windows |= {"sgd": plain.window}
   others: dict[Any, peers.KfacJax] = {}
@@ -171,7 +187,8 @@ def measure(name: str, config: Config) -> list[Row]:
   rows = [row("sgd", "sgd", "", 1.0, 1.0, 1.0)]
   for (optimizer, kind), step in steps.items():
     counted = floor(case, optimizer, plain_flops, shares[kind])
-    compiling, memory = step.seconds / plain.seconds, step.bytes / plain.bytes
+    compiling = step.seconds / plain.seconds if config.compile_threads == 1 else None
+    memory = step.bytes / plain.bytes
     rows.append(row((optimizer, kind), optimizer, kind, counted, compiling, memory))
   return rows + [row(key, *key, None, None, None) for key in others]
 

@@ -2,7 +2,8 @@
 
     python -m experiments.benchmarks.update_cost [--cases 1024 transformer] [--soap-jax FOLDER]
 
-A case is one matrix of that side, or the parameters of a decoder-only transformer of four blocks.
+A case is one matrix of that side, or the parameters of a decoder-only transformer of four blocks
+("transformer") or of GPT-2's shapes ("gpt2-8").
 For each method: milliseconds of an update, the mean over a period of ten with its new bases, its
 ratio to AdamW's, the bytes of the state over AdamW's, and the counted FLOPs, for a matrix [m, n]
 
@@ -13,11 +14,13 @@ ratio to AdamW's, the bytes of the state over AdamW's, and the counted FLOPs, fo
                iterations, as many as it takes, are not counted
     Muon       20 m^2 n + 10 m^3   five steps of two products and a square, m the smaller side
 
-Where the gradient is taken too (`step`), of the transformer, batch 16 x 64, time is that of a whole
-step over AdamW's.
+for SOAP and Shampoo without the sides beyond what they keep. Where the gradient is taken too, time
+is that of a whole step over AdamW's: of the transformer on 16 x 64 tokens ("step"), or of GPT-2 on
+8 x 1,024 in bfloat16 ("gpt2-8-step").
 """
 
 from collections.abc import Callable
+import concurrent.futures
 import csv
 import dataclasses
 import functools
@@ -34,10 +37,11 @@ from rich.console import Console
 from rich.table import Table
 import tyro
 
-from experiments.benchmarks import compile_time, timing
+from experiments.benchmarks import cases, compile_time, timing
 import fop_optax
 
 PERIOD = 10
+MAX_DIM = 10_000  # sides beyond have no factor
 
 
 class Method(NamedTuple):
@@ -48,18 +52,22 @@ class Method(NamedTuple):
   refresh: Callable[[int, int], float] = lambda m, n: 0.0
 
 
+def _kept(*dims: int) -> list[int]:
+  return [d for d in dims if d <= MAX_DIM]
+
+
 def _soap(**options):
   return Method(
-    lambda: fop_optax.soap(1e-3, inverse_update_period=PERIOD, **options),
-    lambda m, n: 6.0 * m * n * (m + n),
-    lambda m, n: 14 / 3 * (m**3 + n**3) + 4 * m * n * (m + n),
+    lambda: fop_optax.soap(1e-3, inverse_update_period=PERIOD, max_precond_dim=MAX_DIM, **options),
+    lambda m, n: 6.0 * m * n * sum(_kept(m, n)),
+    lambda m, n: sum(14 / 3 * d**3 + 4 * m * n * d for d in _kept(m, n)),
   )
 
 
-def _shampoo(refresh=lambda m, n: 11.0 * (m**3 + n**3), **options):
+def _shampoo(refresh=lambda m, n: sum(11.0 * d**3 for d in _kept(m, n)), **options):
   return Method(
     lambda: fop_optax.shampoo(1e-3, inverse_update_period=PERIOD, block_size=8192, **options),
-    lambda m, n: 4.0 * m * n * (m + n),
+    lambda m, n: 4.0 * m * n * sum(_kept(m, n)),
     refresh,
   )
 
@@ -88,9 +96,11 @@ class Config:
   """What to time.
 
   Attributes:
-    cases: sides of a matrix, "transformer" for its parameters, "step" for its whole step.
+    cases: sides of a matrix; "transformer", "gpt2-N" for the parameters of one; "step",
+      "gpt2-N-step" for a whole step of it.
     methods: names; AdamW always runs.
     rounds: rounds of alternating windows of ten updates.
+    compile_threads: how many updates are compiled at a time.
     soap_jax: the `src` of github.com/haydn-jones/SOAP_JAX, to time it too.
     out: a CSV file to write.
   """
@@ -98,6 +108,7 @@ class Config:
   cases: tuple[str, ...] = ("256", "1024", "4096", "transformer", "step")
   methods: tuple[str, ...] = tuple(METHODS)
   rounds: int = 7
+  compile_threads: int = 1
   soap_jax: str | None = None
   out: str | None = None
 
@@ -107,11 +118,12 @@ class Updater:
 
   def __init__(self, tx: optax.GradientTransformation, case: str):
     loss, params, *batch = _problem(case)
-    self.inputs = batch if case == "step" else [jax.tree.map(jnp.sin, params)]
+    whole = case.endswith("step")
+    self.inputs = batch if whole else [jax.tree.map(jnp.sin, params)]
 
     def step(carry, *inputs):
       params, state = carry
-      grads = jax.grad(loss)(params, *inputs) if case == "step" else inputs[0]
+      grads = jax.grad(loss)(params, *inputs) if whole else inputs[0]
       updates, state = tx.update(grads, state, params)
       return optax.apply_updates(params, updates), state
 
@@ -132,7 +144,10 @@ def _problem(case: str) -> tuple[Any, ...]:
   """Loss, parameters in buffers of their own, batch."""
   if case.isdecimal():
     return None, {"w": jax.random.normal(jax.random.key(0), (int(case), int(case)))}
-  network = compile_time.transformer(4, scan=False)
+  if case.startswith("gpt2"):
+    network = cases.build(case.removesuffix("-step"))
+  else:
+    network = compile_time.transformer(4, scan=False)
   return network.loss, network.params, network.x, network.y
 
 
@@ -160,11 +175,13 @@ class Row:
   compile_seconds: float
 
 
-def measure(case: str, methods: dict[str, Method], rounds: int) -> list[Row]:
+def measure(case: str, methods: dict[str, Method], config: Config) -> list[Row]:
   """All lines of one case."""
-  updaters = {name: Updater(method.make(), case) for name, method in methods.items()}
+  with concurrent.futures.ThreadPoolExecutor(config.compile_threads) as pool:
+    made = pool.map(lambda method: Updater(method.make(), case), methods.values())
+    updaters = dict(zip(methods, made, strict=True))
   windows = {name: own.window for name, own in updaters.items()}
-  seconds = timing.alternate(windows, PERIOD, rounds)
+  seconds = timing.alternate(windows, PERIOD, config.rounds)
   _, params, *_ = _problem(case)
   return [
     Row(
@@ -218,7 +235,7 @@ def main(config: Config) -> None:
   console = Console() if sys.stdout.isatty() else Console(width=120)
   rows: list[Row] = []
   for case in config.cases:
-    own = measure(case, chosen(config), config.rounds)
+    own = measure(case, chosen(config), config)
     rows += own
     console.print(table(own))
   if config.out:
