@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What is checked and measured on one GPU; from the root, with the tests' packages installed:
-#   bash experiments/benchmarks/accelerator.sh FOLDER [tests step_cost profile linear_algebra update_cost]
+#   bash experiments/benchmarks/accelerator.sh FOLDER [PART...]
 # Each part writes its own file to the folder and ends by itself after the seconds that stand there.
 set -u
 out=$1; shift
@@ -27,19 +27,23 @@ tests() {
   tail -n 2 "$out/tests.txt"
 }
 
+# Autotuning every fusion and Triton product takes minutes of compilation on networks of this size.
+quick="--xla_gpu_enable_triton_gemm=false --xla_gpu_experimental_enable_fusion_autotuner=false"
+
 for part in $parts; do
   case $part in
     tests) tests ;;
-    step_cost)
-      run 200 step_cost.txt step_cost --cases resnet18-2048 mlp-4096 cnn-pooled-4096 \
-        --rounds 7 --compile-threads "$threads" --out "$out/step_cost.csv" ;;
-    profile)
-      run 60 profile_ordinary.txt profile resnet18-2048 fop ordinary
-      run 60 profile_refresh.txt profile resnet18-2048 fop refresh ;;
     linear_algebra)
-      run 100 linear_algebra.txt linear_algebra --sides 768 2304 --out "$out/linear_algebra.csv" ;;
+      run 45 linear_algebra.txt linear_algebra --sides 768 --rounds 3 \
+        --compile-threads "$threads" --out "$out/linear_algebra.csv"
+      run 40 linear_algebra_wide.txt linear_algebra --sides 769 4608 --rounds 3 \
+        --parts products inverses --compile-threads "$threads" --out "$out/linear_algebra_wide.csv" ;;
+    step_cost)
+      XLA_FLAGS=$quick run 140 step_cost.txt step_cost --cases resnet18-2048 --optimizers fop \
+        --kinds ordinary refresh --rounds 5 --compile-threads "$threads" --out "$out/step_cost.csv" ;;
+    profile) XLA_FLAGS=$quick run 60 profile.txt profile resnet18-2048 fop refresh ;;
     update_cost)
-      run 200 update_cost.txt update_cost --cases 1024 4096 gpt2-8-step --rounds 5 \
-        --methods SOAP Muon Shampoo --compile-threads "$threads" --out "$out/update_cost.csv" ;;
+      XLA_FLAGS=$quick run 100 update_cost.txt update_cost --cases gpt2-16-step --rounds 5 \
+        --methods SOAP Muon --compile-threads "$threads" --out "$out/update_cost.csv" ;;
   esac
 done

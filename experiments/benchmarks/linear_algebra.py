@@ -16,6 +16,7 @@ Times are medians of alternating runs, ratios are to the first line of each part
 """
 
 from collections.abc import Callable
+import concurrent.futures
 import csv
 import dataclasses
 import functools
@@ -57,6 +58,7 @@ class Config:
     parts: of products, moments, inverses, bases, eigenvectors.
     rounds: rounds of alternating windows.
     steps: calls in a window.
+    compile_threads: how many operations are compiled at a time.
     out: a CSV file to write.
   """
 
@@ -65,9 +67,11 @@ class Config:
   parts: tuple[str, ...] = ("products", "moments", "inverses", "bases", "eigenvectors")
   rounds: int = 5
   steps: int = 3
+  compile_threads: int = 1
   out: str | None = None
 
 
+@functools.cache
 def second_moment(side: int, batch: int) -> jax.Array:
   """`[batch, side, side]`, eigenvalues from 1 to 1e-7 evenly in their logarithm."""
   random = np.random.default_rng(0)
@@ -160,6 +164,15 @@ def eigenvectors(side: int, batch: int) -> dict[str, Operation]:
 PARTS = {own.__name__: own for own in (products, moments, inverses, bases, eigenvectors)}
 
 
+def _compiled(operation: Operation) -> Any:
+  """Compiled, or why it is not."""
+  function, arguments, _ = operation
+  try:
+    return jax.jit(function).lower(*arguments).compile()
+  except (ValueError, jax.errors.JaxRuntimeError) as refused:
+    return refused
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
   """One line of the table."""
@@ -175,19 +188,20 @@ class Row:
 
 def measure(part: str, side: int, config: Config) -> list[Row]:
   """All lines of one part; an operation that the device does not have is left out."""
+  operations = PARTS[part](side, config.batch)
+  with concurrent.futures.ThreadPoolExecutor(config.compile_threads) as pool:
+    made = dict(zip(operations, pool.map(_compiled, operations.values()), strict=True))
   windows, errors = {}, {}
-  for name, (function, arguments, error) in PARTS[part](side, config.batch).items():
-    compiled = jax.jit(function)
-    try:
-      errors[name] = error(compiled(*arguments))
-    except (ValueError, jax.errors.JaxRuntimeError) as refused:
-      print(f"{part}, {name}: {str(refused).splitlines()[0]}")
+  for name, (_, arguments, error) in operations.items():
+    compiled = made[name]
+    if isinstance(compiled, Exception):
+      print(f"{part}, {name}: {str(compiled).splitlines()[0]}")
       continue
 
     def window(steps, compiled=compiled, arguments=arguments):
       return [compiled(*arguments) for _ in range(steps)][-1]
 
-    windows[name] = window
+    windows[name], errors[name] = window, error(compiled(*arguments))
   seconds = timing.alternate(windows, config.steps, config.rounds)
   first = next(iter(windows))
   return [

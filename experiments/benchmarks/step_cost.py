@@ -25,7 +25,7 @@ import pathlib
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -48,6 +48,7 @@ class Config:
   Attributes:
     cases: networks and batch sizes: mlp-N, cnn-pooled-N, cnn-flat-N, resnet18-N, gpt2-N.
     optimizers: of kfac and fop.
+    kinds: of ordinary, refresh and every, which steps.
     period: steps between two refreshes.
     rounds: rounds of alternating windows.
     kfac_jax: also time kfac_jax.Optimizer, which has to be installed.
@@ -57,6 +58,7 @@ class Config:
 
   cases: tuple[str, ...] = DEFAULT
   optimizers: tuple[str, ...] = ("kfac", "fop")
+  kinds: tuple[Literal["ordinary", "refresh", "every"], ...] = ("ordinary", "refresh", "every")
   period: int = 10
   rounds: int = 11
   kfac_jax: bool = False
@@ -154,8 +156,13 @@ def measure(name: str, config: Config) -> list[Row]:
   """All lines of one network."""
   case = cases.build(name)
   every = f"every {config.period}"
-  kinds: dict[str, bool | None] = {"ordinary": False, "refresh": True, every: None}
-  shares = dict(zip(kinds, (0, 1, 1 / config.period), strict=True))
+  steps_of = {
+    "ordinary": ("ordinary", False, 0),
+    "refresh": ("refresh", True, 1),
+    "every": (every, None, 1 / config.period),
+  }
+  kinds: dict[str, bool | None] = {steps_of[kind][0]: steps_of[kind][1] for kind in config.kinds}
+  shares = {steps_of[kind][0]: steps_of[kind][2] for kind in config.kinds}
   pairs = list(itertools.product(config.optimizers, kinds))
   with concurrent.futures.ThreadPoolExecutor(config.compile_threads) as pool:
     plain, *steppers = pool.map(
@@ -169,6 +176,9 @@ def measure(name: str, config: Config) -> list[Row]:
       ],
     )
   steps = dict(zip(pairs, steppers, strict=True))
+  print(f"{name}, sgd: compiled in {plain.seconds:.0f} s", flush=True)
+  for (optimizer, kind), step in steps.items():
+    print(f"{name}, {optimizer}, {kind}: compiled in {step.seconds:.0f} s", flush=True)
   windows: dict[Any, timing.Window] = {key: step.window for key, step in steps.items()}
   windows |= {"sgd": plain.window}
   others: dict[Any, peers.KfacJax] = {}
