@@ -35,9 +35,9 @@ for part in $parts; do
     tests) tests ;;
     linear_algebra)
       run 45 linear_algebra.txt linear_algebra --sides 768 --rounds 3 \
-        --compile-threads "$threads" --out "$out/linear_algebra.csv"
+        --compile-threads "$threads"
       run 40 linear_algebra_wide.txt linear_algebra --sides 769 4608 --rounds 3 \
-        --parts products inverses --compile-threads "$threads" --out "$out/linear_algebra_wide.csv" ;;
+        --parts products inverses --compile-threads "$threads" ;;
     step_cost)
       XLA_FLAGS=$quick run 140 step_cost.txt step_cost --cases resnet18-2048 --optimizers fop \
         --kinds ordinary refresh --rounds 5 --compile-threads "$threads" --out "$out/step_cost.csv" ;;
