@@ -179,14 +179,20 @@ def test_equal_halves_are_kfac(layer, scaling, seed):
   g = groups[0]
   for metric in METRICS:
     out, kfac = jitted(A, G, damping, jnp.stack([g, g]), scaling=scaling, metric=metric)
-    np.testing.assert_array_equal(out.direction, kfac)
+    assert_same(out.direction, kfac)
   # The same halves, summed in another order: apart by rounding, which is not to be blown up.
   rng = np.random.default_rng(seed)
   noise = jnp.asarray(rng.uniform(-4, 4, g.shape), g.dtype) * jnp.finfo(g.dtype).eps
   other = g + noise * jnp.max(jnp.abs(g))
   out, kfac = jitted(A, G, damping, jnp.stack([g, other]), scaling=scaling)
   assert out.beta[0] == 0
-  np.testing.assert_array_equal(out.direction, kfac)
+  assert_same(out.direction, kfac)
+
+
+def assert_same(a, b):
+  """To the last bit; but for it where the device may fuse the same sum in two ways."""
+  last = 0 if jax.default_backend() == "cpu" else 4 * jnp.finfo(a.dtype).eps
+  np.testing.assert_allclose(a, b, rtol=last)
 
 
 @hypothesis.given(
