@@ -82,11 +82,13 @@ def diagnostics(
   owners = _owners(curvature.stacks, layers)
   out: dict[str, dict[str, jax.Array]] = {}
   if isinstance(state, ScaleByFopState) and not curvature.stacks:
-    (out["all parameters"],) = (found._asdict() for found in state.projections)
-  for index, (stack, owner) in enumerate(zip(curvature.stacks, owners, strict=True)):
-    numbers = _numbers(stack, condition)
+    out["all parameters"] = state.projection._asdict()
+  start = 0
+  for stack, owner in zip(curvature.stacks, owners, strict=True):
+    numbers, stop = _numbers(stack, condition), start + len(owner)
     if isinstance(state, ScaleByFopState):
-      numbers |= state.projections[index]._asdict()
+      numbers |= jax.tree.map(lambda x, a=start, b=stop: x[a:b], state.projection)._asdict()
+    start = stop
     for layer in sorted(set(owner.tolist()) - {-1}):
       name = layers[layer].path if layers is not None else f"layer {layer}"
       out[name] = {key: value[owner == layer] for key, value in numbers.items()}

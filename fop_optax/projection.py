@@ -32,11 +32,12 @@ orthonormal rows that sum to zero; the direction is the same for each such `H`. 
 groups; this form is its extension here.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fop_optax.factorizations import eigh
 
@@ -56,6 +57,17 @@ class FopDirection(NamedTuple):
   residual: jax.Array  # shape=(): |g_avg' F g_perp| relative to its terms, the largest over i
   s: jax.Array  # shape=(k,)
   norm2: jax.Array  # shape=(): direction' M direction
+
+
+class FopNumbers(NamedTuple):
+  """The numbers of a `FopDirection`, of each of many blocks."""
+
+  beta: jax.Array  # shape=(blocks, k)
+  eta: jax.Array  # shape=(blocks,)
+  rho2: jax.Array  # shape=(blocks,)
+  residual: jax.Array  # shape=(blocks,)
+  s: jax.Array  # shape=(blocks, k)
+  norm2: jax.Array  # shape=(blocks,)
 
 
 def fop_direction(
@@ -122,51 +134,104 @@ def fop_direction(
       f"`beta={beta}` was given with {len(contrasts)} contrasts. A number would depend on the basis"
       " of the contrasts: give it with two groups only, or leave `beta=None`."
     )
+  one = lambda function: None if function is None else lambda V: function(V[0])[None]
+  norm = jnp.asarray(fisher_norm)[None]
+  layer = Gradients(average[None], contrasts[None], one(solve), one(multiply), norm, resolution)
+  (direction,), numbers = fop_directions(
+    [layer], total_gradient=total_gradient, adaptive_step=adaptive_step, beta=beta
+  )
+  return FopDirection(direction[0], *(number[0] for number in numbers))
+
+
+class Gradients(NamedTuple):
+  """Gradients of blocks of one shape, along the leading axis of every array, and their metric."""
+
+  average: jax.Array  # [blocks, ...]
+  contrasts: jax.Array  # [blocks, k, ...]
+  solve: Product  # V -> M^-1 V of all blocks: [blocks, ...]
+  multiply: Product | None
+  fisher_norm: jax.Array  # shape=(blocks,)
+  resolution: jax.typing.ArrayLike | None = None
+
+  @property
+  def dtype(self) -> Any:
+    return jnp.promote_types(self.average.dtype, jnp.float32)
+
+
+def fop_directions(
+  stacks: Sequence[Gradients],
+  *,
+  total_gradient: str = "mean",
+  adaptive_step: bool = True,
+  beta: jax.typing.ArrayLike | None = None,
+) -> tuple[list[jax.Array], FopNumbers]:
+  """`fop_direction` of each block of several stacks, and the numbers of all blocks together.
+
+  Numbers are worked out as one vector over all blocks, however many stacks there are: the program
+  has them once, and compiles quickly. There is one stack at least.
+  """
+  join, split = _joining(stacks)
   k = 2.0 if total_gradient == "sum" else 1.0
-  resolution = jnp.finfo(average.dtype).eps if resolution is None else resolution
-  dtype = jnp.promote_types(average.dtype, jnp.float32)
-  eps = jnp.finfo(dtype).eps
+  eps, tiny, limit, norm = _constants(stacks)
 
   # A power of two near the largest entry of g_avg: divides exactly, and lets no square underflow.
-  scale = _power_of_two(average.astype(dtype))
-  ga = average.astype(dtype) / scale
-  c = contrasts.astype(dtype) / scale
+  (largest,) = join([(_largest(own.average.astype(own.dtype)),) for own in stacks])
+  scale = _power_of_two(largest, limit)
+  ga, c = [], []
+  for own, size in zip(stacks, split(scale), strict=True):
+    ga.append(own.average.astype(own.dtype) / _along(size, own.average))
+    c.append(own.contrasts.astype(own.dtype) / _along(size, own.contrasts))
 
   # (4), (5). Formed entry by entry: differences of the scalars below would cancel.
-  u = solve(ga)
-  f_ga = u if multiply is None else multiply(ga)
-  q = _ip(ga, f_ga)
-  projected = q > 8 * eps * jnp.asarray(fisher_norm, dtype) * _ip(ga, ga)
-  s = jnp.where(projected, _ips(c, f_ga) / jnp.where(projected, q, 1), 0)
-  gp = c - _along(s, ga) * ga
-  v = jax.vmap(solve)(gp)
+  u = [own.solve(g) for own, g in zip(stacks, ga, strict=True)]
+  f_ga = [
+    v if own.multiply is None else own.multiply(g) for own, g, v in zip(stacks, ga, u, strict=True)
+  ]
+  q, c_f, ga2, c2, f2 = join(
+    [
+      (_dot(g, f), _dot(ci, f[:, None], 2), _dot(g, g), _dot(ci, ci, 2), _dot(f, f))
+      for g, f, ci in zip(ga, f_ga, c, strict=True)
+    ]
+  )
+  projected = q > 8 * eps * jnp.asarray(norm, q.dtype) * ga2
+  s = jnp.where(projected[:, None], c_f / jnp.where(projected, q, 1)[:, None], 0)
+  gp = [ci - _along(own, ci) * g[:, None] for ci, own, g in zip(c, split(s), ga, strict=True)]
+  v = [jax.vmap(own.solve, 1, 1)(perp) for own, perp in zip(stacks, gp, strict=True)]
 
-  N = _ip(ga, u)
-  D = _ips(v, ga)
-  E = jax.vmap(lambda v_i: _ips(gp, v_i))(v)
-  c2 = jnp.trace(E) + 2 * _ip(s, D) + _ip(s, s) * N  # = sum_i <c_i, c_i>
+  N, D, E, left = join(
+    [
+      (_dot(g, ug), _dot(vi, g[:, None], 2), _gram(vi, perp), _dot(perp, f[:, None], 2))
+      for g, ug, vi, perp, f in zip(ga, u, v, gp, f_ga, strict=True)
+    ]
+  )
+  trace = jnp.trace(E, axis1=1, axis2=2)
+  size2 = trace + 2 * _dot(s, D) + _dot(s, s) * N  # = sum_i <c_i, c_i>
+  finite = jnp.all(jnp.isfinite(D), axis=1) & jnp.all(jnp.isfinite(E), axis=(1, 2))
+  sizeable = finite & (N > 0) & (jnp.sum(c2, axis=1) > tiny**2 * ga2)
+  best = jax.vmap(_solve_semidefinite)(E, D, REL_EPS * size2, sizeable)  # (16)
+  rho2 = jnp.where(sizeable, _dot(D, best) / jnp.where(sizeable, N, 1), 0)
+  b = best
+  if beta is not None:
+    b = jnp.where(finite, jnp.asarray(beta, N.dtype), 0)[:, None]
 
-  tiny = jnp.maximum(1e3 * eps, 4 * jnp.asarray(resolution, dtype))
-  finite = jnp.all(jnp.isfinite(D)) & jnp.all(jnp.isfinite(E))
-  sizeable = finite & (N > 0) & (jnp.sum(c * c) > tiny**2 * _ip(ga, ga))
-  best = _solve_semidefinite(E, D, REL_EPS * c2, sizeable)  # (16)
-  rho2 = jnp.where(sizeable, _ip(D, best) / jnp.where(sizeable, N, 1), 0)
-  b = best if beta is None else jnp.where(finite, jnp.asarray(beta, dtype), 0)[None]
-
-  num = N + _ip(b, D)  # <g_avg, g_comb>
-  den = N + 2 * _ip(b, D) + _ip(b, _ips(E, b))  # <g_comb, g_comb>
-  eta = jnp.full_like(N, 1.0)
+  num = N + _dot(b, D)  # <g_avg, g_comb>
+  den = N + 2 * _dot(b, D) + _dot(b, _dot(E, b[:, None], 2))  # <g_comb, g_comb>
+  eta = jnp.ones_like(N)
   if adaptive_step:
     eta = jnp.where(den > 0, k * num / jnp.where(den > 0, den, 1), k)  # (17)
     if beta is None:
       eta = jnp.clip(eta, k / 2, k)  # its range, up to rounding
-  direction = eta * scale * (u + jnp.sum(_along(b, u) * v, axis=0))  # (18)
-  return FopDirection(
-    direction=direction,
+  bound = (jnp.sqrt(c2) + jnp.abs(s) * jnp.sqrt(ga2)[:, None]) * jnp.sqrt(f2)[:, None]
+  residual = jnp.where(bound > 0, jnp.abs(left) / jnp.where(bound > 0, bound, 1), 0)
+  directions = [
+    _along(size, ug) * (ug + jnp.sum(_along(own, vi) * vi, axis=1))  # (18)
+    for size, ug, own, vi in zip(split(eta * scale), u, split(b), v, strict=True)
+  ]
+  return directions, FopNumbers(
     beta=b,
     eta=eta,
     rho2=jnp.clip(rho2, 0, 1),
-    residual=jnp.max(jnp.where(projected, _residual(ga, c, gp, s, f_ga), 0)),
+    residual=jnp.where(projected, jnp.max(residual, axis=1), 0),
     s=s,
     norm2=eta**2 * den * scale**2,
   )
@@ -185,36 +250,77 @@ def _solve_semidefinite(E, D, floor, valid):
   else:
     values, vectors = eigh(E)
   kept = valid & (values > floor)
-  shares = jnp.where(kept, _ips(vectors.T, D) / jnp.where(kept, values, 1), 0)
-  return _ips(vectors, shares)
+  shares = jnp.where(kept, _dot(vectors.T, D) / jnp.where(kept, values, 1), 0)
+  return _dot(vectors, shares)
 
 
-def _residual(ga, c, gp, s, f_ga):
-  """`|g_perp,i' F g_avg|` over `(|c_i| + |s_i| |g_avg|) |F g_avg|`, which bounds its rounding."""
-  bound = (jax.vmap(_norm)(c) + jnp.abs(s) * _norm(ga)) * _norm(f_ga)
-  return jnp.where(bound > 0, jnp.abs(_ips(gp, f_ga)) / jnp.where(bound > 0, bound, 1), 0)
+def _joining(stacks):
+  """How numbers of each stack become vectors over all blocks, and those parts of them again."""
+  dtype = jnp.result_type(*(own.dtype for own in stacks))
+  ends = np.cumsum([len(own.average) for own in stacks])
+  starts = [0, *ends[:-1]]
+
+  def join(numbers):
+    if len(numbers) == 1:
+      return numbers[0]
+    return [
+      jnp.concatenate([x.astype(dtype) for x in column]) for column in zip(*numbers, strict=True)
+    ]
+
+  def split(x):
+    pieces = zip(stacks, starts, ends, strict=True)
+    return [x[start:end].astype(own.dtype) for own, start, end in pieces]
+
+  return join, split
 
 
-def _power_of_two(x):
-  largest = jnp.max(jnp.abs(x), initial=0)
+def _constants(stacks):
+  """For each block its machine epsilon, what is rounding of its gradients, and the rest it needs.
+
+  Numbers where all stacks have the same, for the program's sake.
+  """
+
+  def each(number):
+    values = [number(own) for own in stacks]
+    if all(isinstance(x, float | int) for x in values) and len(set(values)) == 1:
+      return values[0]
+    return jnp.concatenate(
+      [jnp.broadcast_to(x, len(own.average)) for x, own in zip(values, stacks, strict=True)]
+    )
+
+  eps = lambda own: float(jnp.finfo(own.dtype).eps)
+  fine = lambda own: float(jnp.finfo(own.average.dtype).eps)
+  spacing = lambda own: fine(own) if own.resolution is None else own.resolution
+
+  def tiny(own):
+    rounding = spacing(own)
+    larger = max if isinstance(rounding, float) else jnp.maximum
+    return larger(1e3 * eps(own), 4 * rounding)
+
+  # XLA multiplies by the reciprocal of a scale: it may not underflow
+  limit = lambda own: int(-1 - jnp.finfo(own.dtype).minexp)
+  return each(eps), each(tiny), each(limit), each(lambda own: own.fisher_norm)
+
+
+def _power_of_two(largest, limit):
   _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 0))
-  limit = -1 - jnp.finfo(x.dtype).minexp  # XLA multiplies by the reciprocal: it may not underflow
-  return jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent - 1, -limit, limit))
+  return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent - 1, -limit, limit))
 
 
-def _ip(x, y):
-  return jnp.sum(x * y)
+def _largest(x):
+  return jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0)
 
 
-def _ips(xs, y):
-  """Inner products of each `xs[i]` with `y`."""
-  return jnp.sum(xs * y, axis=tuple(range(1, xs.ndim)))
+def _dot(x, y, lead=1):
+  """Inner products along all but so many leading axes."""
+  return jnp.sum(x * y, axis=tuple(range(lead, x.ndim)))
 
 
-def _norm(x):
-  return jnp.sqrt(_ip(x, x))
+def _gram(v, gp):
+  """`<v_i, gp_j>` of each block: `[blocks, k, k]`."""
+  return _dot(v[:, :, None], gp[:, None], 3)
 
 
-def _along(weights, x):
-  """`weights` as a leading axis beside the axes of `x`."""
-  return weights.reshape(-1, *[1] * x.ndim)
+def _along(numbers, x):
+  """Numbers of the leading axes of `x`, with axes of one entry behind them."""
+  return numbers.reshape(*numbers.shape, *[1] * (x.ndim - numbers.ndim))

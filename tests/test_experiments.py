@@ -194,6 +194,7 @@ def test_tfds_folders(name, shape):
   np.testing.assert_allclose(read.std, read.train_images.std((0, 1, 2)), rtol=1e-6)
 
 
+@pytest.mark.slow
 @needs_tfds
 @pytest.mark.parametrize("name", ["cifar10_mlp", "fashion_mnist_mlp"])
 def test_compare_on_tfds_folders(name, tmp_path):

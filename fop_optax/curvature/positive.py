@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax.curvature.precondition import matmul
-from fop_optax.factorizations import cholesky, solve_lower
+from fop_optax.factorizations import cholesky, in_turn, solve_lower
 
 _LEAF = 384  # halves end at this side
 
 
+@in_turn
 def positive_inverse(matrix: jax.Array) -> jax.Array:
   """The inverse of a positive definite matrix; NaN if it is not positive definite."""
   root = _triangular_inverse(cholesky(matrix))

@@ -12,13 +12,13 @@ from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import common
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
-from fop_optax.projection import FopDirection, check_total_gradient, fop_direction
+from fop_optax.projection import Gradients, check_total_gradient, fop_directions
 
 METRICS = ("fisher", "damped", "inverse")
 
 
 class Projection(NamedTuple):
-  """What FOP found at its last step, one stack: see `fop_optax.projection`."""
+  """What FOP found at its last step, of all blocks: see `fop_optax.projection`."""
 
   beta: jax.Array  # shape=(blocks, groups - 1)
   eta: jax.Array  # shape=(blocks,)
@@ -38,7 +38,7 @@ class ScaleByFopState(NamedTuple):
   """State of the layers' part of `scale_by_fop`."""
 
   curvature: CurvatureState
-  projections: tuple[Projection, ...]  # one a stack
+  projection: Projection  # of all blocks, stack after stack
 
 
 class FopOptions(NamedTuple):
@@ -121,29 +121,33 @@ def project(
 
   def init(params: optax.Params) -> Any:
     stacks, curvature = common.init(options, layers, params)
-    contrasts = layers.groups - 1
-    projections = []
-    for stack, s in zip(stacks, curvature.stacks, strict=True):
-      projections.append(no_projection(stack.blocks, contrasts, s.dtype))
-    return ScaleByFopState(curvature, tuple(projections))
+    blocks = sum(stack.blocks for stack in stacks)
+    dtype = jnp.result_type(jnp.float32, *(s.dtype for s in curvature.stacks))
+    return ScaleByFopState(curvature, no_projection(blocks, layers.groups - 1, dtype))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
   def apply(updates, state, stats, fallback_finite):
     count = state.curvature.steps.count
     step = common.begin(options, layers, updates, state.curvature, stats, True, fallback_finite)
+    if not step.stacks:  # everything is masked
+      return updates, state._replace(curvature=step.curvature)
     beta = None if fop_options.beta is None else common.value_at(fop_options.beta, count)
-    results = [
-      jax.vmap(functools.partial(_block_direction, scaling, fop_options, beta, resolution))(
-        s, V, contrasts
-      )
-      for s, V, contrasts, resolution in zip(
-        step.curvature.stacks, step.matrices, step.contrasts, step.resolutions, strict=True
-      )
-    ]
-    norm2 = sum((jnp.sum(r.norm2) for r in results), start=jnp.zeros(()))
-    updates = common.finish(options, layers, step, [r.direction for r in results], norm2, count)
-    projections = tuple(Projection(r.beta, r.eta, r.rho2, r.residual, r.s) for r in results)
-    return updates, ScaleByFopState(step.curvature, projections)
+    gradients = map(
+      functools.partial(_gradients, scaling, fop_options.projection_metric),
+      step.curvature.stacks,
+      step.matrices,
+      step.contrasts,
+      step.resolutions,
+    )
+    directions, numbers = fop_directions(
+      list(gradients),
+      total_gradient=fop_options.total_gradient,
+      adaptive_step=fop_options.adaptive_step,
+      beta=beta,
+    )
+    updates = common.finish(options, layers, step, directions, jnp.sum(numbers.norm2), count)
+    projection = Projection(*numbers[: len(Projection._fields)])
+    return updates, ScaleByFopState(step.curvature, projection)
 
   def update(
     updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
@@ -155,34 +159,26 @@ def project(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _block_direction(
+def _gradients(
   scaling: Scaling,
-  fop_options: FopOptions,
-  beta: jax.Array | None,
-  resolution: float,
+  projection_metric: str,
   state: StackState,
-  V: jax.Array,
+  average: jax.Array,
   contrasts: jax.Array,
-) -> FopDirection:
-  """`fop_direction` with the metric and the inverse of one block."""
+  resolution: float,
+) -> Gradients:
+  """The gradients of a stack with the metric and the inverses of its blocks."""
   factors, inverse = state.running.factors, state.inverse.value
+  solve = functools.partial(jax.vmap(scaling.solve), inverse)
   multiply, fisher_norm = {
-    "fisher": (lambda V: scaling.fisher(inverse, factors, V), scaling.norm(inverse, factors)),
+    "fisher": (scaling.fisher, lambda: jax.vmap(scaling.norm)(inverse, factors)),
     # M with the running factors of now, damped as when they were last inverted.
-    "damped": (lambda V: scaling.damped(inverse, factors, V), 0.0),
-    "inverse": (None, 0.0),
-  }[fop_options.projection_metric]
-  return fop_direction(
-    V,
-    contrasts,
-    lambda V: scaling.solve(inverse, V),
-    multiply,
-    fisher_norm=fisher_norm,
-    total_gradient=fop_options.total_gradient,
-    adaptive_step=fop_options.adaptive_step,
-    beta=beta,
-    resolution=resolution,
-  )
+    "damped": (scaling.damped, lambda: 0.0),
+    "inverse": (None, lambda: 0.0),
+  }[projection_metric]
+  if multiply is not None:
+    multiply = functools.partial(jax.vmap(multiply), inverse, factors)
+  return Gradients(average, contrasts, solve, multiply, fisher_norm(), resolution)
 
 
 def fop(

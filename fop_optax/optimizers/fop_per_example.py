@@ -76,7 +76,7 @@ def _project(
     return per_example.kronecker(settings, options, inner)
 
   def start(curvature, dtype):
-    return ScaleByFopState(curvature, (no_projection(1, settings.groups - 1, dtype),))
+    return ScaleByFopState(curvature, no_projection(1, settings.groups - 1, dtype))
 
   share = functools.partial(_projected, fop_options)
   return per_example.exact(settings, options, start, share)
@@ -110,7 +110,7 @@ def _projected(
   perpendicular = weights.contrasts - r.s[:, None] * weights.mean
   combined = weights.mean + r.beta @ perpendicular
   projection = Projection(*(x[None] for x in (r.beta, r.eta, r.rho2, r.residual, r.s)))
-  return Share(r.eta * gram.solve_weights(of, combined, damping), r.norm2, (projection,))
+  return Share(r.eta * gram.solve_weights(of, combined, damping), r.norm2, projection)
 
 
 def fop_per_example(

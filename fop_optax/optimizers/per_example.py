@@ -125,8 +125,8 @@ def kronecker(
       return state
     # optax.tree.map_params asks for the outline of a state: one leaf for what depends on params.
     outline = jnp.zeros(())
-    if "projections" in state._fields:
-      state = state._replace(projections=outline)
+    if "projection" in state._fields:
+      state = state._replace(projection=outline)
     return state._replace(curvature=state.curvature._replace(stacks=outline))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
@@ -164,7 +164,7 @@ class Share(NamedTuple):
 
   weights: jax.Array  # [B]: the direction is X' weights
   norm2: jax.Array  # shape=(): direction' M direction
-  projections: tuple[Any, ...] = ()  # what FOP found
+  projection: Any = None  # what FOP found
 
 
 class Weights(NamedTuple):
@@ -207,8 +207,8 @@ def exact(
     updates = jax.tree.map(lambda leaf: gram.combine(leaf, nu).astype(leaf.dtype), updates)
     steps = state.curvature.steps.counted(Finite(jnp.asarray(True), of.finite))
     new = {"curvature": state.curvature._replace(steps=steps)}
-    if own.projections:
-      new["projections"] = own.projections
+    if own.projection is not None:
+      new["projection"] = own.projection
     return updates, state._replace(**new)
 
   return _transformation(settings, init, apply)
