@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
@@ -95,6 +96,29 @@ def test_structure_is_final_from_init(row):
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
   shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert shape(abstract) == shape(state) == shape(tx.init(shapes))
+
+
+FACTORISATIONS = {"cholesky", "eigh", "qr", "svd", "triangular_solve"}
+# Products alone, or no bases.
+UNFACTORISED = {"sgd", "neumann", "shampoo variant", "soap then polar", "soap on spheres"}
+
+
+def factorised(jaxpr):
+  """The operands of all factorisations in a program."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name in FACTORISATIONS:
+      yield equation.invars[0].aval
+    for inner in core.jaxprs_in_params(equation.params):
+      yield from factorised(inner)
+
+
+def test_factorisations_are_of_one_matrix(row):
+  """Not of a batch: on the CPU two batches at a time may wait for each other for ever."""
+  tx = row.tx(LAYERS)
+  shapes = jax.eval_shape(lambda: (PARAMS, tx.init(PARAMS), data(row.name)))
+  found = list(factorised(jax.make_jaxpr(make_step(row, tx))(*shapes).jaxpr))
+  assert all(operand.ndim == 2 for operand in found), found
+  assert found or row.name in UNFACTORISED
 
 
 def test_compiles_once_also_with_donated_state(row):

@@ -126,6 +126,7 @@ VARIANTS = {
   "K-FAC constraint 0.03": _kfac(norm_constraint=0.03),
   "K-FAC constraint 0.3": _kfac(norm_constraint=0.3),
   "K-FAC constraint falling": _kfac(norm_constraint=FALLING),
+  "K-FAC decay 0.1": _kfac(weight_decay=0.1),
   "K-FAC every step": _kfac(curvature_update_period=1),
   "K-FAC every 10": _kfac(curvature_update_period=10),
   "K-FAC sampled": _kfac("sampled"),

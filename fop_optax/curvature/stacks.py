@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fop_optax.curvature.damping import trace_of
 from fop_optax.layers import Factors, Layers, is_masked, side_shapes
 from fop_optax.tensors import Tensors
 
@@ -92,14 +93,16 @@ def stack_factors(
 ) -> tuple[Factors, jax.Array]:
   """The factors of the layers of `stack`, side by side, and of each block whether it is finite.
 
-  Layer by layer, as a program that looks through all side by side is long to compile.
+  Of a sum of squares no entry is larger than the diagonal's, or not a number where that is one:
+  the trace tells.
   """
   if not stack.layers:
     zeros = Factors(*(jnp.zeros(shape, dtype) for shape in stack.factor_shapes))
     return zeros, jnp.ones(stack.blocks, bool)
   members = [jax.tree.map(lambda f: f.astype(dtype), factors[i]) for i in stack.layers]
-  sound = _concatenate([_finite(f.A) & _finite(f.G) for f in members])
-  return Factors(_concatenate([f.A for f in members]), _concatenate([f.G for f in members])), sound
+  joined = Factors(_concatenate([f.A for f in members]), _concatenate([f.G for f in members]))
+  traces = jnp.stack([jax.vmap(trace_of)(side) for side in joined])
+  return joined, jnp.all(jnp.isfinite(traces), axis=0)
 
 
 def stack_squares(
@@ -198,7 +201,7 @@ def dtype_of(leaf: Any) -> Any:
 
 
 def _finite(blocks):
-  return jnp.all(jnp.isfinite(blocks), axis=range(1, blocks.ndim))
+  return jnp.sum(blocks - blocks, axis=range(1, blocks.ndim)) == 0
 
 
 def _concatenate(arrays):
