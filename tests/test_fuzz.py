@@ -39,7 +39,7 @@ def test_a_few_random_networks(network):
   check(network)
 
 
-@hypothesis.settings(max_examples=25, derandomize=True, **FUZZ)
+@hypothesis.settings(max_examples=10, derandomize=True, **FUZZ)
 @hypothesis.given(network=networks.networks)
 def test_layers_of_a_few_random_networks(network):
   captured(network, network.data())

@@ -25,6 +25,7 @@ class Network(nn.Module):
     return h @ jnp.tanh(odd)
 
 
+@pytest.mark.slow
 def test_a_model_is_measured():
   inputs, targets = [problem.images(8)], problem.labels(4)
   made = problem.linen(Network(), inputs, problem.cross_entropy, targets, train=True)

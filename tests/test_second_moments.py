@@ -411,8 +411,9 @@ def test_fixed_rows():
   assert_close(got, want)
 
 
-SHARDED = [(attention, "explicit"), (scanned, "shard_map")]
+SHARDED = [(scanned, "shard_map")]
 SHARDED_SLOW = [
+  (attention, "explicit"),
   (attention, "auto"),
   (scanned, "auto"),
   (scanned, "explicit"),
