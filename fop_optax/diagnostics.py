@@ -16,7 +16,7 @@ from fop_optax.optimizers.fop import ScaleByFopState
 from fop_optax.optimizers.kfac import ScaleByKfacState
 from fop_optax.optimizers.neumann import ScaleByNeumannState
 from fop_optax.optimizers.shampoo import ScaleByShampooState
-from fop_optax.optimizers.soap import ScaleBySoapState, SoapStack
+from fop_optax.optimizers.soap import ScaleBySoapState
 
 STACKED = (ScaleBySoapState, ScaleByShampooState)
 STATES = (ScaleByKfacState, ScaleByFopState, *STACKED, ScaleByNeumannState)
@@ -103,7 +103,7 @@ def _by_shape(state: ScaleBySoapState | ScaleByShampooState) -> dict[str, dict[s
   out: dict[str, dict[str, jax.Array]] = {}
   for stack in state.stacks:
     own = {"inverses": stack.made, "failed_inverses": stack.failed}
-    if isinstance(stack, SoapStack) and stack.projection is not None:
+    if stack.projection is not None:
       own |= stack.projection._asdict()
     name = " x ".join(map(str, stack.dims[1:]))
     before = out.get(name)

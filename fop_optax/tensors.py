@@ -34,6 +34,7 @@ class Tensor:
     diagonal: for each mode whether it is treated entry by entry, without a matrix.
     natural: whether the modes are the parameter's axes, as nobody said otherwise.
     biases: of a matrix: what its last row is made of, beside the parameter.
+    layer: index of the layer that it is the weight of, where it is of one.
   """
 
   path: str
@@ -44,6 +45,7 @@ class Tensor:
   diagonal: tuple[bool, ...]
   natural: bool = False
   biases: tuple[Bias, ...] = ()
+  layer: int | None = None
 
   @property
   def leaves(self) -> tuple[int, ...]:
@@ -183,7 +185,7 @@ def _of_layers(tree: Any, layers: Layers, join_biases: bool) -> dict[int, list[T
   leaves = layers.leaves(tree, "The tree of parameters or gradients")
   places = layers.places(tree)  # a masked subtree is one leaf of the tree
   found: dict[int, list[Tensor]] = {}
-  for layer in layers:
+  for index, layer in enumerate(layers):
     if is_masked(leaves[layer.weight]):
       continue
     join = join_biases and not any(layer.diagonal)
@@ -193,7 +195,9 @@ def _of_layers(tree: Any, layers: Layers, join_biases: bool) -> dict[int, list[T
       if join and not is_masked(leaves[bias.leaf])
     )
     dims, weight = (layer.inputs + bool(biases), layer.outputs), places[layer.weight]
-    one = Tensor(layer.path, weight, layer.view, layer.stack, dims, layer.diagonal, biases=biases)
+    one = Tensor(
+      layer.path, weight, layer.view, layer.stack, dims, layer.diagonal, False, biases, index
+    )
     found.setdefault(weight, []).append(one)
   return found
 

@@ -25,6 +25,7 @@ class Row:
     blockwise: whether what it does to a leaf or a layer does not depend on the others.
     moves_at_once: whether the first step moves parameters.
     often: whether statistics are due at the second step too.
+    always: whether statistics come at every step, as the state does not say when.
     squares: whether `stats` need second moments of gradients.
     rounding: how far two compilations of its steps may differ; most are equal to the last digit.
     injected: the arguments that `optax.inject_hyperparams` turns into arrays.
@@ -40,6 +41,7 @@ class Row:
   blockwise: bool = True
   moves_at_once: bool = True
   often: bool = False
+  always: bool = False
   squares: bool = False
   rounding: float = 0.0
   injected: tuple[str, ...] = ()
@@ -111,6 +113,15 @@ ROWS = (
     moves_at_once=False,
     injected=("learning_rate", "b1", "b2", "eps", "weight_decay", "inverse_update_period"),
     static=("mask",),
+  ),
+  Row(
+    "soap in the Fisher basis",
+    fop_optax.soap,
+    {"learning_rate": 0.01, "fisher": True, "inverse_update_period": 2},
+    always=True,
+    moves_at_once=False,
+    injected=("learning_rate", "b1", "eps", "inverse_update_period"),
+    static=("layers",),
   ),
   Row(
     "soap variant",

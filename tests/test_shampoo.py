@@ -130,6 +130,44 @@ def test_grafting_takes_the_length(kind):
         np.testing.assert_allclose(got[name], want[name], rtol=1e-8)
 
 
+@pytest.mark.parametrize(
+  "options",
+  [{}, {"exponents": {2: {0: 0.5, 1: 0.0}}}, {"root": "newton"}, {"eigenvalue_correction": True}],
+)
+def test_contrasts_enter_the_momentum_in_the_metric_of_the_step(options):
+  """FOP's equations with the dense matrix that the momentum is divided by."""
+  rng = np.random.default_rng(0)
+  g, c = (jnp.asarray(rng.normal(size=(5, 4, 3))) for _ in range(2))
+  tx = fop_optax.scale_by_shampoo(
+    0.8, 0.9, 1e-2, grafting=None, inverse_update_period=2, contrast=True, **options
+  )
+  stats = lambda c: fop_optax.Stats(jnp.asarray(False), (), (c,))
+  step = jax.jit(lambda g, c, state: tx.update(g, state, stats=stats(c)))
+  state, m = tx.init(g[0]), np.zeros(12)
+  for t in range(1, 6):
+    direction, state = step(g[t - 1], c[t - 1], state)
+    (own,) = state.stacks
+    roots = [
+      np.eye(d) if r is None else np.asarray(r[0]) for r, d in zip(own.roots, (4, 3), strict=True)
+    ]
+    inverse = np.kron(*roots)
+    if own.eigenvalues is not None:
+      v = np.asarray(own.eigenvalues[0]).ravel() / (1 - 0.9**t)
+      inverse = inverse @ np.diag(1 / (np.sqrt(v) + 1e-2)) @ inverse.T
+    mean, contrast = (np.asarray(x[t - 1]).ravel() for x in (g, c))
+    M = np.linalg.inv(inverse)
+    perp = contrast - (contrast @ M @ mean) / (mean @ M @ mean) * mean
+    inner = lambda a, b, inverse=inverse: a @ inverse @ b
+    combined = mean + inner(mean, perp) / inner(perp, perp) * perp
+    combined *= inner(mean, combined) / inner(combined, combined)
+    m_old, m = m, 0.8 * m + 0.2 * combined
+    h = (0.8 * m_old + 0.2 * combined) / (1 - 0.8**t)
+    np.testing.assert_allclose(direction.ravel(), inverse @ h, rtol=1e-8, atol=1e-10)
+  report = fop_optax.diagnostics(state)["stacks"]["4 x 3"]
+  assert 0 < report["rho2"][0] < 1
+  assert report["residual"][0] < 1e-10
+
+
 def test_merged_axes():
   assert merged_from_left((6, 4), 9) == (6, 4)
   assert merged_from_left((2, 3, 3, 3), 9) == (6, 9)

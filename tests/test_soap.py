@@ -140,8 +140,11 @@ class Dense:
   def basis(self):
     return functools.reduce(np.kron, self.Q)
 
-  def fold(self, g):
-    for mode in self.modes:
+  def fold(self, g, sides):
+    for mode in self.modes if sides is None else sides:
+      if sides is not None:
+        self.S[mode] = self.b2 * self.S[mode] + (1 - self.b2) * sides[mode]
+        continue
       white = g
       for other, (Q, values) in enumerate(zip(self.Q, self.values, strict=True)):
         if self.kl and other != mode and self.calls > 0:
@@ -173,13 +176,15 @@ class Dense:
       self.parts[mode] = self.parts[mode][order]
       self.Q[mode] = np.linalg.qr(S @ Q[:, order])[0]
 
-  def step(self, g):
+  def step(self, g, sides=None):
+    """With `sides`, second moments that are given: empty for none."""
     first = self.calls == 0
     t = self.calls + (0 if self.skip_first else 1)
     if first and self.start == "eigh":
       for mode in self.modes:
         U = np.moveaxis(g, mode, 0).reshape(self.shape[mode], -1)
-        self.Q[mode] = np.linalg.eigh(U @ U.T)[1][:, ::-1]
+        moment = U @ U.T if sides is None else sides[mode]
+        self.Q[mode] = np.linalg.eigh(moment)[1][:, ::-1]
     direction = np.zeros(self.shape)
     if t > 0:
       basis = self.basis()
@@ -197,7 +202,7 @@ class Dense:
       root = np.sqrt(v) / root2 + (self.eps if self.after else self.eps / root2)
       whole = basis @ np.diag(1 / root.ravel()) @ basis.T
       direction = (whole @ self.m.ravel()).reshape(self.shape) / (1 - self.b1**t)
-    self.fold(g)
+    self.fold(g, sides)
     if t > 0 and t % self.period == 0 or first and self.start == "identity":
       self.turn()
     self.calls += 1
@@ -244,6 +249,63 @@ def test_variants_against_a_dense_reference(variant):
     params = jnp.zeros(shape)
     _, got = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(params), jnp.asarray(grads))
   np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_in_the_basis_of_the_fisher_factors():
+  """Of a captured loss with a bias, statistics at two steps of three, against the reference."""
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(3)
+    params = {"b": jnp.asarray(rng.normal(size=3)), "w": jnp.asarray(rng.normal(size=(4, 3)))}
+    params["scale"] = jnp.ones(3)
+    x, y = jnp.asarray(rng.normal(size=(6, 16, 4))), jnp.asarray(rng.normal(size=(6, 16, 3)))
+
+    def loss(params, x, y):
+      return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) * params["scale"] - y) ** 2)
+
+    captured = fop_optax.capture(loss, params, x[0], y[0])
+    adam = optax.scale_by_adam(0.9, 0.8, eps=0, eps_root=0)  # of "scale", in no layer
+    tx = fop_optax.scale_by_soap(
+      0.9, 0.8, 1e-3, inverse_update_period=2, layers=captured.layers, fisher=True
+    )
+    state, reference, moments = tx.init(params), Dense((5, 3), (0, 1)), adam.init(params["scale"])
+
+    @jax.jit
+    def step(params, state, x, y, refresh):
+      _, grads, stats = captured.value_and_grad(params, x, y, refresh=refresh)
+      return grads, stats, *tx.update(grads, state, params, stats=stats)
+
+    for t in range(6):
+      grads, stats, got, state = step(params, state, x[t], y[t], t % 3 != 2)
+      g = np.concatenate([grads["w"], grads["b"][None]])
+      sides = {m: np.asarray(f[0]) for m, f in enumerate(stats.factors[0])} if t % 3 != 2 else {}
+      want = reference.step(g, sides)
+      np.testing.assert_allclose(got["w"], want[:-1], rtol=1e-9, atol=1e-12)
+      np.testing.assert_allclose(got["b"], want[-1], rtol=1e-9, atol=1e-12)
+      if t > 0:  # the first step is skipped
+        want, moments = adam.update(grads["scale"], moments)
+        own = np.abs(np.asarray(want / got["scale"] - 1))
+        assert own.max() < 0.2  # but for eps
+      params = optax.apply_updates(params, jax.tree.map(lambda u: -0.1 * u, got))
+    assert step._cache_size() == 1
+
+
+def test_the_fisher_basis_says_what_it_needs():
+  loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+  params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+  captured = fop_optax.capture(loss, params, x)
+  with pytest.raises(ValueError, match=r"`fisher=True` .*`layers=captured\.layers` of"):
+    fop_optax.soap(0.1, fisher=True)
+  with pytest.raises(ValueError, match="`kl=True` whitens gradients"):
+    fop_optax.soap(0.1, fisher=True, kl=True, layers=captured.layers)
+  tx = fop_optax.soap(0.1, fisher=True, layers=captured.layers)
+  with pytest.raises(ValueError, match=r"`fisher=True` needs statistics: .*stats=stats\)`"):
+    tx.update(params, tx.init(params), params)
+  wider, rows = {"w": jnp.ones((5, 2))}, jnp.ones((4, 5))
+  _, _, stats = fop_optax.capture(loss, wider, rows).value_and_grad(wider, rows)
+  with pytest.raises(ValueError, match="`stats` are of another loss"):
+    tx.update(params, tx.init(params), params, stats=stats)
+  with pytest.raises(ValueError, match=r"`scaling='adam'` .*fop_optax\.soap\(.*fisher=True\)"):
+    fop_optax.kfac(0.1, captured.layers, scaling="adam")
 
 
 def test_without_bases_it_is_adam_a_step_later():

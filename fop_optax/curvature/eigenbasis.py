@@ -103,17 +103,30 @@ def _whitened(values, rotated, mode, first):
   return rotated
 
 
+def fold_given(own: Eigenbases, sides: Sequence[Side], beta: jax.Array) -> Eigenbases:
+  """`S_i = beta S_i + (1 - beta) F_i` of one tensor with second moments `F_i` that are given."""
+
+  def average(old, new):
+    if old is None:
+      return None
+    new = beta * old.astype(beta.dtype) + (1 - beta) * new.astype(beta.dtype)
+    return jnp.where(jnp.isfinite(jnp.trace(new)), new, old).astype(old.dtype)
+
+  return own._replace(statistics=tuple(map(average, own.statistics, sides)))
+
+
+def of_gradients(own: Eigenbases, gradients: jax.Array) -> tuple[Side, ...]:
+  """Second moments of one gradient of a stack, along the modes that have a basis."""
+  return tuple(
+    None if old is None else jax.vmap(lambda g, mode=mode: second_moment(g, mode))(gradients)
+    for mode, old in enumerate(own.statistics)
+  )
+
+
 def first_bases(
-  stacks: Sequence[Eigenbases], gradients: Sequence[jax.Array]
+  stacks: Sequence[Eigenbases], moments: Sequence[tuple[Side, ...]]
 ) -> tuple[Eigenbases, ...]:
-  """Eigenvectors, by falling eigenvalue, of the second moments of one gradient."""
-  moments = [
-    tuple(
-      None if old is None else jax.vmap(lambda g, mode=mode: second_moment(g, mode))(g)
-      for mode, old in enumerate(own.statistics)
-    )
-    for own, g in zip(stacks, gradients, strict=True)
-  ]
+  """Eigenvectors, by falling eigenvalue, of second moments."""
   found = by_side(jax.vmap(_eigenvectors), moments)
   return tuple(_stored(own, sides, None) for own, sides in zip(stacks, found, strict=True))
 

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 import numbers
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from fop_optax.curvature.precondition import Side
 from fop_optax.curvature.stacks import Stack, dtype_of, plan_stacks, stack_matrices, unstack
 from fop_optax.curvature.steps import Finite, no_steps
 from fop_optax.dimensions import Dimensions
-from fop_optax.layers import Stats, is_masked
+from fop_optax.layers import Layers, Stats, is_masked
 from fop_optax.optimizers import common
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.whole_steps import all_finite
@@ -32,9 +33,29 @@ class TensorState(Protocol):
     ...
 
 
-# count, state of each stack, its gradients [blocks, *dims] and, where they are asked for, their
-# contrasts [blocks, k, *dims] -> its directions, its state after the step
+class Projection(NamedTuple):
+  """What FOP found of each block at the last step: see `fop_optax.projection`."""
+
+  eta: jax.Array  # shape=(blocks,)
+  rho2: jax.Array  # shape=(blocks,)
+  residual: jax.Array  # shape=(blocks,)
+
+
+def no_projection(blocks: int, dtype: Any) -> Projection:
+  """Before the first step."""
+  return Projection(*(jnp.zeros(blocks, dtype) for _ in Projection._fields))
+
+
+# count, state of each stack, its gradients [blocks, *dims] and, where they are asked for,
+# `contrasts` [blocks, k, *dims] and `statistics` -> its directions, its state after the step
 Step = Callable[..., tuple[list[jax.Array], tuple[Any, ...]]]
+
+
+class Statistics(NamedTuple):
+  """Kronecker factors of this step, for each stack those along its modes that have a basis."""
+
+  refresh: jax.Array  # bool, shape=(): whether they are of this batch; else they are zeros
+  sides: list[tuple[Side, ...]]  # [blocks, d, d]
 
 
 def by_tensor(
@@ -43,6 +64,7 @@ def by_tensor(
   step: Step,
   state_of: Callable[..., Any],
   contrast: bool = False,
+  fisher: Layers | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """A method that makes of each tensor of the gradient its direction.
 
@@ -52,6 +74,7 @@ def by_tensor(
     step: one step of all stacks.
     state_of: counters of steps and state of the stacks -> state.
     contrast: whether it needs the contrasts of the groups' gradients, in `stats`.
+    fisher: the layers of which it needs the Kronecker factors in `stats`, if it does.
   """
 
   def init(params: optax.Params) -> Any:
@@ -64,7 +87,7 @@ def by_tensor(
     return state_of(no_steps(), tuple(map(start, stacks, dtypes)))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
-  def apply(updates, state, trees):
+  def apply(updates, state, trees, stats):
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_masked)
     found = find(updates)
     stacks = plan_stacks(found)
@@ -78,8 +101,13 @@ def by_tensor(
     contrasts = [jnp.stack(parts, axis=1) for parts in zip(*others, strict=True)]
     # Of a tensor whose square overflows the second moments would.
     finite = all_finite([jnp.sum(g**2) for g in [*gradients, *contrasts]])
-    more = (contrasts,) if contrast else ()
-    directions, after = step(state.steps.count, state.stacks, gradients, *more)
+    more: dict[str, Any] = {"contrasts": contrasts} if contrast else {}
+    if stats is not None:
+      dtypes = [s.dtype for s in state.stacks]
+      more["statistics"] = Statistics(
+        stats.refresh, [_sides(*each, found, stats) for each in zip(stacks, dtypes, strict=True)]
+      )
+    directions, after = step(state.steps.count, state.stacks, gradients, **more)
     steps = state.steps.counted(Finite(jnp.asarray(True), finite))
     leaves = unstack(stacks, found, directions, leaves)
     return jax.tree.unflatten(treedef, leaves), state_of(steps, after)
@@ -89,9 +117,34 @@ def by_tensor(
     if not jax.tree.leaves(updates):
       return updates, state
     check_floating(updates)
-    return apply(updates, state, _contrasts(stats) if contrast else ())
+    trees = _contrasts(stats) if contrast else ()
+    return apply(updates, state, trees, None if fisher is None else _statistics(fisher, stats))
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _sides(stack: Stack, dtype: Any, found: Tensors, stats: Stats) -> tuple[Side, ...]:
+  """The factors of the layers of a stack, side by side."""
+
+  def along(mode):
+    # without the coordinate of a bias that is masked
+    d = stack.dims[mode]
+    if not stack.layers:
+      return jnp.zeros((stack.blocks, d, d), dtype)
+    factors = [stats.factors[found[i].layer][mode][:, :d, :d] for i in stack.layers]
+    return jnp.concatenate(factors).astype(dtype)
+
+  return tuple(None if diagonal else along(mode) for mode, diagonal in enumerate(stack.diagonal))
+
+
+def _statistics(layers: Layers, stats: Any) -> Stats:
+  if stats is None:
+    raise ValueError(
+      "`fisher=True` needs statistics: `loss, grads, stats = captured.value_and_grad(params, ...)`"
+      " and `tx.update(grads, opt_state, params, stats=stats)`."
+    )
+  common.check_factors(layers, stats)
+  return stats._replace(refresh=jnp.asarray(stats.refresh, bool))
 
 
 def check_views(dimension_numbers: Dimensions, layers: Any) -> None:

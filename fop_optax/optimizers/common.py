@@ -59,6 +59,11 @@ class Options:
   per_example: bool = False  # whether statistics are those of `curvature.per_example_factors`
 
   def __post_init__(self):
+    if self.scaling == "adam":
+      raise ValueError(
+        "`scaling='adam'` is no damped inverse: Adam's moments in the eigenbasis of the Fisher"
+        " factors are `fop_optax.soap(learning_rate, layers=captured.layers, fisher=True)`."
+      )
     one_of("scaling", self.scaling, tuple(self._scalings))
     for name in ("damping", "relative_damping"):
       check(name, getattr(self, name), lambda x: x >= 0, "at least 0")
@@ -299,17 +304,7 @@ def check_stats(options: Options, layers: Layers, stats: Any, updates: Any, stat
       " with `loss, grads, stats = captured.value_and_grad(params, ...)`. Flax's"
       " `TrainState.apply_gradients` cannot hand them on: call `state.tx.update` in its place."
     )
-  if not isinstance(stats, Stats):
-    raise TypeError(
-      f"`stats` is a {type(stats).__name__}: pass what `captured.value_and_grad` returned."
-    )
-  shapes = [tuple(tuple(x.shape) for x in f) for f in stats.factors]
-  if shapes != [layer.factor_shapes for layer in layers]:
-    raise ValueError(
-      f"`stats` are of another loss: their factors have shapes {shapes}, but these layers have"
-      f" {[layer.factor_shapes for layer in layers]}. `layers` and `stats` should come from the"
-      " same `captured`."
-    )
+  check_factors(layers, stats)
   if options.curvature.scaling.squares:
     check_second_moments(layers, stats)
   if len(stats.contrasts) != layers.groups - 1:
@@ -324,6 +319,21 @@ def check_stats(options: Options, layers: Layers, stats: Any, updates: Any, stat
       f"captured.value_and_grad(params, ...), {tuple(local)})`."
     )
   return stats._replace(refresh=jnp.asarray(stats.refresh, bool))  # a float after `pmean`
+
+
+def check_factors(layers: Layers, stats: Any) -> None:
+  """Checks that `stats` are of a loss with these layers."""
+  if not isinstance(stats, Stats):
+    raise TypeError(
+      f"`stats` is a {type(stats).__name__}: pass what `captured.value_and_grad` returned."
+    )
+  shapes = [tuple(tuple(x.shape) for x in f) for f in stats.factors]
+  if shapes != [layer.factor_shapes for layer in layers]:
+    raise ValueError(
+      f"`stats` are of another loss: their factors have shapes {shapes}, but these layers have"
+      f" {[layer.factor_shapes for layer in layers]}. `layers` and `stats` should come from the"
+      " same `captured`."
+    )
 
 
 def check_state(stacks: Sequence[Stack], state: CurvatureState) -> None:

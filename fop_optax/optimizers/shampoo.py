@@ -1,7 +1,6 @@
 """Shampoo: gradients preconditioned along every axis (Gupta et al., 2018), as Meta has it."""
 
-from collections.abc import Mapping
-import dataclasses
+from collections.abc import Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -18,13 +17,12 @@ from fop_optax.dimensions import Dimensions
 from fop_optax.factorizations import eigh
 from fop_optax.layers import Layers
 from fop_optax.optimizers import by_tensor, common
+from fop_optax.optimizers.by_tensor import Projection
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
-from fop_optax.optimizers.grafting import Graft, correction, folded, grafted
+from fop_optax.optimizers.grafting import correction, folded, grafted
+from fop_optax.optimizers.shampoo_options import Exponents, ShampooOptions
 from fop_optax.optimizers.whole_steps import whole_steps
-from fop_optax.tensors import Tensor, Tensors, merged_from_right, tensors
-
-ROOTS = ("eigh", "newton")
-BLOCK_SIZE = 1024
+from fop_optax.projection import fop_direction
 
 
 class ShampooStack(NamedTuple):
@@ -35,6 +33,10 @@ class ShampooStack(NamedTuple):
   roots: tuple[Side, ...]  # inverse roots of them; with `eigenvalue_correction` eigenvectors
   eigenvalues: jax.Array | None  # second moment in the eigenvectors, like mu
   graft: jax.Array | None  # second moment of the grafted optimizer, like mu
+  powers: (
+    tuple[Side, ...] | None
+  )  # with `contrast`: the inverses of the roots, the metric's factors
+  projection: Projection | None  # of FOP in this metric, where it has `contrast`
   made: jax.Array  # int32 [blocks]: roots stored
   failed: jax.Array  # int32 [blocks]: roots refused because they were not finite
 
@@ -47,102 +49,18 @@ class ShampooStack(NamedTuple):
     return self.mu.dtype
 
 
+class Root(NamedTuple):
+  """The root of one side, or of a stack of them, made anew."""
+
+  root: jax.Array
+  power: jax.Array | None  # its inverse, where it is asked for
+
+
 class ScaleByShampooState(NamedTuple):
   """State of `scale_by_shampoo`."""
 
   steps: Steps
   stacks: tuple[ShampooStack, ...]
-
-
-Exponents = float | Mapping[int, float | Mapping[int, float]] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class ShampooOptions:
-  """Hyperparameters of the direction; checked where they are Python numbers."""
-
-  b1: Scalar
-  b2: Scalar
-  b3: Scalar | None
-  eps: Scalar
-  exponents: Exponents
-  graft: Graft
-  inverse_update_period: ScalarOrSchedule
-  start_step: Scalar | None
-  stagger: bool
-  correct_bias: bool
-  root: str
-  eigenvalue_correction: bool
-  kl: bool
-  block_size: int | None
-  merge_to: int | None
-  dimension_numbers: Dimensions
-  layers: Layers | None
-
-  def __post_init__(self):
-    common.one_of("root", self.root, ROOTS)
-    for name in ("b1", "b3"):
-      common.check(name, getattr(self, name), lambda x: 0 <= x < 1, "in [0, 1)")
-    common.check("b2", self.b2, lambda x: 0 < x <= 1, "above 0 and at most 1")
-    common.check("eps", self.eps, lambda x: x >= 0, "at least 0")
-    common.check_period("inverse_update_period", self.inverse_update_period)
-    common.check_period("start_step", self.start_step)
-    for name in ("block_size", "merge_to"):
-      if getattr(self, name) is not None:
-        by_tensor.check_static(name, getattr(self, name))
-    by_tensor.check_views(self.dimension_numbers, self.layers)
-    self._check_exponents()
-
-  def _check_exponents(self) -> None:
-    given = [self.exponents]
-    if isinstance(self.exponents, Mapping):
-      given = [x for v in self.exponents.values() for x in _values(v)]
-    for exponent in given:
-      if exponent is None:
-        continue
-      if not isinstance(exponent, float | int) or exponent < 0:
-        raise ValueError(
-          f"`exponents={self.exponents!r}` should be a Python number of at least 0 for all axes, or"
-          " a mapping from the number of axes to one, or to a mapping from an axis to one, such as"
-          " `{2: {0: 0.5, 1: 0.0}}`: a left side alone."
-        )
-      if self.root == "newton" and exponent and not (1 / exponent).is_integer():
-        raise ValueError(
-          f'`exponents={self.exponents!r}` has {exponent}: with `root="newton"` exponents are'
-          ' 1 / r, with r a whole number. Use `root="eigh"`.'
-        )
-
-  def given_exponent(self, order: int, mode: int) -> float | None:
-    """The exponent that the user gave for an axis of tensors of so many axes, None if none."""
-    exponents = self.exponents
-    if isinstance(exponents, Mapping):
-      exponents = exponents.get(order)
-    if isinstance(exponents, Mapping):
-      exponents = exponents.get(mode)
-    return exponents
-
-  def exponent(self, own: ShampooStack, mode: int) -> float:
-    """The exponent of an axis; 1/2k where nothing is given, with k axes preconditioned."""
-    given = self.given_exponent(len(own.factors), mode)
-    return 0.5 / sum(f is not None for f in own.factors) if given is None else float(given)
-
-  def tensors(self, tree: Any) -> Tensors:
-    """The blocks of a tree, and which of their axes are preconditioned."""
-    return tensors(tree, self.dimension_numbers, self.layers).map(self._blocks)
-
-  def _blocks(self, tensor: Tensor) -> list[Tensor]:
-    size = BLOCK_SIZE if self.block_size is None else self.block_size
-    if tensor.natural and self.merge_to is not None:
-      tensor = tensor.reshaped(merged_from_right(tensor.dims, size, self.merge_to))
-    order = len(tensor.dims)
-    without = tuple(
-      kept or self.given_exponent(order, mode) == 0 for mode, kept in enumerate(tensor.diagonal)
-    )
-    return list(dataclasses.replace(tensor, diagonal=without).cut(size))
-
-
-def _values(exponents):
-  return list(exponents.values()) if isinstance(exponents, Mapping) else [exponents]
 
 
 def _start(options: ShampooOptions, stack: Stack, dtype: Any) -> ShampooStack:
@@ -158,12 +76,14 @@ def _start(options: ShampooOptions, stack: Stack, dtype: Any) -> ShampooStack:
     roots=sides(lambda d: square(d) + jnp.eye(d, dtype=dtype)),
     eigenvalues=like() if options.eigenvalue_correction else None,
     graft=like() if options.graft.b2 is not None else None,
+    powers=sides(lambda d: square(d) + jnp.eye(d, dtype=dtype)) if options.has_powers else None,
+    projection=by_tensor.no_projection(stack.blocks, dtype) if options.contrast else None,
     made=jnp.zeros(stack.blocks, jnp.int32),
     failed=jnp.zeros(stack.blocks, jnp.int32),
   )
 
 
-def _step(options: ShampooOptions, count: jax.Array, stacks, gradients):
+def _step(options: ShampooOptions, count: jax.Array, stacks, gradients, contrasts=None):
   """One step of all stacks: directions, states.
 
   The gradient of a step enters the factors and, where they are due, the roots that it is seen in.
@@ -177,8 +97,9 @@ def _step(options: ShampooOptions, count: jax.Array, stacks, gradients):
   due = ((t - turn) % period == 0) & (t > start) | (t == start)
   remake = lambda stacks: _remake(options, t, stacks, due if due.ndim else None)
   stacks = jax.lax.cond(jnp.any(due), remake, lambda stacks: stacks, stacks)
-  direction = jax.vmap(lambda s, g: _direction(options, t, start, s, g))
-  results = [direction(s, g) for s, g in zip(stacks, gradients, strict=True)]
+  direction = jax.vmap(functools.partial(_direction, options, t, start))
+  others = contrasts or [None] * len(stacks)
+  results = [direction(*row) for row in zip(stacks, gradients, others, strict=True)]
   return [r[0] for r in results], tuple(r[1] for r in results)
 
 
@@ -212,44 +133,53 @@ def _remake(options: ShampooOptions, t: jax.Array, stacks, due):
   columns: list[Any] = [[s.factors for s in stacks], [s.roots for s in stacks]]
   if due is not None:
     columns.append([(turn,) * len(s.roots) for turn, s in zip(turns, stacks, strict=True)])
-  exponents = [tuple(options.exponent(s, m) for m in range(len(s.roots))) for s in stacks]
+  sides = [(s.factors, range(len(s.factors))) for s in stacks]
+  exponents = [tuple(options.exponent(f, mode) for mode in modes) for f, modes in sides]
 
   def roots(exponent, factors, roots, due=None):
     make = lambda F, _: _root(options, exponent, t, F)
-    return by_block(make, lambda _, root: root, factors, roots, due=due)
+    stay = lambda _, root: Root(root, root if options.has_powers else None)
+    return by_block(make, stay, factors, roots, due=due)
 
   found = by_side(roots, *columns, static=exponents)
   return tuple(_stored(s, own, turn) for s, own, turn in zip(stacks, found, turns, strict=True))
 
 
-def _root(options: ShampooOptions, exponent: float, t: jax.Array, F: jax.Array) -> jax.Array:
-  """`(F / (1 - b2^t) + eps I)^-exponent`, or the eigenvectors of that."""
+def _root(options: ShampooOptions, exponent: float, t: jax.Array, F: jax.Array) -> "Root":
+  """`(F / (1 - b2^t) + eps I)^-exponent` and its inverse, or the eigenvectors of that."""
   b2, eps = (jnp.asarray(x, F.dtype) for x in (options.b2, options.eps))
   F = F / correction(b2, t, options.correct_bias)
   # Ours: less than the rounding of F would not keep its zero eigenvalues from being anything.
   eps = jnp.maximum(eps, jnp.finfo(F.dtype).eps * jnp.trace(F))
   if options.eigenvalue_correction:
-    return eigh(F + eps * jnp.eye(len(F), dtype=F.dtype))[1]
+    return Root(eigh(F + eps * jnp.eye(len(F), dtype=F.dtype))[1], None)
   if options.root == "newton":
-    return newton_root(F, eps, round(1 / exponent))
-  return eigh_root(F, eps, exponent)
+    root = newton_root(F, eps, round(1 / exponent))
+  else:
+    root = eigh_root(F, eps, exponent)
+  return Root(root, eigh_root(F, eps, -exponent) if options.has_powers else None)
 
 
-def _stored(s: ShampooStack, found, due) -> ShampooStack:
+def _stored(s: ShampooStack, found: Sequence["Root | None"], due: Any) -> ShampooStack:
   """With the roots that were `found`, where those of all axes of a block are finite."""
-  finite = [jnp.all(jnp.isfinite(new), axis=(1, 2)) for new in found if new is not None]
+  finite = [jnp.all(jnp.isfinite(x), axis=(1, 2)) for x in jax.tree.leaves(list(found))]
   if not finite:
     return s
   sound = functools.reduce(jnp.logical_and, finite)
-  roots = tuple(
-    old if old is None or new is None else jnp.where(sound[:, None, None], new, old)
-    for old, new in zip(s.roots, found, strict=True)
-  )
   made = sound if due is None else sound & due
-  return s._replace(roots=roots, made=s.made + made, failed=s.failed + ~sound)
+  stored = made[:, None, None]
+
+  def keep(old, new):
+    return old if old is None or new is None else jnp.where(stored, new, old)
+
+  roots = tuple(keep(old, new and new.root) for old, new in zip(s.roots, found, strict=True))
+  powers = s.powers
+  if powers is not None:
+    powers = tuple(keep(old, new and new.power) for old, new in zip(powers, found, strict=True))
+  return s._replace(roots=roots, powers=powers, made=s.made + made, failed=s.failed + ~sound)
 
 
-def _direction(options: ShampooOptions, t: jax.Array, start: jax.Array, s: ShampooStack, gradient):
+def _direction(options: ShampooOptions, t, start, s: ShampooStack, gradient, contrasts):
   """The direction of one tensor, and its state but for factors and roots.
 
       m = b1 m + (1 - b1) g      h = (b3 m_old + (1 - b3) g) / (1 - b3 b1^(t-1))
@@ -257,24 +187,36 @@ def _direction(options: ShampooOptions, t: jax.Array, start: jax.Array, s: Shamp
 
   grafted: times the length of `h / (sqrt(v) + eps)` over its own. Before the first roots are made
   it is that step itself, or without grafting `h`.
+
+  With contrasts of groups of examples, m and h take in place of g FOP's combination of both in the
+  metric of this step, the inverse of what `h` is multiplied by; v and the factors take g.
   """
   b1, b2, eps = (jnp.asarray(x, s.dtype) for x in (options.b1, options.b2, options.eps))
   b3 = b1 if options.b3 is None else jnp.asarray(options.b3, s.dtype)
-  momentum = b3 * s.mu + (1 - b3) * gradient
+  eigenvalues = s.eigenvalues
+  if eigenvalues is None:
+    solve, multiply = (functools.partial(unrotate, sides) for sides in (s.roots, s.powers))
+  else:
+    eigenvalues = folded(eigenvalues, rotate(s.roots, gradient) ** 2, b2)
+    root = jnp.sqrt(eigenvalues / correction(b2, t, options.correct_bias)) + eps
+    solve = lambda V: unrotate(s.roots, rotate(s.roots, V) / root)
+    multiply = lambda V: unrotate(s.roots, rotate(s.roots, V) * root)
+  combined, projection = gradient, None
+  if contrasts is not None:
+    r = fop_direction(gradient, contrasts, solve, multiply)
+    beta, along = (x.reshape(-1, *[1] * gradient.ndim) for x in (r.beta, r.s))
+    combined = r.eta * (gradient + jnp.sum(beta * (contrasts - along * gradient), axis=0))
+    projection = Projection(r.eta, r.rho2, r.residual)
+  momentum = b3 * s.mu + (1 - b3) * combined
   if options.correct_bias:
     momentum /= 1 - b3 * b1 ** (t - 1)
-  own, eigenvalues = unrotate(s.roots, momentum), s.eigenvalues
-  if eigenvalues is not None:
-    square = rotate(s.roots, gradient) ** 2
-    eigenvalues = folded(eigenvalues, square, b2)
-    root = jnp.sqrt(eigenvalues / correction(b2, t, options.correct_bias)) + eps
-    own = unrotate(s.roots, rotate(s.roots, momentum) / root)
+  own = solve(momentum)
   step, graft = options.graft.step(t, s.graft, gradient, momentum)
   if options.graft.kind is not None:
     norm = lambda x: jnp.sqrt(jnp.sum(x**2))
     own = jnp.where(t < start, step, own * (norm(step) / (norm(own) + 1e-16)))
-  mu = b1 * s.mu + (1 - b1) * gradient
-  return own, s._replace(mu=mu, eigenvalues=eigenvalues, graft=graft)
+  mu = b1 * s.mu + (1 - b1) * combined
+  return own, s._replace(mu=mu, eigenvalues=eigenvalues, graft=graft, projection=projection)
 
 
 def scale_by_shampoo(
@@ -294,6 +236,7 @@ def scale_by_shampoo(
   root: str = "eigh",
   eigenvalue_correction: bool = False,
   kl: bool = False,
+  contrast: bool = False,
   block_size: int | None = None,
   merge_to: int | None = None,
   dimension_numbers: Dimensions = None,
@@ -317,6 +260,7 @@ def scale_by_shampoo(
     root=root,
     eigenvalue_correction=eigenvalue_correction,
     kl=kl,
+    contrast=contrast,
     block_size=block_size,
     merge_to=merge_to,
     dimension_numbers=dimension_numbers,
@@ -331,6 +275,7 @@ def _shampoo(options: ShampooOptions) -> optax.GradientTransformationExtraArgs:
     functools.partial(_start, options),
     functools.partial(_step, options),
     ScaleByShampooState,
+    options.contrast,
   )
 
 
@@ -355,6 +300,7 @@ def shampoo(
   root: str = "eigh",
   eigenvalue_correction: bool = False,
   kl: bool = False,
+  contrast: bool = False,
   block_size: int | None = None,
   merge_to: int | None = None,
   dimension_numbers: Dimensions = None,
@@ -408,6 +354,10 @@ def shampoo(
       them divides it, as in SOAP: but the present gradient enters both.
     kl: KL-Shampoo (Lin et al., 2025): each factor is of the gradient preconditioned along the other
       axes. The paper's with `exponents={2: 0.5}`.
+    contrast: FOP in Shampoo's metric, which is ours: `update` takes the `stats` of
+      `fop_optax.capture(..., groups=2)`, and the momentum of each block takes, in place of its
+      gradient, what :func:`fop_optax.fop_direction` makes of it and the contrasts. The inverses of
+      the roots are kept beside them.
     block_size: axes longer than this are cut, and each block is preconditioned by itself; None:
       1,024.
     merge_to: neighbouring axes are merged while their product is at most `block_size` and at least
@@ -460,6 +410,7 @@ def shampoo(
     root=root,
     eigenvalue_correction=eigenvalue_correction,
     kl=kl,
+    contrast=contrast,
     block_size=block_size,
     merge_to=merge_to,
     dimension_numbers=dimension_numbers,

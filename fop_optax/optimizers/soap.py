@@ -1,6 +1,5 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al., 2025)."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -8,28 +7,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fop_optax.curvature.eigenbasis import Eigenbases, first_bases, fold, follow, init_eigenbases
+from fop_optax.curvature.eigenbasis import (
+  Eigenbases,
+  first_bases,
+  fold,
+  fold_given,
+  follow,
+  init_eigenbases,
+  of_gradients,
+)
 from fop_optax.curvature.modes import rotate, unrotate
 from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.steps import Steps, whole_period
 from fop_optax.dimensions import Dimensions
 from fop_optax.layers import Layers
 from fop_optax.optimizers import by_tensor, common
+from fop_optax.optimizers.by_tensor import Projection
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
+from fop_optax.optimizers.soap_options import SoapOptions
 from fop_optax.optimizers.whole_steps import whole_steps
 from fop_optax.projection import fop_direction
-from fop_optax.tensors import Tensor, Tensors, merged_from_left, tensors
-
-STARTS = ("eigh", "identity")
-MAX_PRECOND_DIM = 10_000
-
-
-class Projection(NamedTuple):
-  """What FOP found at the last step: see `fop_optax.projection`."""
-
-  eta: jax.Array  # shape=(blocks,)
-  rho2: jax.Array  # shape=(blocks,)
-  residual: jax.Array  # shape=(blocks,)
 
 
 class SoapStack(NamedTuple):
@@ -64,62 +61,6 @@ class ScaleBySoapState(NamedTuple):
   stacks: tuple[SoapStack, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class SoapOptions:
-  """Hyperparameters of the direction; checked where they are Python numbers."""
-
-  b1: Scalar
-  b2: Scalar
-  eps: Scalar
-  shampoo_beta: Scalar | None
-  inverse_update_period: ScalarOrSchedule
-  stagger: bool
-  max_precond_dim: int | None
-  merge_dims: bool
-  precondition_1d: bool
-  one_sided: bool
-  factorized: bool
-  normalize_grads: bool
-  correct_bias: bool
-  eps_after_correction: bool
-  skip_first: bool
-  start: str
-  kl: bool
-  contrast: bool
-  dimension_numbers: Dimensions
-  layers: Layers | None
-  mu_dtype: Any
-  statistics_dtype: Any
-
-  def __post_init__(self):
-    common.one_of("start", self.start, STARTS)
-    for name in ("b1", "b2", "shampoo_beta"):
-      common.check(name, getattr(self, name), lambda x: 0 <= x < 1, "in [0, 1)")
-    common.check("eps", self.eps, lambda x: x >= 0, "at least 0")
-    common.check_period("inverse_update_period", self.inverse_update_period)
-    if self.max_precond_dim is not None:
-      by_tensor.check_static("max_precond_dim", self.max_precond_dim)
-    by_tensor.check_views(self.dimension_numbers, self.layers)
-
-  def tensors(self, tree: Any) -> Tensors:
-    """The tensors of a tree, and which of their modes have a basis."""
-    return tensors(tree, self.dimension_numbers, self.layers).map(self._sides)
-
-  def _sides(self, tensor: Tensor) -> list[Tensor]:
-    vector = tensor.natural and len(tensor.dims) == 1
-    limit = MAX_PRECOND_DIM if self.max_precond_dim is None else self.max_precond_dim
-    if tensor.natural and self.merge_dims:
-      tensor = tensor.reshaped(merged_from_left(tensor.dims, limit))
-    kept = [d > limit or d == 1 for d in tensor.dims]  # a basis of one: +-1
-    if vector and not self.precondition_1d:
-      kept = [True] * len(kept)
-    if self.one_sided and len(kept) > 1:
-      smallest = min(range(len(kept)), key=tensor.dims.__getitem__)
-      kept = [own or mode != smallest for mode, own in enumerate(kept)]
-    diagonal = tuple(map(bool.__or__, kept, tensor.diagonal))
-    return [dataclasses.replace(tensor, diagonal=diagonal)]
-
-
 def _start(options: SoapOptions, stack: Stack, dtype: Any) -> SoapStack:
   """State of a stack before the first step."""
   shape = (stack.blocks, *stack.dims)
@@ -130,24 +71,36 @@ def _start(options: SoapOptions, stack: Stack, dtype: Any) -> SoapStack:
     stack, dtype, options.statistics_dtype, options.start == "identity", options.kl
   )
   mu = jnp.zeros(shape, options.mu_dtype or dtype)
-  numbers = (jnp.zeros(stack.blocks, dtype) for _ in Projection._fields)
-  projection = Projection(*numbers) if options.contrast else None
+  projection = by_tensor.no_projection(stack.blocks, dtype) if options.contrast else None
   return SoapStack(mu, tuple(jnp.zeros(own, dtype) for own in nu), bases, projection)
 
 
-def _step(options: SoapOptions, count: jax.Array, stacks, gradients, contrasts=None):
+def _step(
+  options: SoapOptions, count: jax.Array, stacks, gradients, contrasts=None, statistics=None
+):
   """One step of all stacks: directions, states.
 
-  The gradient of a step enters the bases after it, but for the first.
+  The gradient of a step, or its statistics, enter the bases after it, but for the first.
   """
   first = count == 0
   bases = tuple(s.bases for s in stacks)
   if options.start == "eigh":
-    bases = jax.lax.cond(first, first_bases, lambda bases, _: bases, bases, gradients)
-  adam = jax.vmap(functools.partial(_adam, options, count))
+
+    def start(bases):
+      of = zip(bases, gradients, strict=True)
+      moments = [of_gradients(*own) for own in of] if statistics is None else statistics.sides
+      return first_bases(bases, moments)
+
+    bases = jax.lax.cond(first, start, lambda bases: bases, bases)
+  beta = options.b2 if options.shampoo_beta is None else options.shampoo_beta
+  if statistics is not None:
+    beta = jnp.where(statistics.refresh, beta, 1)
+  adam = jax.vmap(functools.partial(_adam, options, count, beta))
   stacks = [s._replace(bases=own) for s, own in zip(stacks, bases, strict=True)]
-  columns = (stacks, gradients) if contrasts is None else (stacks, gradients, contrasts)
-  results = [adam(*row) for row in zip(*columns, strict=True)]
+  none = [None] * len(stacks)
+  sides = none if statistics is None else statistics.sides
+  rows = zip(stacks, gradients, contrasts or none, sides, strict=True)
+  results = [adam(*row) for row in rows]
   directions, stacks = [r[0] for r in results], tuple(r[1] for r in results)
 
   step = count + (0 if options.skip_first else 1)
@@ -160,7 +113,7 @@ def _step(options: SoapOptions, count: jax.Array, stacks, gradients, contrasts=N
   return directions, jax.lax.cond(jnp.any(due), remake, lambda stacks: stacks, stacks)
 
 
-def _adam(options: SoapOptions, count: jax.Array, s: SoapStack, gradient, contrasts=None):
+def _adam(options: SoapOptions, count, beta, s: SoapStack, gradient, contrasts, sides):
   """One step of one tensor: its direction, and its state but for new bases.
 
   Of a matrix, with `g = Q_0' G Q_1`, products elementwise, and t counting steps from one:
@@ -196,8 +149,11 @@ def _adam(options: SoapOptions, count: jax.Array, s: SoapStack, gradient, contra
     direction /= 1e-30 + jnp.sqrt(jnp.mean(direction**2))
   if options.correct_bias:
     direction *= root2 / (1 - b1**t)
-  beta = b2 if options.shampoo_beta is None else jnp.asarray(options.shampoo_beta, s.dtype)
-  bases = fold(s.bases, gradient, rotated, beta, count == 0)
+  beta = jnp.asarray(beta, s.dtype)
+  if sides is None:
+    bases = fold(s.bases, gradient, rotated, beta, count == 0)
+  else:
+    bases = fold_given(s.bases, sides, beta)
   keep = lambda new, old: jnp.where(skipped, old, new.astype(old.dtype))
   after = SoapStack(keep(mu, s.mu), jax.tree.map(keep, nu, s.nu), bases, projection)
   return jnp.where(skipped, 0, direction), after
@@ -251,6 +207,7 @@ def scale_by_soap(
   skip_first: bool = True,
   start: str = "eigh",
   kl: bool = False,
+  fisher: bool = False,
   contrast: bool = False,
   dimension_numbers: Dimensions = None,
   layers: Layers | None = None,
@@ -279,6 +236,7 @@ def scale_by_soap(
     skip_first=skip_first,
     start=start,
     kl=kl,
+    fisher=fisher,
     contrast=contrast,
     dimension_numbers=dimension_numbers,
     layers=layers,
@@ -295,6 +253,7 @@ def _soap(options: SoapOptions) -> optax.GradientTransformationExtraArgs:
     functools.partial(_step, options),
     ScaleBySoapState,
     options.contrast,
+    options.layers if options.fisher else None,
   )
 
 
@@ -320,6 +279,7 @@ def soap(
   skip_first: bool = True,
   start: str = "eigh",
   kl: bool = False,
+  fisher: bool = False,
   contrast: bool = False,
   dimension_numbers: Dimensions = None,
   layers: Layers | None = None,
@@ -373,6 +333,10 @@ def soap(
       method from the identity, and no eigendecomposition is ever compiled.
     kl: KL-SOAP (Lin et al., 2025): each statistic is of the gradient whitened along the other axes.
       Their code has `correct_bias=False`, and does not sort columns; neither do we then.
+    fisher: Adam's moments in the eigenbasis of the Fisher factors, which is ours: `update` takes
+      the `stats` of `fop_optax.capture`, and its factors `A` and `G` go into the statistics in
+      place of the gradient's second moments, at the steps that have some. A bias is the last row
+      of its weight's matrix then, as K-FAC has it; what is in no layer goes without basis.
     contrast: FOP in SOAP's metric, which is ours: `update` takes the `stats` of
       `fop_optax.capture(..., groups=2)`, and the first moment of each tensor takes, in place of its
       gradient, what :func:`fop_optax.fop_direction` makes of it and the contrasts.
@@ -432,6 +396,7 @@ def soap(
     skip_first=skip_first,
     start=start,
     kl=kl,
+    fisher=fisher,
     contrast=contrast,
     dimension_numbers=dimension_numbers,
     layers=layers,
