@@ -134,9 +134,15 @@ def fop_direction(
       f"`beta={beta}` was given with {len(contrasts)} contrasts. A number would depend on the basis"
       " of the contrasts: give it with two groups only, or leave `beta=None`."
     )
-  one = lambda function: None if function is None else lambda V: function(V[0])[None]
-  norm = jnp.asarray(fisher_norm)[None]
-  layer = Gradients(average[None], contrasts[None], one(solve), one(multiply), norm, resolution)
+  one = lambda function: lambda V: function(V[0])[None]
+  layer = Gradients(
+    average[None],
+    contrasts[None],
+    one(solve),
+    None if multiply is None else one(multiply),
+    jnp.asarray(fisher_norm)[None],
+    resolution,
+  )
   (direction,), numbers = fop_directions(
     [layer], total_gradient=total_gradient, adaptive_step=adaptive_step, beta=beta
   )
@@ -150,7 +156,7 @@ class Gradients(NamedTuple):
   contrasts: jax.Array  # [blocks, k, ...]
   solve: Product  # V -> M^-1 V of all blocks: [blocks, ...]
   multiply: Product | None
-  fisher_norm: jax.Array  # shape=(blocks,)
+  fisher_norm: jax.typing.ArrayLike  # shape=(blocks,), or a number
   resolution: jax.typing.ArrayLike | None = None
 
   @property

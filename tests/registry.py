@@ -170,6 +170,7 @@ ROWS = (
       "start_step": 2,
       "stagger": True,
       "root": "newton",
+      "contrast": True,
       "block_size": 4,
       "merge_to": 2,
     },

@@ -117,7 +117,7 @@ def by_tensor(
     if not jax.tree.leaves(updates):
       return updates, state
     check_floating(updates)
-    trees = _contrasts(stats) if contrast else ()
+    trees = _contrasts(updates, stats) if contrast else ()
     return apply(updates, state, trees, None if fisher is None else _statistics(fisher, stats))
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -206,8 +206,8 @@ def decay_after_step(
   return transformation if mask is None else optax.masked(transformation, mask)
 
 
-def _contrasts(stats: Any) -> tuple[Any, ...]:
-  """The contrasts in `stats`, trees like the gradient."""
+def _contrasts(updates: Any, stats: Any) -> tuple[Any, ...]:
+  """The contrasts in `stats`, trees like the gradient: masked where optax has masked that."""
   if not isinstance(stats, Stats) or not stats.contrasts:
     raise ValueError(
       "`contrast=True` needs the gradients of at least two groups of examples. Write `captured ="
@@ -215,7 +215,10 @@ def _contrasts(stats: Any) -> tuple[Any, ...]:
       " captured.value_and_grad(params, ..., refresh=False)` and `tx.update(grads, opt_state,"
       " params, stats=stats)`."
     )
-  return stats.contrasts
+  if not any(map(is_masked, jax.tree.leaves(updates, is_leaf=is_masked))):
+    return stats.contrasts
+  own = lambda update, contrast: update if is_masked(update) else contrast
+  return tuple(jax.tree.map(own, updates, c, is_leaf=is_masked) for c in stats.contrasts)
 
 
 def arithmetic(stack: Stack, found: Tensors, leaves: Sequence[Any]) -> Any:

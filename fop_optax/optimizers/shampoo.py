@@ -195,7 +195,7 @@ def _direction(options: ShampooOptions, t, start, s: ShampooStack, gradient, con
   b3 = b1 if options.b3 is None else jnp.asarray(options.b3, s.dtype)
   eigenvalues = s.eigenvalues
   if eigenvalues is None:
-    solve, multiply = (functools.partial(unrotate, sides) for sides in (s.roots, s.powers))
+    solve, multiply = (functools.partial(unrotate, own) for own in (s.roots, s.powers or ()))
   else:
     eigenvalues = folded(eigenvalues, rotate(s.roots, gradient) ** 2, b2)
     root = jnp.sqrt(eigenvalues / correction(b2, t, options.correct_bias)) + eps
