@@ -15,6 +15,7 @@ from fop_optax.losses import softmax_cross_entropy as softmax_cross_entropy
 from fop_optax.losses import squared_error as squared_error
 from fop_optax.optimizers.adaptive_damping import adapt_damping as adapt_damping
 from fop_optax.optimizers.bases import bases as bases
+from fop_optax.optimizers.by_group import by_group as by_group
 from fop_optax.optimizers.fop import ScaleByFopState as ScaleByFopState
 from fop_optax.optimizers.fop import fop as fop
 from fop_optax.optimizers.fop import scale_by_fop as scale_by_fop

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax.experimental import aggregating
 import problems
 import pytest
 from selection import slow_but
@@ -409,6 +410,34 @@ def test_halves_that_agree_are_soap():
     got = run(fop_optax.scale_by_soap(contrast=True, inverse_update_period=2))
     want = run(fop_optax.scale_by_soap(inverse_update_period=2))
     np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_gradients_of_examples_by_group(groups):
+  """As the aggregator of `process`, and alone: what a captured loss of as many groups gives."""
+  with jax.enable_x64(True):
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 3)))
+    one = lambda params, x: jnp.sum((jnp.tanh(x @ params["w"] + params["b"]) - 0.3) ** 2)
+    loss = lambda params, x: jnp.mean(jax.vmap(one, (None, 0))(params, x))
+    captured = fop_optax.capture(loss, params, x[0], groups=groups)
+    tx = fop_optax.scale_by_soap(contrast=True, inverse_update_period=2)
+    alone = fop_optax.by_group(tx, groups)
+    within = aggregating.process(optax.identity(), alone, optax.scale(1.0))
+    states = [tx.init(params), alone.init(params), within.init(params)]
+    for batch in x:
+      _, grads, stats = captured.value_and_grad(params, batch, refresh=False)
+      want, states[0] = tx.update(grads, states[0], stats=stats)
+      grads = jax.vmap(jax.grad(one), (None, 0))(params, batch)
+      for i, other in ((1, alone), (2, within)):
+        got, states[i] = other.update(grads, states[i], params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, want)
+  with pytest.raises(ValueError, match="`groups=1` should be .* at least 2"):
+    fop_optax.by_group(tx, 1)
+  with pytest.raises(ValueError, match="this is a plain gradient, without an axis of examples"):
+    alone.update(params, alone.init(params), params)
+  with pytest.raises(ValueError, match="Gradients of 8 examples cannot be divided into groups=3"):
+    fop_optax.by_group(tx, 3).update(grads, tx.init(params), params)
 
 
 def test_contrasts_of_a_captured_loss():
