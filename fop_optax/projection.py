@@ -33,6 +33,7 @@ groups; this form is its extension here.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -170,26 +171,43 @@ def fop_directions(
   total_gradient: str = "mean",
   adaptive_step: bool = True,
   beta: jax.typing.ArrayLike | None = None,
+  tree: Sequence[np.ndarray] | None = None,
 ) -> tuple[list[jax.Array], FopNumbers]:
   """`fop_direction` of each block of several stacks, and the numbers of all blocks together.
 
-  Numbers are worked out as one vector over all blocks, however many stacks there are: the program
-  has them once, and compiles quickly. There is one stack at least.
+  With a `tree`, of `tree_of`, contrasts are folded level by level: `eta g_comb` of one is `g_avg`
+  of the next. Numbers are worked out as one vector over all blocks, however many stacks there are:
+  the program has them once, and compiles quickly. There is one stack at least.
   """
   join, split = _joining(stacks)
-  k = 2.0 if total_gradient == "sum" else 1.0
-  eps, tiny, limit, norm = _constants(stacks)
+  constants = _constants(stacks)
 
   # A power of two near the largest entry of g_avg: divides exactly, and lets no square underflow.
   (largest,) = join([(_largest(own.average.astype(own.dtype)),) for own in stacks])
-  scale = _power_of_two(largest, limit)
-  ga, c = [], []
-  for own, size in zip(stacks, split(scale), strict=True):
-    ga.append(own.average.astype(own.dtype) / _along(size, own.average))
-    c.append(own.contrasts.astype(own.dtype) / _along(size, own.contrasts))
+  scale = _power_of_two(largest, constants.limit)
+  over = lambda x, own, size: x.astype(own.dtype) / _along(size, x)
+  sizes = list(zip(stacks, split(scale), strict=True))
+  g = [over(own.average, own, size) for own, size in sizes]
+  c = [over(own.contrasts, own, size) for own, size in sizes]
+  u = [own.solve(average) for own, average in zip(stacks, g, strict=True)]
 
+  k = 2.0 if total_gradient == "sum" else 1.0
+  levels = []
+  for turn in [None] if tree is None else tree:
+    part = (
+      c if turn is None else [jnp.einsum("ij,nj...->ni...", turn.astype(x.dtype), x) for x in c]
+    )
+    g, u, numbers = _fold(stacks, constants, g, u, part, k, adaptive_step, beta)
+    k = 1.0
+    levels.append(numbers)
+  directions = [_along(size, x) * x for size, x in zip(split(scale), u, strict=True)]
+  return directions, _together(levels, scale)
+
+
+def _fold(stacks, constants, ga, u, c, k, adaptive_step, beta):
+  """`eta g_comb` of `g_avg` and contrasts, `M^-1` of it, and their numbers; `u = M^-1 g_avg`."""
+  join, split = _joining(stacks)
   # (4), (5). Formed entry by entry: differences of the scalars below would cancel.
-  u = [own.solve(g) for own, g in zip(stacks, ga, strict=True)]
   f_ga = [
     v if own.multiply is None else own.multiply(g) for own, g, v in zip(stacks, ga, u, strict=True)
   ]
@@ -199,7 +217,7 @@ def fop_directions(
       for g, f, ci in zip(ga, f_ga, c, strict=True)
     ]
   )
-  projected = q > 8 * eps * jnp.asarray(norm, q.dtype) * ga2
+  projected = q > 8 * constants.eps * jnp.asarray(constants.norm, q.dtype) * ga2
   s = jnp.where(projected[:, None], c_f / jnp.where(projected, q, 1)[:, None], 0)
   gp = [ci - _along(own, ci) * g[:, None] for ci, own, g in zip(c, split(s), ga, strict=True)]
   v = [jax.vmap(own.solve, 1, 1)(perp) for own, perp in zip(stacks, gp, strict=True)]
@@ -210,16 +228,9 @@ def fop_directions(
       for g, ug, vi, perp, f in zip(ga, u, v, gp, f_ga, strict=True)
     ]
   )
-  trace = jnp.trace(E, axis1=1, axis2=2)
-  size2 = trace + 2 * _dot(s, D) + _dot(s, s) * N  # = sum_i <c_i, c_i>
-  finite = jnp.all(jnp.isfinite(D), axis=1) & jnp.all(jnp.isfinite(E), axis=(1, 2))
-  sizeable = finite & (N > 0) & (jnp.sum(c2, axis=1) > tiny**2 * ga2)
-  best = jax.vmap(_solve_semidefinite)(E, D, REL_EPS * size2, sizeable)  # (16)
-  rho2 = jnp.where(sizeable, _dot(D, best) / jnp.where(sizeable, N, 1), 0)
-  b = best
-  if beta is not None:
-    b = jnp.where(finite, jnp.asarray(beta, N.dtype), 0)[:, None]
-
+  size2 = jnp.trace(E, axis1=1, axis2=2) + 2 * _dot(s, D) + _dot(s, s) * N  # = sum_i <c_i, c_i>
+  sizeable = (N > 0) & (jnp.sum(c2, axis=1) > constants.tiny**2 * ga2)
+  b, rho2 = _mixture(N, D, E, REL_EPS * size2, sizeable, beta)
   num = N + _dot(b, D)  # <g_avg, g_comb>
   den = N + 2 * _dot(b, D) + _dot(b, _dot(E, b[:, None], 2))  # <g_comb, g_comb>
   eta = jnp.ones_like(N)
@@ -227,25 +238,70 @@ def fop_directions(
     eta = jnp.where(den > 0, k * num / jnp.where(den > 0, den, 1), k)  # (17)
     if beta is None:
       eta = jnp.clip(eta, k / 2, k)  # its range, up to rounding
-  bound = (jnp.sqrt(c2) + jnp.abs(s) * jnp.sqrt(ga2)[:, None]) * jnp.sqrt(f2)[:, None]
-  residual = jnp.where(bound > 0, jnp.abs(left) / jnp.where(bound > 0, bound, 1), 0)
-  directions = [
-    _along(size, ug) * (ug + jnp.sum(_along(own, vi) * vi, axis=1))  # (18)
-    for size, ug, own, vi in zip(split(eta * scale), u, split(b), v, strict=True)
-  ]
-  return directions, FopNumbers(
-    beta=b,
-    eta=eta,
-    rho2=jnp.clip(rho2, 0, 1),
-    residual=jnp.where(projected, jnp.max(residual, axis=1), 0),
-    s=s,
-    norm2=eta**2 * den * scale**2,
+
+  def comb(x, parts):
+    """(6), (18)"""
+    rows = zip(split(eta), split(b), x, parts, strict=True)
+    return [_along(e, x) * (x + jnp.sum(_along(own, p) * p, axis=1)) for e, own, x, p in rows]
+
+  residual = jnp.where(projected, _residual(left, c2, s, ga2, f2), 0)
+  return comb(ga, gp), comb(u, v), FopNumbers(b, eta, rho2, residual, s, eta**2 * den)
+
+
+def _together(levels: Sequence[FopNumbers], scale: jax.Array) -> FopNumbers:
+  """The numbers of all levels: etas multiply, of rho2 and residuals the largest counts."""
+  beside = lambda field: jnp.concatenate([getattr(own, field) for own in levels], axis=1)
+  largest = lambda field: functools.reduce(jnp.maximum, [getattr(own, field) for own in levels])
+  return FopNumbers(
+    beta=beside("beta"),
+    eta=functools.reduce(jnp.multiply, [own.eta for own in levels]),
+    rho2=largest("rho2"),
+    residual=largest("residual"),
+    s=beside("s"),
+    norm2=levels[-1].norm2 * scale**2,
   )
+
+
+def tree_of(groups: int) -> list[np.ndarray]:
+  """For each level of a binary tree its contrasts out of those of `capture`, `[2^level, k]`.
+
+  The groups are halved level by level; a contrast is the difference of the means of two halves, of
+  the length of the others: `sqrt(2) W g` with the Haar matrix `W`, where `capture` has the Helmert
+  matrix `H`, and `W g = W H' (H g)` as both have orthonormal rows that sum to zero.
+  """
+  if groups & (groups - 1):
+    raise ValueError(f"A binary tree of contrasts takes 2, 4, 8, ... groups, not {groups}.")
+  helmert = np.zeros((groups - 1, groups))
+  for i in range(1, groups):
+    helmert[i - 1, : i + 1] = np.array([1 / i] * i + [-1]) * np.sqrt(i / (i + 1))
+  levels, width = [], groups
+  while width > 1:
+    haar = np.kron(np.eye(groups // width), np.repeat([1.0, -1.0], width // 2)) / width**0.5
+    levels.append(haar @ helmert.T)
+    width //= 2
+  return levels
 
 
 def check_total_gradient(total_gradient: str) -> None:
   if total_gradient not in ("mean", "sum"):
     raise ValueError(f'`total_gradient` is "mean" or "sum", not {total_gradient!r}.')
+
+
+def _mixture(N, D, E, floor, sizeable, beta):
+  """`beta` of each block, the best (16) or a given one, and `rho^2` of the best."""
+  finite = jnp.all(jnp.isfinite(D), axis=1) & jnp.all(jnp.isfinite(E), axis=(1, 2))
+  sizeable &= finite
+  best = jax.vmap(_solve_semidefinite)(E, D, floor, sizeable)
+  rho2 = jnp.where(sizeable, _dot(D, best) / jnp.where(sizeable, N, 1), 0)
+  if beta is not None:
+    best = jnp.where(finite, jnp.asarray(beta, N.dtype), 0)[:, None]
+  return best, jnp.clip(rho2, 0, 1)
+
+
+def _residual(left, c2, s, ga2, f2):
+  """`|g_perp,i' F g_avg|` over `(|c_i| + |s_i| |g_avg|) |F g_avg|`, which bounds its rounding."""
+  bound = (jnp.sqrt(c2) + jnp.abs(s) * jnp.sqrt(ga2)[:, None]) * jnp.sqrt(f2)[:, None]
+  return jnp.max(jnp.where(bound > 0, jnp.abs(left) / jnp.where(bound > 0, bound, 1), 0), axis=1)
 
 
 def _solve_semidefinite(E, D, floor, valid):
@@ -280,11 +336,16 @@ def _joining(stacks):
   return join, split
 
 
-def _constants(stacks):
-  """For each block its machine epsilon, what is rounding of its gradients, and the rest it needs.
+class Constants(NamedTuple):
+  """For each block, or one for all: numbers that do not depend on gradients."""
 
-  Numbers where all stacks have the same, for the program's sake.
-  """
+  eps: jax.typing.ArrayLike  # of the arithmetic
+  tiny: jax.typing.ArrayLike  # what is rounding of the gradients
+  limit: jax.typing.ArrayLike  # of the exponent of a scale
+  norm: jax.typing.ArrayLike  # of F
+
+
+def _constants(stacks: Sequence[Gradients]) -> Constants:
 
   def each(number):
     values = [number(own) for own in stacks]
@@ -305,7 +366,7 @@ def _constants(stacks):
 
   # XLA multiplies by the reciprocal of a scale: it may not underflow
   limit = lambda own: int(-1 - jnp.finfo(own.dtype).minexp)
-  return each(eps), each(tiny), each(limit), each(lambda own: own.fisher_norm)
+  return Constants(each(eps), each(tiny), each(limit), each(lambda own: own.fisher_norm))
 
 
 def _power_of_two(largest, limit):

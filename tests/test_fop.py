@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import problems
 import pytest
 
@@ -84,3 +85,38 @@ def test_groups_in_any_order_and_basis(problem):
   for layer in report.values():
     assert layer["beta"].shape == (1, 3)
     assert 0 < layer["rho2"] <= 1
+
+
+def test_a_tree_of_contrasts_through_the_optimizer():
+  params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+  x = jax.random.normal(jax.random.key(0), (16, 3))
+  loss = lambda params, x: jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) - 0.3) ** 2)
+
+  def run(groups, **options):
+    captured = fop_optax.capture(loss, params, x, groups=groups)
+    tx = fop_optax.fop(0.1, captured.layers, **options)
+
+    @jax.jit
+    def step(params, state):
+      value, grads, stats = captured.value_and_grad(params, x)
+      updates, state = tx.update(grads, state, params, stats=stats)
+      return optax.apply_updates(params, updates), state, value
+
+    own, state, values = params, tx.init(params), []
+    for _ in range(5):
+      own, state, value = step(own, state)
+      values.append(float(value))
+    (numbers,) = fop_optax.diagnostics(state, captured.layers)["layers"].values()
+    return own, values, numbers
+
+  tree, values, numbers = run(4, contrast_tree=True)
+  joint, *_ = run(4)
+  assert values[-1] < values[0]
+  assert numbers["beta"].shape == (1, 3)
+  assert any(
+    np.any(a != b) for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(joint), strict=True)
+  )
+  jax.tree.map(np.testing.assert_array_equal, run(2, contrast_tree=True)[0], run(2)[0])
+  with pytest.raises(ValueError, match="takes 2, 4, 8, .* groups, not 3"):
+    captured = fop_optax.capture(loss, params, x[:15], groups=3)
+    fop_optax.fop(0.1, captured.layers, contrast_tree=True)

@@ -13,10 +13,11 @@ from problems import contrast_rows
 import pytest
 from selection import slow_but
 
+from fop_optax.capture import batch
 from fop_optax.curvature import precondition
 from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.layers import Factors
-from fop_optax.projection import fop_direction
+from fop_optax.projection import Gradients, fop_direction, fop_directions, tree_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -340,3 +341,42 @@ def test_bad_arguments():
     project(A, G, damping, groups, total_gradient="both")
   with pytest.raises(ValueError, match=r"`beta=0.5` was given with 2 contrasts.*`beta=None`"):
     project(A, G, damping, groups, beta=0.5)
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_a_tree_of_contrasts_folds_level_by_level(groups):
+  """Against the equations in NumPy, with contrasts formed from the groups' gradients."""
+  rng = np.random.default_rng(groups)
+  F, M = (x @ x.T / 9 + 0.1 * np.eye(6) for x in rng.normal(size=(2, 6, 9)))
+  g = rng.normal(size=(groups, 6))
+  combined, width, rho2 = g.mean(0), groups, []
+  inner = lambda a, b: a @ np.linalg.solve(M, b)
+  while width > 1:
+    halves = g.reshape(groups // width, 2, width // 2, 6).sum(2)
+    contrasts = np.sqrt(2 / width) * (halves[:, 0] - halves[:, 1])
+    s = contrasts @ F @ combined / (combined @ F @ combined)
+    perp = contrasts - s[:, None] * combined
+    E = np.array([[inner(a, b) for a in perp] for b in perp])
+    D = np.array([inner(combined, a) for a in perp])
+    rho2.append(D @ np.linalg.solve(E, D) / inner(combined, combined))
+    new = combined + np.linalg.solve(E, D) @ perp
+    combined = inner(combined, new) / inner(new, new) * new
+    width //= 2
+  with jax.enable_x64(True):
+    of_capture = jnp.stack(batch.contrasts(list(jnp.asarray(g))))
+    stack = Gradients(
+      jnp.asarray(g.mean(0))[None],
+      of_capture[None],
+      lambda V: V @ np.linalg.inv(M),
+      lambda V: V @ F,
+      0.0,
+    )
+    (direction,), numbers = fop_directions([stack], tree=tree_of(groups))
+    np.testing.assert_allclose(direction[0], np.linalg.solve(M, combined), rtol=1e-9)
+    np.testing.assert_allclose(numbers.norm2[0], inner(combined, combined), rtol=1e-9)
+    np.testing.assert_allclose(numbers.rho2[0], max(rho2), rtol=1e-9)
+    if groups == 2:  # a tree of depth one
+      (joint,), _ = fop_directions([stack])
+      np.testing.assert_array_equal(direction, joint)
+  with pytest.raises(ValueError, match=r"takes 2, 4, 8, \.\.\. groups, not 6"):
+    tree_of(6)

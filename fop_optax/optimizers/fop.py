@@ -12,7 +12,7 @@ from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import common
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
-from fop_optax.projection import Gradients, check_total_gradient, fop_directions
+from fop_optax.projection import Gradients, check_total_gradient, fop_directions, tree_of
 
 METRICS = ("fisher", "damped", "inverse")
 
@@ -48,6 +48,7 @@ class FopOptions(NamedTuple):
   total_gradient: str
   adaptive_step: bool
   beta: ScalarOrSchedule | None
+  contrast_tree: bool = False
 
   def check(self) -> None:
     common.one_of("projection_metric", self.projection_metric, METRICS)
@@ -86,6 +87,7 @@ def scale_by_fop(
   total_gradient: str = "mean",
   adaptive_step: bool = True,
   beta: ScalarOrSchedule | None = None,
+  contrast_tree: bool = False,
   norm_constraint: ScalarOrSchedule | None = None,
   learning_rate: ScalarOrSchedule = 1.0,
   fallback: optax.GradientTransformation | None = None,
@@ -107,7 +109,7 @@ def scale_by_fop(
     norm_constraint=norm_constraint,
     learning_rate=learning_rate,
   )
-  fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
+  fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
   inner = project(options, fop_options, common.check_layers(layers))
   return common.by_layer(layers, inner, fallback or common.wide_adam())
 
@@ -118,6 +120,7 @@ def project(
   """FOP on the leaves that are in layers; the others have to be masked."""
   fop_options.check_layers(layers)
   scaling = options.curvature.scaling
+  tree = tree_of(layers.groups) if fop_options.contrast_tree else None
 
   def init(params: optax.Params) -> Any:
     stacks, curvature = common.init(options, layers, params)
@@ -144,6 +147,7 @@ def project(
       total_gradient=fop_options.total_gradient,
       adaptive_step=fop_options.adaptive_step,
       beta=beta,
+      tree=tree,
     )
     updates = common.finish(options, layers, step, directions, jnp.sum(numbers.norm2), count)
     projection = Projection(*numbers[: len(Projection._fields)])
@@ -200,6 +204,7 @@ def fop(
   total_gradient: str = "mean",
   adaptive_step: bool = True,
   beta: ScalarOrSchedule | None = None,
+  contrast_tree: bool = False,
   norm_constraint: ScalarOrSchedule | None = common.NORM_CONSTRAINT,
   fallback: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -245,6 +250,8 @@ def fop(
       says the sum, its prose fits the mean; with the sum, steps are twice as long.
     adaptive_step: whether eta scales each layer's step; else eta is 1.
     beta: None for the formula, or a number or schedule in its place (two groups only).
+    contrast_tree: whether the contrasts of 4, 8, ... groups are folded level by level of a binary
+      tree and not all at once, each level on the combination that the one above made; ours.
     norm_constraint: a bound of the squared length of the step that is taken in the damped Fisher
       metric, eta in it.
     fallback: a complete optimizer for leaves that are in no layer; by default Adam at 0.03 of
@@ -255,7 +262,7 @@ def fop(
 
   Raises:
     ValueError: as `kfac`; if the loss was captured with `groups=1`; if a `beta` is given with more
-      than two groups.
+      than two groups, or a tree asked for of a number that is no power of two.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp, optax
@@ -294,7 +301,7 @@ def fop(
     learning_rate=learning_rate,
     momentum=momentum,
   )
-  fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
+  fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
   inner = project(options, fop_options, common.check_layers(layers))
   return common.by_layer(
     layers,
