@@ -15,13 +15,16 @@ import jax.numpy as jnp
 
 
 def in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
-  """`function` of one matrix, or of several: on CPU it never sees a batch."""
+  """`function` of one matrix, or of several: on CPU it sees no batch but where differentiated."""
 
   @functools.wraps(function)
   def one(*matrices):
     if jax.default_backend() != "cpu":
       return function(*matrices)
-    return jax.custom_batching.sequential_vmap(function)(*matrices)
+    # A loop by `vmap` has no derivative of its own.
+    turn = jax.custom_jvp(jax.custom_batching.sequential_vmap(function))
+    turn.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
+    return turn(*matrices)
 
   return one
 
