@@ -27,7 +27,6 @@ class Row:
     often: whether statistics are due at the second step too.
     always: whether statistics come at every step, as the state does not say when.
     squares: whether `stats` need second moments of gradients.
-    rounding: how far two compilations of its steps may differ; most are equal to the last digit.
     injected: the arguments that `optax.inject_hyperparams` turns into arrays.
     static: arguments to declare static there.
   """
@@ -43,7 +42,6 @@ class Row:
   often: bool = False
   always: bool = False
   squares: bool = False
-  rounding: float = 0.0
   injected: tuple[str, ...] = ()
   static: tuple[str, ...] = ()
 
@@ -153,7 +151,6 @@ ROWS = (
       "inverse_update_period": 2,
     },
     curvature=False,
-    rounding=1e-6,  # which roots of small eigenvalues multiply
     injected=("learning_rate", "b1", "b2", "eps", "weight_decay", "inverse_update_period"),
     static=("mask",),
   ),
@@ -334,7 +331,6 @@ ROWS = (
     soap_then(polar),
     {"learning_rate": 0.02},
     curvature=False,
-    rounding=1e-6,
     injected=("learning_rate", "b1"),
   ),
   Row(

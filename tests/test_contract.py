@@ -127,7 +127,8 @@ def test_compiles_once_also_with_donated_state(row):
   step = jax.jit(make_step(row, tx), donate_argnums=(0, 1))
   params, _ = run(row, step, jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS))
   assert step._cache_size() == 1
-  assert_equal(params, run_plain(row)[0], row.rounding)
+  # another compilation of the same sums, of which XLA fuses some differently
+  assert_equal(params, run_plain(row)[0], 1e-6)
   for state in (jax.jit(tx.init)(PARAMS), row.inject(LAYERS).init(PARAMS)):
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
     assert len(set(pointers)) == len(pointers)
