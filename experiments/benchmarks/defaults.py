@@ -380,33 +380,38 @@ def draw(path: pathlib.Path, runs: Sequence[Run]) -> None:
   import matplotlib.pyplot as plt
 
   names = list(dict.fromkeys(run.workload for run in runs))
+  methods = list(dict.fromkeys(run.method for run in runs))
+  colours = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20")
   columns = min(4, len(names))
   rows = -(-len(names) // columns)
   figure, axes = plt.subplots(
     rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False, layout="constrained"
   )
   for axis, workload in zip(axes.flat, names, strict=False):
-    for index, name in enumerate(dict.fromkeys(run.method for run in runs)):
+    for index, name in enumerate(methods):
       own = [run for run in runs if (run.workload, run.method) == (workload, name)]
       if not own:
         continue
       curve = np.mean([run.curve for run in reported(own)], axis=0)
-      axis.plot(1 + np.arange(len(curve)), curve, color=f"C{index}", linewidth=1.3, label=name)
+      steps = 1 + np.arange(len(curve))
+      axis.plot(steps, curve, color=colours(index), linewidth=1.3, label=name)
     finite = [run.curve for run in runs if run.workload == workload and not run.diverged]
     low = min((curve.min() for curve in finite), default=np.nan)
     high = max((curve[0] for curve in finite), default=np.nan)
     if not finite:
       axis.text(0.5, 0.5, "all runs diverged", transform=axis.transAxes, ha="center")
-    elif low > 0:
+    elif low >= 0:
       axis.set_yscale("log")
-      axis.set_ylim(0.8 * low, 1.3 * high)
+      least = min(curve[curve > 0].min() for curve in finite)
+      axis.set_ylim(max(0.8 * least, 1e-6 * high), 1.3 * high)
     else:
       axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axis.set_title(workload, fontsize=10)
     axis.grid(alpha=0.25)
   for axis in axes.flat[len(names) :]:
     axis.set_visible(False)
-  axes[0, 0].legend(fontsize=8, frameon=False)
+  lines, labels = axes[0, 0].get_legend_handles_labels()
+  figure.legend(lines, labels, loc="outside upper center", ncols=6, fontsize=8, frameon=False)
   figure.supxlabel("step")
   figure.supylabel("training loss")
   figure.savefig(path, dpi=130)
