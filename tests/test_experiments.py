@@ -215,6 +215,10 @@ BENCHMARKS = {
     ["--cases", "16", "--methods", "SOAP", "Neumann", "--rounds", "1"],
     "AdamW .* 1.00 .* SOAP .* Neumann",
   ),
+  "linear_algebra": (
+    ["--sides", "16", "--batch", "1", "--rounds", "1", "--steps", "1"],
+    "products .* moments .* inverses .* bases .* eigenvectors .* eigh",
+  ),
   "compile_time": (
     ["--blocks", "1", "--forms", "scanned", "--rounds", "1"],
     "1 scanned .* kfac, every 10 .* fop, every 10",

@@ -89,6 +89,8 @@ def main(config: Config) -> None:
   else:
     stepper = step_cost.ours(case, config.method, STEPS, REFRESH[config.kind])
   found = kernels(stepper)
+  if not found:
+    raise SystemExit(f"No kernels in the trace: {jax.devices()[0].device_kind} is no accelerator.")
   Console(width=220).print(table(config, found, stepper.compiled.as_text()))
 
 

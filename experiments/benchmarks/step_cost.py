@@ -17,11 +17,9 @@ a time, for machines with many cores: seconds of compilation say nothing then an
 
 from collections.abc import Callable
 import concurrent.futures
-import csv
 import dataclasses
 import functools
 import itertools
-import pathlib
 import statistics
 import sys
 import time
@@ -244,13 +242,7 @@ def main(config: Config) -> None:
     rows += measure(name, config)
     console.print(table([row for row in rows if row.case == name]))
   if config.out:
-    path = pathlib.Path(config.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-      writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-      writer.writeheader()
-      writer.writerows(map(dataclasses.asdict, rows))
-    console.print("saved", path)
+    console.print("saved", timing.save(rows, config.out))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Timing that survives a busy machine: alternating windows, one ratio a round, their median."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+import csv
+import dataclasses
+import pathlib
 import statistics
 import time
 from typing import Any
@@ -29,3 +32,14 @@ def ratio(seconds: list[float], baseline: list[float]) -> tuple[float, float, fl
   """Median, smallest and largest of the rounds' ratios."""
   ratios = [a / b for a, b in zip(seconds, baseline, strict=True)]
   return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def save(rows: Sequence[Any], out: str) -> pathlib.Path:
+  """Writes dataclasses of one kind as a CSV file."""
+  path = pathlib.Path(out)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open("w", newline="") as file:
+    writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(rows[0])])
+    writer.writeheader()
+    writer.writerows(map(dataclasses.asdict, rows))
+  return path

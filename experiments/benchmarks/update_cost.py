@@ -21,10 +21,8 @@ is that of a whole step over AdamW's: of the transformer on 16 x 64 tokens ("ste
 
 from collections.abc import Callable
 import concurrent.futures
-import csv
 import dataclasses
 import functools
-import pathlib
 import statistics
 import sys
 import time
@@ -239,13 +237,7 @@ def main(config: Config) -> None:
     rows += own
     console.print(table(own))
   if config.out:
-    path = pathlib.Path(config.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-      writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-      writer.writeheader()
-      writer.writerows(map(dataclasses.asdict, rows))
-    console.print("saved", path)
+    console.print("saved", timing.save(rows, config.out))
 
 
 if __name__ == "__main__":
