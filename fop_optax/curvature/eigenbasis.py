@@ -88,8 +88,7 @@ def fold(
       moments = white if basis is None else along(basis, white, mode)
       moments /= (gradient.size / gradient.shape[mode]) ** 0.5
     if old is not None:
-      new = beta * old.astype(beta.dtype) + (1 - beta) * second_moment(moments, mode)
-      statistics[mode] = jnp.where(jnp.isfinite(jnp.trace(new)), new, old).astype(old.dtype)
+      statistics[mode] = _averaged(old, second_moment(moments, mode), beta)
   return own._replace(statistics=tuple(statistics), values=tuple(values) or None)
 
 
@@ -105,14 +104,15 @@ def _whitened(values, rotated, mode, first):
 
 def fold_given(own: Eigenbases, sides: Sequence[Side], beta: jax.Array) -> Eigenbases:
   """`S_i = beta S_i + (1 - beta) F_i` of one tensor with second moments `F_i` that are given."""
+  pairs = zip(own.statistics, sides, strict=True)
+  averaged = (None if old is None else _averaged(old, new, beta) for old, new in pairs)
+  return own._replace(statistics=tuple(averaged))
 
-  def average(old, new):
-    if old is None:
-      return None
-    new = beta * old.astype(beta.dtype) + (1 - beta) * new.astype(beta.dtype)
-    return jnp.where(jnp.isfinite(jnp.trace(new)), new, old).astype(old.dtype)
 
-  return own._replace(statistics=tuple(map(average, own.statistics, sides)))
+def _averaged(old, new, beta):
+  """A running average after a new term, or as it was where that is not finite."""
+  new = beta * old.astype(beta.dtype) + (1 - beta) * new
+  return jnp.where(jnp.isfinite(jnp.trace(new)), new, old).astype(old.dtype)
 
 
 def of_gradients(own: Eigenbases, gradients: jax.Array) -> tuple[Side, ...]:
