@@ -115,8 +115,8 @@ def factorised(jaxpr):
 def test_factorisations_are_of_one_matrix(row):
   """Not of a batch: on the CPU two batches at a time may wait for each other for ever."""
   tx = row.tx(LAYERS)
-  shapes = jax.eval_shape(lambda: (PARAMS, tx.init(PARAMS), data(row.name)))
-  found = list(factorised(jax.make_jaxpr(make_step(row, tx))(*shapes).jaxpr))
+  state = jax.eval_shape(tx.init, PARAMS)
+  found = list(factorised(jax.make_jaxpr(make_step(row, tx))(PARAMS, state, data(row.name)).jaxpr))
   assert all(operand.ndim == 2 for operand in found), found
   assert found or row.name in UNFACTORISED
 
