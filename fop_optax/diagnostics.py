@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fop_optax.curvature.inverse import EigenvalueInverse, FactoredInverse
+from fop_optax.curvature.inverse import EigenvalueInverse, SplitDamping, UsedDamping
 from fop_optax.curvature.stacks import plan_stacks
-from fop_optax.curvature.state import CurvatureState, StackState
+from fop_optax.curvature.state import BlockNumbers, CurvatureState, StackState
 from fop_optax.factorizations import eigvalsh
 from fop_optax.layers import Layers
 from fop_optax.optimizers.fop import ScaleByFopState
@@ -79,23 +79,21 @@ def diagnostics(
   if isinstance(state, ScaleByNeumannState):
     return state.steps._asdict()
   curvature: CurvatureState = state.curvature
-  owners = _owners(curvature.stacks, layers)
   out: dict[str, dict[str, jax.Array]] = {}
-  if isinstance(state, ScaleByFopState) and not curvature.stacks:
-    out["all parameters"] = state.projection._asdict()
-  start = 0
-  for stack, owner in zip(curvature.stacks, owners, strict=True):
-    numbers, stop = _numbers(stack, condition), start + len(owner)
+  if curvature.blocks is None:
     if isinstance(state, ScaleByFopState):
-      numbers |= jax.tree.map(lambda x, a=start, b=stop: x[a:b], state.projection)._asdict()
-    start = stop
-    for layer in sorted(set(owner.tolist()) - {-1}):
-      name = layers[layer].path if layers is not None else f"layer {layer}"
-      out[name] = {key: value[owner == layer] for key, value in numbers.items()}
-  return {
-    **curvature.steps._asdict(),
-    "layers": out,
-  }
+      out["all parameters"] = state.projection._asdict()
+    return {**curvature.steps._asdict(), "layers": out}
+  numbers = _numbers(curvature.blocks)
+  if isinstance(state, ScaleByFopState):
+    numbers |= state.projection._asdict()
+  if condition:
+    numbers |= _conditions(curvature)
+  owner = _owners(curvature, layers)
+  for layer in dict.fromkeys(owner[owner >= 0].tolist()):
+    name = layers[layer].path if layers is not None else f"layer {layer}"
+    out[name] = {key: value[owner == layer] for key, value in numbers.items()}
+  return {**curvature.steps._asdict(), "layers": out}
 
 
 def _by_shape(state: ScaleBySoapState | ScaleByShampooState) -> dict[str, dict[str, jax.Array]]:
@@ -111,34 +109,32 @@ def _by_shape(state: ScaleBySoapState | ScaleByShampooState) -> dict[str, dict[s
   return out
 
 
-def _numbers(stack: StackState, condition: bool) -> dict[str, jax.Array]:
-  running, inverse = stack.running, stack.inverse
-  numbers = {
-    "folds": running.folds,
-    "nonfinite_statistics": running.nonfinite,
-    "inverses": inverse.made,
-    "failed_inverses": inverse.failed,
+def _numbers(blocks: BlockNumbers) -> dict[str, jax.Array]:
+  inversions = blocks.inversions
+  return {
+    "folds": blocks.folds,
+    "nonfinite_statistics": blocks.nonfinite,
+    "inverses": inversions.made,
+    "failed_inverses": inversions.failed,
+    **inversions.damping._asdict(),
   }
-  value = inverse.value
-  if isinstance(value, FactoredInverse):
-    names = ("damping_A", "damping_G", "added_A", "added_G")
-  else:
-    names = ("damping", "added")
-  numbers |= {name: getattr(value, name) for name in names}
-  return numbers | _conditions(stack) if condition else numbers
 
 
-def _conditions(stack: StackState) -> dict[str, jax.Array]:
-  (low_A, high_A), (low_G, high_G) = map(_extremes, stack.running.factors)
-  value = stack.inverse.value
-  if isinstance(value, FactoredInverse):
-    damped = (high_A + value.damping_A) / (low_A + value.damping_A)
-    damped *= (high_G + value.damping_G) / (low_G + value.damping_G)
-  elif isinstance(value, EigenvalueInverse):
-    low, high = jnp.min(value.S, axis=(1, 2)), jnp.max(value.S, axis=(1, 2))
-    damped = (high + value.damping) / (low + value.damping)
+def _conditions(curvature: CurvatureState) -> dict[str, jax.Array]:
+  own = map(_stack_conditions, curvature.stacks, curvature.damping)
+  return jax.tree.map(lambda *x: jnp.concatenate(x), *own)
+
+
+def _stack_conditions(stack: StackState, used: UsedDamping) -> dict[str, jax.Array]:
+  (low_A, high_A), (low_G, high_G) = map(_extremes, stack.factors)
+  if isinstance(used, SplitDamping):
+    damped = (high_A + used.damping_A) / (low_A + used.damping_A)
+    damped *= (high_G + used.damping_G) / (low_G + used.damping_G)
+  elif isinstance(stack.inverse, EigenvalueInverse):
+    low, high = (reduce(stack.inverse.S, axis=(1, 2)) for reduce in (jnp.min, jnp.max))
+    damped = (high + used.damping) / (low + used.damping)
   else:
-    damped = (high_A * high_G + value.damping) / (low_A * low_G + value.damping)
+    damped = (high_A * high_G + used.damping) / (low_A * low_G + used.damping)
   return {"condition_A": high_A / low_A, "condition_G": high_G / low_G, "condition": damped}
 
 
@@ -169,17 +165,18 @@ def _unwrap(x: Any) -> Any:
   return jax.tree.leaves(x)[0]
 
 
-def _owners(stacks: Sequence[StackState], layers: Layers | None) -> list[np.ndarray]:
-  """For each stack, the layer of each of its blocks."""
-  if not any(isinstance(stack.layer, jax.core.Tracer) for stack in stacks):
-    return [np.asarray(stack.layer) for stack in stacks]
+def _owners(curvature: CurvatureState, layers: Layers | None) -> np.ndarray:
+  """The layer of each block."""
+  assert curvature.blocks is not None
+  if not isinstance(curvature.blocks.layer, jax.core.Tracer):
+    return np.asarray(curvature.blocks.layer)
   if layers is None:
     raise ValueError("`diagnostics` under `jax.jit` needs `layers`: pass `captured.layers`.")
   plan = plan_stacks(layers)
-  shapes = [tuple(x.shape for x in stack.running.factors) for stack in stacks]
+  shapes = [tuple(x.shape for x in stack.factors) for stack in curvature.stacks]
   if shapes != [stack.factor_shapes for stack in plan]:
     raise ValueError(
       "`diagnostics` cannot tell under `jax.jit` which of the layers are masked (or `layers` are of"
       " another loss): call it outside."
     )
-  return [np.repeat(p.layers, [layers[i].stack for i in p.layers]) for p in plan]
+  return np.concatenate([np.repeat(p.layers, [layers[i].stack for i in p.layers]) for p in plan])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fop_optax.curvature.damping import Damping
-from fop_optax.curvature.inverse import SCALINGS, init_inverse
+from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.layers import Bias, Factors, Layer, Layers, Stats
 
 SIZES = ((5, 6), (6, 4), (4, 6))  # inputs, outputs; the first and third stack with no other
@@ -139,9 +139,9 @@ def contrast_rows(groups):
 
 
 def invert_block(factors, damping, scaling, relative=0.0):
-  """The inverse of one damped block, and whether it is sound."""
+  """The inverse of one damped block and its damping, and whether it is sound."""
   damping = Damping(*(jnp.asarray(x, factors.A.dtype) for x in (damping, relative)))
   stack = jax.tree.map(lambda f: f[None], factors)
-  kept = [init_inverse(stack, SCALINGS[scaling])]
-  (inverse,), (sound,) = SCALINGS[scaling].invert([stack], damping, None, kept)
-  return jax.tree.map(lambda x: x[0], inverse), sound
+  kept = [jax.vmap(SCALINGS[scaling].empty)(stack)]
+  (inverse,), used, (sound,) = SCALINGS[scaling].invert([stack], damping, None, kept, jnp.zeros(1))
+  return jax.tree.map(lambda x: x[0], (inverse, used)), sound

@@ -26,7 +26,7 @@ def direction(rows, dys, damping=0.0, relative=0.0, scaling="factored"):
   factors = Factors(A, G)
   lam = Damping(jnp.asarray(damping), jnp.asarray(relative)).of(*map(size, factors))
   inverse, sound = problems.invert_block(factors, damping, scaling, relative)
-  return jnp.where(sound, SCALINGS[scaling].solve(inverse, V), jnp.nan), lam
+  return jnp.where(sound, SCALINGS[scaling].solve(*inverse, V), jnp.nan), lam
 
 
 def draw(seed, examples=12, inputs=5, outputs=3):

@@ -30,10 +30,10 @@ def project(A, G, damping, groups, scaling="factored", metric="fisher", rows=Non
   """`fop_direction` for gradients `groups` of one layer, and K-FAC's direction beside it."""
   factors = Factors(A, G)
   inverse, _ = problems.invert_block(factors, damping, scaling)
-  solve = lambda V: SCALINGS[scaling].solve(inverse, V)
+  solve = lambda V: SCALINGS[scaling].solve(*inverse, V)
   multiply = {
     "fisher": lambda V: precondition.multiply(factors, V),
-    "damped": lambda V: SCALINGS[scaling].damped(inverse, factors, V),
+    "damped": lambda V: SCALINGS[scaling].damped(*inverse, factors, V),
     "inverse": None,
   }[metric]
   wide = jnp.promote_types(groups.dtype, jnp.float32)

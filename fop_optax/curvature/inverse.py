@@ -17,7 +17,6 @@ each side that occurs, and compiles quickly.
 """
 
 from collections.abc import Callable, Sequence
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -49,15 +48,27 @@ from fop_optax.layers import Factors
 Split = Callable[[Size, Size, jax.Array], tuple[jax.Array, jax.Array]]
 
 
+class SplitDamping(NamedTuple):
+  """Damping of the factors of each block, when its inverse was made."""
+
+  damping_A: jax.Array  # shape=(blocks,): pi sqrt(lambda), or its rounding
+  damping_G: jax.Array  # shape=(blocks,): sqrt(lambda) / pi
+  added_A: jax.Array  # shape=(blocks,): what of it was added because less would be rounding
+  added_G: jax.Array  # shape=(blocks,)
+
+
+class WholeDamping(NamedTuple):
+  """Damping of each block, when its inverse was made."""
+
+  damping: jax.Array  # shape=(blocks,): lambda, or its rounding
+  added: jax.Array  # shape=(blocks,): what of it was added because less would be rounding
+
+
 class FactoredInverse(NamedTuple):
   """Inverses of both damped factors."""
 
   A: jax.Array  # like the factor
   G: jax.Array
-  damping_A: jax.Array  # shape=(): pi sqrt(lambda) when the inverse was made, or its rounding
-  damping_G: jax.Array  # shape=(): sqrt(lambda) / pi
-  added_A: jax.Array  # shape=(): what of it was added because less would be rounding
-  added_G: jax.Array  # shape=()
 
 
 class ExactInverse(NamedTuple):
@@ -67,8 +78,6 @@ class ExactInverse(NamedTuple):
   basis_G: Side
   values_A: jax.Array
   values_G: jax.Array
-  damping: jax.Array  # shape=(): lambda when the inverse was made, or its rounding
-  added: jax.Array  # shape=(): what of it was added because less would be rounding
 
 
 class EigenvalueInverse(NamedTuple):
@@ -77,19 +86,30 @@ class EigenvalueInverse(NamedTuple):
   basis_A: Side
   basis_G: Side
   S: jax.Array  # [rows, outputs], of now
-  damping: jax.Array  # shape=(): lambda when the basis was made, or its rounding
-  added: jax.Array  # shape=(): what of it was added because less would be rounding
+
+
+Inverse = FactoredInverse | ExactInverse | EigenvalueInverse
+UsedDamping = SplitDamping | WholeDamping
+
+
+class Inversions(NamedTuple):
+  """Numbers of all blocks' inversions, those of one stack after those of another."""
+
+  made: jax.Array  # int32, shape=(blocks,): inverses stored
+  failed: jax.Array  # int32, shape=(blocks,): inverses refused because they were not finite
+  damping: UsedDamping
 
 
 class Scaling(NamedTuple):
   """How one kind of inverse is made, for all stacks, and used, for one block."""
 
   empty: Callable[[Factors], Any]  # factors of a block -> an inverse that takes all to zero
-  # Factors of each stack, damping, which blocks are due (None: all), inverses so far -> inverses of
-  # each stack, and for each block whether it is sound.
-  invert: Callable[..., tuple[list[Any], jax.Array]]
-  solve: Callable[[Any, jax.Array], jax.Array]  # V -> M^-1 V
-  damped: Callable[[Any, Factors, jax.Array], jax.Array]  # V -> M V
+  damping: type[UsedDamping]  # what is told of the damping
+  # Factors of each stack, damping, which blocks are due (None: all), inverses so far and for each
+  # block how many -> inverses of each stack; of all blocks their damping and whether they are sound.
+  invert: Callable[..., tuple[list[Any], UsedDamping, jax.Array]]
+  solve: Callable[[Any, Any, jax.Array], jax.Array]  # inverse, its damping, V -> M^-1 V
+  damped: Callable[[Any, Any, Factors, jax.Array], jax.Array]  # inverse, its damping, .., V -> M V
   fisher: Callable[[Any, Factors, jax.Array], jax.Array]  # V -> F V
   norm: Callable[[Any, Factors], jax.Array]  # |F|_F
   squares: bool = False  # whether its inverses have an `S`
@@ -99,26 +119,23 @@ def factored_invert(
   stacks: Sequence[Factors],
   damping: Damping,
   due: jax.Array | None,
-  kept: Sequence["Inverse"],
+  kept: Sequence[Inverse],
+  made: jax.Array,
   split: Split = split_damping,
-) -> tuple[list[FactoredInverse], jax.Array]:
+) -> tuple[list[Inverse], SplitDamping, jax.Array]:
   """Both damped factors of each block inverted; `split` shares the damping out."""
-  del kept
+  del kept, made
   A, G = _sizes(stacks)
   asked = damping.of(A, G)
   asked_A, asked_G = split(A, G, asked)
   damping_A, damping_G = split(A, G, jnp.maximum(asked, block_rounding(A, G)))
   damping_A, damping_G = jnp.maximum(damping_A, A.rounding), jnp.maximum(damping_G, G.rounding)
   of_A, of_G = _each_side(_damped_inverse, stacks, (damping_A, damping_G), due)
-  numbers = damping_A, damping_G, damping_A - asked_A, damping_G - asked_G
+  used = SplitDamping(damping_A, damping_G, damping_A - asked_A, damping_G - asked_G)
   # Positive matrices: no entry is larger than the trace.
   traces = [jnp.concatenate([trace for _, trace in side]) for side in (of_A, of_G)]
-  sound = jnp.all(jnp.isfinite(jnp.stack([*traces, *numbers])), axis=0)
-  inverses = [
-    FactoredInverse(a, g, *(x.astype(a.dtype) for x in own))
-    for (a, _), (g, _), own in zip(of_A, of_G, _per_stack(numbers, stacks), strict=True)
-  ]
-  return inverses, sound
+  sound = jnp.all(jnp.isfinite(jnp.stack([*traces, *used])), axis=0)
+  return [FactoredInverse(a, g) for (a, _), (g, _) in zip(of_A, of_G, strict=True)], used, sound
 
 
 def _damped_inverse(factor, damping):
@@ -132,37 +149,36 @@ def _damped_inverse(factor, damping):
 
 
 def _factored_empty(factors):
-  zeros = (jnp.zeros((), factors.A.dtype) for _ in range(4))
-  return FactoredInverse(jnp.zeros_like(factors.A), jnp.zeros_like(factors.G), *zeros)
+  return FactoredInverse(jnp.zeros_like(factors.A), jnp.zeros_like(factors.G))
 
 
-def _factored_solve(inverse, V):
+def _factored_solve(inverse, used, V):
+  del used
   return sandwich(inverse.A, V, inverse.G)
 
 
-def _factored_damped(inverse, factors, V):
-  A = add_damping(factors.A, inverse.damping_A)
-  G = add_damping(factors.G, inverse.damping_G)
+def _factored_damped(inverse, used, factors, V):
+  del inverse
+  A = add_damping(factors.A, used.damping_A)
+  G = add_damping(factors.G, used.damping_G)
   return sandwich(A, V, G)
 
 
-def _exact_invert(stacks, damping, due, kept):
-  del kept
+def _exact_invert(stacks, damping, due, kept, made):
+  del kept, made
   A, G = _sizes(stacks)
   asked = damping.of(A, G)
   raised = jnp.maximum(asked, block_rounding(A, G))
   of_A, of_G = _each_side(_eigen, stacks, (raised, raised), due)
   # The smallest eigenvalue of M is all there is to fear: at lambda = 0 it may be zero.
   low_A, low_G = (jnp.concatenate([low for *_, low in side]) for side in (of_A, of_G))
-  numbers = raised, raised - asked
-  sound = jnp.all(jnp.isfinite(jnp.stack([1 / (low_A * low_G + raised), *numbers])), axis=0)
+  used = WholeDamping(raised, raised - asked)
+  sound = jnp.all(jnp.isfinite(jnp.stack([1 / (low_A * low_G + raised), *used])), axis=0)
   inverses = [
-    ExactInverse(a, g, values_a, values_g, *(x.astype(values_a.dtype) for x in own))
-    for (a, values_a, _), (g, values_g, _), own in zip(
-      of_A, of_G, _per_stack(numbers, stacks), strict=True
-    )
+    ExactInverse(a, g, values_a, values_g)
+    for (a, values_a, _), (g, values_g, _) in zip(of_A, of_G, strict=True)
   ]
-  return inverses, sound
+  return inverses, used, sound
 
 
 def _eigen(factor, damping):
@@ -183,70 +199,68 @@ def _exact_empty(factors):
     basis_G=jnp.zeros_like(factors.G) if factors.G.ndim == 2 else None,
     values_A=jnp.full(len(factors.A), jnp.inf, factors.A.dtype),
     values_G=jnp.full(len(factors.G), jnp.inf, factors.G.dtype),
-    damping=jnp.zeros((), factors.A.dtype),
-    added=jnp.zeros((), factors.A.dtype),
   )
 
 
-def _exact_solve(inverse, V):
+def _exact_solve(inverse, used, V):
   # vec(V) -> (U_A (x) U_G) (l_A (x) l_G + lambda)^-1 (U_A (x) U_G)' vec(V)
-  values = jnp.outer(inverse.values_A, inverse.values_G) + inverse.damping
+  values = jnp.outer(inverse.values_A, inverse.values_G) + used.damping
   return in_basis(inverse.basis_A, inverse.basis_G, lambda rotated: rotated / values, V)
 
 
-def _exact_damped(inverse, factors, V):
-  return multiply(factors, V) + inverse.damping * V
+def _exact_damped(inverse, used, factors, V):
+  del inverse
+  return multiply(factors, V) + used.damping * V
 
 
-def _eigenvalue_invert(stacks, damping, due, kept):
+def _eigenvalue_invert(stacks, damping, due, kept, made):
   A, G = _sizes(stacks)
   of_A, of_G = _each_side(_eigen, stacks, (A.trace, G.trace), due)
-  turns = _per_stack(due, stacks)
-  sides = zip(of_A, of_G, strict=True)
-  S = [_each(_carried, *own) for own in zip(sides, kept, turns, strict=True)]
+  turns, known = _per_stack(due, stacks), _per_stack(made > 0, stacks)
+  columns = zip(turns, of_A, of_G, kept, known, strict=True)
+  S = [_each(_carried, *own) for own in columns]
   of_S = [jax.vmap(size)(s.reshape(len(s), -1)) for s in S]
   asked = damping.at(jnp.concatenate([own.mean for own in of_S]))
   rounding = block_rounding(A, G, jnp.concatenate([own.norm for own in of_S]))
   raised = jnp.maximum(asked, rounding)
   low = jnp.concatenate([jnp.min(s, axis=(1, 2)) for s in S])
   low_A, low_G = (jnp.concatenate([low for *_, low in side]) for side in (of_A, of_G))
-  numbers = raised, raised - asked
-  found = jnp.stack([low_A, low_G, 1 / (low + raised), *numbers])
+  used = WholeDamping(raised, raised - asked)
+  found = jnp.stack([low_A, low_G, 1 / (low + raised), *used])
   inverses = [
-    EigenvalueInverse(a, g, s, *(x.astype(s.dtype) for x in own))
-    for (a, *_), (g, *_), s, own in zip(of_A, of_G, S, _per_stack(numbers, stacks), strict=True)
+    EigenvalueInverse(a, g, s) for (a, *_), (g, *_), s in zip(of_A, of_G, S, strict=True)
   ]
-  return inverses, jnp.all(jnp.isfinite(found), axis=0)
+  return inverses, used, jnp.all(jnp.isfinite(found), axis=0)
 
 
-def _carried(sides, old):
+def _carried(of_A, of_G, old, known):
   """`S` in a new basis."""
   # Statistics are measured in the basis that the state holds: S is in the old one. What has the
   # diagonal S there, F = U_old diag(S) U_old', has in the new one the diagonal P_A S P_G' with the
   # squared overlaps P = (U_new' U_old)^2. Their rows and columns add up to one: S stays positive
   # and keeps its trace. The first statistics find no basis: theirs is that of A (x) G, which
   # counts as theirs in the average and fades with them.
-  (basis_A, values_A, _), (basis_G, values_G, _) = sides
+  (basis_A, values_A, _), (basis_G, values_G, _) = of_A, of_G
   overlap = lambda new, old: None if new is None else matmul(new.T, old) ** 2
-  P_A, P_G = overlap(basis_A, old.value.basis_A), overlap(basis_G, old.value.basis_G)
-  carried = sandwich(P_A, old.value.S, transposed(P_G))
-  return jnp.where(old.made > 0, carried, jnp.outer(values_A, values_G))
+  P_A, P_G = overlap(basis_A, old.basis_A), overlap(basis_G, old.basis_G)
+  carried = sandwich(P_A, old.S, transposed(P_G))
+  return jnp.where(known, carried, jnp.outer(values_A, values_G))
 
 
 def _eigenvalue_empty(factors):
   empty, ones = _exact_empty(factors), jnp.ones((len(factors.A), len(factors.G)), factors.A.dtype)
-  return EigenvalueInverse(empty.basis_A, empty.basis_G, ones, empty.damping, empty.added)
+  return EigenvalueInverse(empty.basis_A, empty.basis_G, ones)
 
 
-def _eigenvalue_solve(inverse, V):
+def _eigenvalue_solve(inverse, used, V):
   # vec(V) -> (U_A (x) U_G) diag(S + lambda)^-1 (U_A (x) U_G)' vec(V)
-  values = inverse.S + inverse.damping
+  values = inverse.S + used.damping
   return in_basis(inverse.basis_A, inverse.basis_G, lambda rotated: rotated / values, V)
 
 
-def _eigenvalue_damped(inverse, factors, V):
+def _eigenvalue_damped(inverse, used, factors, V):
   del factors
-  values = inverse.S + inverse.damping
+  values = inverse.S + used.damping
   return in_basis(inverse.basis_A, inverse.basis_G, lambda rotated: values * rotated, V)
 
 
@@ -273,6 +287,7 @@ def _kronecker_norm(inverse, factors):
 SCALINGS = {
   "factored": Scaling(
     empty=_factored_empty,
+    damping=SplitDamping,
     invert=factored_invert,
     solve=_factored_solve,
     damped=_factored_damped,
@@ -281,6 +296,7 @@ SCALINGS = {
   ),
   "exact": Scaling(
     empty=_exact_empty,
+    damping=WholeDamping,
     invert=_exact_invert,
     solve=_exact_solve,
     damped=_exact_damped,
@@ -289,6 +305,7 @@ SCALINGS = {
   ),
   "eigenvalue": Scaling(
     empty=_eigenvalue_empty,
+    damping=WholeDamping,
     invert=_eigenvalue_invert,
     solve=_eigenvalue_solve,
     damped=_eigenvalue_damped,
@@ -312,7 +329,7 @@ def _each_side(function, stacks, dampings, due):
   columns = [_sides([f.A for f in stacks], [f.G for f in stacks]), by_stack(*dampings)]
   if due is not None:
     columns.append(by_stack(due, due))
-  found = by_shape(functools.partial(_each, function), *columns)
+  found = by_shape(lambda factor, damping, due=None: _each(function, due, factor, damping), *columns)
   return found[::2], found[1::2]
 
 
@@ -320,57 +337,52 @@ def _sides(A: Sequence[Any], G: Sequence[Any]) -> list[Any]:
   return [side for pair in zip(A, G, strict=True) for side in pair]
 
 
-def _each(function, first, second, due=None):
+def _each(function, due, *columns):
   """`function` of each block, along the leading axes; zeros for those that are not due."""
-  shapes = jax.eval_shape(jax.vmap(function), first, second)
+  shapes = jax.eval_shape(jax.vmap(function), *columns)
   nothing = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), shapes)
-  return by_block(function, nothing, first, second, due=due)
+  return by_block(function, nothing, *columns, due=due)
 
 
 def _per_stack(flat: Any, stacks: Sequence[Factors]) -> list[Any]:
   return per_stack(flat, [len(factors.A) for factors in stacks])
 
 
-class Inverse(NamedTuple):
-  """A block's inverse, or those of a stack of blocks with a leading axis everywhere."""
-
-  value: FactoredInverse | ExactInverse | EigenvalueInverse
-  made: jax.Array  # int32, shape=(): inverses stored
-  failed: jax.Array  # int32, shape=(): inverses refused because they were not finite
-
-  def with_S(self, S: jax.Array) -> "Inverse":
-    """EKFAC's with other second moments."""
-    assert isinstance(self.value, EigenvalueInverse)
-    return self._replace(value=self.value._replace(S=S))
-
-
-def init_inverse(factors: Factors, scaling: Scaling) -> Inverse:
-  """Inverses of a stack before any statistics."""
-  made, failed = (jnp.zeros(len(factors.A), jnp.int32) for _ in range(2))
-  return Inverse(jax.vmap(scaling.empty)(factors), made, failed)
+def init_inversions(blocks: int, scaling: Scaling, dtype: Any) -> Inversions:
+  """Before any statistics. No two arrays are one buffer, so that a state can be donated."""
+  made, failed = (jnp.zeros(blocks, jnp.int32) for _ in range(2))
+  damping = scaling.damping(*(jnp.zeros(blocks, dtype) for _ in scaling.damping._fields))
+  return Inversions(made, failed, damping)
 
 
 def remake(
-  inverses: Sequence[Inverse],
+  kept: tuple[Inverse, ...],
+  before: Inversions,
   stacks: Sequence[Factors],
   known: jax.Array,
   damping: Damping,
   scaling: Scaling,
   due: jax.Array | None = None,
-) -> tuple[Inverse, ...]:
+) -> tuple[tuple[Inverse, ...], Inversions]:
   """Inverses made anew; of a block where that fails the last good one stays, which is counted.
 
   Blocks that are not `known`, without statistics, are left without an inverse; those that are not
   `due` (None: all are) with the one they have.
   """
-  values, sound = scaling.invert(stacks, damping, due, inverses)
+  found, used, sound = scaling.invert(stacks, damping, due, kept, before.made)
   tried = known if due is None else known & due
-  counted = _per_stack((tried & sound, tried & ~sound), stacks)
+  stored = tried & sound
 
   def keep(stored):
     return lambda new, old: jnp.where(stored.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-  return tuple(
-    Inverse(jax.tree.map(keep(made), value, old.value), old.made + made, old.failed + failed)
-    for old, value, (made, failed) in zip(inverses, values, counted, strict=True)
+  inverses = tuple(
+    jax.tree.map(keep(own), new, old)
+    for new, old, own in zip(found, kept, _per_stack(stored, stacks), strict=True)
+  )
+  cast = lambda new, old: jnp.where(stored, new.astype(old.dtype), old)
+  return inverses, Inversions(
+    made=before.made + stored,
+    failed=before.failed + (tried & ~sound),
+    damping=jax.tree.map(cast, used, before.damping),
   )

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from fop_optax import moments
 from fop_optax.curvature import factors, inverse
 from fop_optax.curvature.damping import Size, split_damping
-from fop_optax.curvature.factors import Running
 from fop_optax.layers import Factors
 
 
@@ -33,16 +32,13 @@ def statistics(V: jax.Array, diagonal: tuple[bool, bool]) -> Factors:
   return Factors(L / len(V), R / len(V))
 
 
-def fold(running: Running, new: Factors, finite: jax.Array, decay: jax.Array) -> Running:
+def fold(average: Factors, new: Factors, finite: jax.Array, weight: jax.Array) -> Factors:
   """As `fop_optax.curvature.factors.fold`, of the averages of `L` and `R`."""
-  A, G = running.factors
-  averages = running._replace(factors=Factors(A * _trace(G), G))
-  folded = factors.fold(averages, new, finite, decay)
-  L, R = folded.factors
+  A, G = average
+  L, R = factors.fold(Factors(A * _trace(G), G), new, finite, weight)
   size = _trace(R)
-  accepted = folded.folds > running.folds
-  A = jnp.where(accepted, L / jnp.where(size > 0, size, 1), A)
-  return folded._replace(factors=Factors(A, R))
+  A = jnp.where(finite, L / jnp.where(size > 0, size, 1), A)
+  return Factors(A, R)
 
 
 def _split(A: Size, G: Size, damping: jax.Array) -> tuple[jax.Array, jax.Array]:

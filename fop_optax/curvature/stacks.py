@@ -90,19 +90,18 @@ def stack_matrices(stack: Stack, layers: Blocks, leaves: Sequence[Any], dtype: A
 
 def stack_factors(
   stack: Stack, factors: Sequence[Factors], dtype: Any
-) -> tuple[Factors, jax.Array]:
-  """The factors of the layers of `stack`, side by side, and of each block whether it is finite.
+) -> tuple[Factors, list[jax.Array]]:
+  """The factors of the layers of `stack`, side by side, and numbers that are finite if they are.
 
   Of a sum of squares no entry is larger than the diagonal's, or not a number where that is one:
-  the trace tells.
+  the traces tell.
   """
   if not stack.layers:
     zeros = Factors(*(jnp.zeros(shape, dtype) for shape in stack.factor_shapes))
-    return zeros, jnp.ones(stack.blocks, bool)
+    return zeros, [jnp.zeros(stack.blocks, dtype)] * 2
   members = [jax.tree.map(lambda f: f.astype(dtype), factors[i]) for i in stack.layers]
   joined = Factors(_concatenate([f.A for f in members]), _concatenate([f.G for f in members]))
-  traces = jnp.stack([jax.vmap(trace_of)(side) for side in joined])
-  return joined, jnp.all(jnp.isfinite(traces), axis=0)
+  return joined, [jax.vmap(trace_of)(side) for side in joined]
 
 
 def stack_squares(
@@ -110,9 +109,9 @@ def stack_squares(
 ) -> tuple[jax.Array, jax.Array]:
   """The second moments of the layers of `stack`, as `stack_factors`."""
   if not stack.layers:
-    return jnp.zeros((stack.blocks, *stack.dims), dtype), jnp.ones(stack.blocks, bool)
-  members = [second_moments[i].astype(dtype) for i in stack.layers]
-  return _concatenate(members), _concatenate([_finite(S) for S in members])
+    return jnp.zeros((stack.blocks, *stack.dims), dtype), jnp.zeros(stack.blocks, dtype)
+  joined = _concatenate([second_moments[i].astype(dtype) for i in stack.layers])
+  return joined, jnp.sum(joined - joined, axis=range(1, joined.ndim))
 
 
 def unstack(
@@ -198,10 +197,6 @@ def per_stack(flat: Any, blocks: Sequence[int]) -> list[Any]:
 def dtype_of(leaf: Any) -> Any:
   """dtype of an array, of a `jax.ShapeDtypeStruct` or of a Python number."""
   return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-
-
-def _finite(blocks):
-  return jnp.sum(blocks - blocks, axis=range(1, blocks.ndim)) == 0
 
 
 def _concatenate(arrays):

@@ -7,23 +7,58 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax.curvature.damping import Damping
-from fop_optax.curvature.factors import Fold, Running, init_running, old_weight
-from fop_optax.curvature.inverse import EigenvalueInverse, Inverse, Scaling, init_inverse, remake
-from fop_optax.curvature.stacks import Stack, dtype_of, stack_factors, stack_squares
+from fop_optax.curvature.factors import Fold, old_weight
+from fop_optax.curvature.inverse import (
+  EigenvalueInverse,
+  Inverse,
+  Inversions,
+  Scaling,
+  UsedDamping,
+  init_inversions,
+  remake,
+)
+from fop_optax.curvature.stacks import (
+  Stack,
+  dtype_of,
+  per_stack,
+  stack_factors,
+  stack_squares,
+)
 from fop_optax.curvature.steps import Finite, Period, Steps, no_steps, whole_period
-from fop_optax.layers import Layers, Stats
+from fop_optax.layers import Factors, Layers, Stats
 
 
 class StackState(NamedTuple):
-  """Curvature of one stack of blocks; every array has the blocks as its leading axis."""
+  """Matrices of one stack of blocks; every array has the blocks as its leading axis."""
 
-  running: Running
+  factors: Factors  # running averages
   inverse: Inverse
-  layer: jax.Array  # int32, shape=(blocks,): the layer of each block, -1 for none
 
   @property
   def dtype(self):
-    return self.running.factors.A.dtype
+    return self.factors.A.dtype
+
+  @property
+  def blocks(self) -> int:
+    return len(self.factors.A)
+
+
+class BlockNumbers(NamedTuple):
+  """Numbers of all blocks, those of one stack after those of another.
+
+  As one vector they are one operation, however many stacks there are: programs of many small ones
+  take long to compile.
+  """
+
+  layer: jax.Array  # int32, shape=(blocks,): the layer of each block, -1 for none
+  folds: jax.Array  # int32, shape=(blocks,): statistics folded in
+  nonfinite: jax.Array  # int32, shape=(blocks,): statistics refused because they were not finite
+  inversions: Inversions
+
+  @property
+  def waiting(self) -> jax.Array:
+    """Which blocks have statistics that nobody has tried to invert."""
+    return (self.folds > 0) & (self.inversions.made + self.inversions.failed == 0)
 
 
 class CurvatureState(NamedTuple):
@@ -32,7 +67,21 @@ class CurvatureState(NamedTuple):
   steps: Steps
   curvature_update_period: jax.Array  # int32, shape=(): at the step to come
   inverse_update_period: jax.Array  # int32, shape=()
+  blocks: BlockNumbers | None  # None where there are no stacks
   stacks: tuple[StackState, ...]
+
+  @property
+  def damping(self) -> list[UsedDamping]:
+    """That of the inverses, stack by stack."""
+    if self.blocks is None:
+      return []
+    own = self.per_stack(self.blocks.inversions.damping)
+    cast = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
+    return [cast(tree, stack.dtype) for tree, stack in zip(own, self.stacks, strict=True)]
+
+  def per_stack(self, flat: Any) -> list[Any]:
+    """Numbers of all blocks (or None), stack by stack."""
+    return per_stack(flat, [stack.blocks for stack in self.stacks])
 
   def settled(self, before: "CurvatureState", finite: jax.Array) -> "CurvatureState":
     """With the count of `before` the step if its update is not `finite`, which is counted.
@@ -74,29 +123,32 @@ def init_curvature(
   Arithmetic is in the widest dtype of a stack's parameters and in float32 at least. No two arrays
   are one buffer, so that a state can be donated.
   """
-  states = []
+  states, owners = [], []
   for stack in stacks:
     members = [leaf for i in stack.layers for leaf in layers[i].leaves]
     dtypes = [dtype_of(leaves[leaf]) for leaf in members] if leaves is not None else []
     dtype = jnp.result_type(jnp.float32, *dtypes)
-    running = init_running(stack.factor_shapes, stack.blocks, dtype)
-    owners = [jnp.full(layers[i].stack, i, jnp.int32) for i in stack.layers]
-    states.append(
-      StackState(
-        running=running,
-        inverse=init_inverse(running.factors, options.scaling),
-        layer=jnp.concatenate(owners or [jnp.full(1, -1, jnp.int32)]),
-      )
-    )
-  return empty_curvature(options.periods(0), tuple(states))
+    factors = Factors(*(jnp.zeros(shape, dtype) for shape in stack.factor_shapes))
+    states.append(StackState(factors, jax.vmap(options.scaling.empty)(factors)))
+    owners += [index for i in stack.layers for index in [i] * layers[i].stack] or [-1]
+  dtype = jnp.result_type(jnp.float32, *(own.dtype for own in states))
+  numbers = BlockNumbers(
+    layer=jnp.asarray(owners, jnp.int32),
+    folds=jnp.zeros(len(owners), jnp.int32),
+    nonfinite=jnp.zeros(len(owners), jnp.int32),
+    inversions=init_inversions(len(owners), options.scaling, dtype),
+  )
+  return empty_curvature(options.periods(0), numbers if states else None, tuple(states))
 
 
 def empty_curvature(
-  periods: tuple[jax.Array, jax.Array], stacks: tuple[StackState, ...]
+  periods: tuple[jax.Array, jax.Array],
+  blocks: BlockNumbers | None = None,
+  stacks: tuple[StackState, ...] = (),
 ) -> CurvatureState:
   """State before any step."""
   curvature, inverse = map(jnp.copy, periods)
-  return CurvatureState(no_steps(), curvature, inverse, stacks)
+  return CurvatureState(no_steps(), curvature, inverse, blocks, stacks)
 
 
 def advance(
@@ -113,80 +165,100 @@ def advance(
   stands still, so that a refresh that fell on it is made up for by the next.
   """
   _, inverse_period = options.periods(state.steps.count)
-  refresh = stats.refresh & finite.both
-  running, kept = _folded(state, stacks, stats, refresh, options)
-  due = refresh
-  if options.stagger:
-    due = _turns(kept, running, state.steps.count % inverse_period, inverse_period) & finite.both
-  elif options.inverse_update_period is not None:
-    due = jnp.any(_waiting(kept, running)) | (state.steps.count % inverse_period == 0)
-    due &= finite.both
-  inverse = _remake(kept, running, due, damping, options.scaling)
+  refresh, turn = stats.refresh & finite.both, state.steps.count % inverse_period
+  blocks, kept = state.blocks, state.stacks
+  if blocks is not None:
+    blocks, kept = _folded(blocks, kept, stacks, stats, refresh, options)
+    due = refresh
+    if options.stagger:  # block i has its turn, and those that have no inverse yet
+      own = jnp.arange(len(blocks.folds)) % inverse_period
+      due = (blocks.waiting | (turn == own)) & finite.both
+    elif options.inverse_update_period is not None:
+      due = (jnp.any(blocks.waiting) | (turn == 0)) & finite.both
+    blocks, kept = _remade(blocks, kept, due, damping, options.scaling)
 
   steps = state.steps.counted(finite)
   curvature_period, inverse_period = options.periods(steps.count)
-  return state._replace(
-    steps=steps,
-    curvature_update_period=curvature_period,
-    inverse_update_period=inverse_period,
-    stacks=tuple(
-      StackState(r, i, s.layer) for r, i, s in zip(running, inverse, state.stacks, strict=True)
-    ),
-  )
+  return CurvatureState(steps, curvature_period, inverse_period, blocks, kept)
+
+
+Kept = tuple[BlockNumbers, tuple[StackState, ...]]
 
 
 def _folded(
-  state: CurvatureState,
+  blocks: BlockNumbers,
+  kept: tuple[StackState, ...],
   stacks: Sequence[Stack],
   stats: Stats,
   refresh: jax.Array,
   options: CurvatureOptions,
-) -> tuple[tuple[Running, ...], tuple[Inverse, ...]]:
-  """Running factors, and inverses with running second moments, after statistics if `refresh`."""
-  decay = jnp.asarray(options.decay)
-  fold = jax.vmap(options.fold, (0, 0, 0, None))
-  kept = tuple(s.inverse for s in state.stacks)
+) -> Kept:
+  """With statistics in the running factors, and in EKFAC's second moments, if `refresh`."""
+  sizes = [own.blocks for own in kept]
 
-  def fold_stack(stack, old, inverse):
-    running, S = old
-    new, sound = stack_factors(stack, stats.factors, running.factors.A.dtype)
-    if S is None:
-      return fold(running, new, sound, decay), None
-    new_S, finite = stack_squares(stack, stats.second_moments, S.dtype)
-    sound &= finite
-    running = fold(running, new, sound, decay)
-    measured = sound & (inverse.made > 0)  # else there was no basis to measure them in
-    measured, weight = (
-      x[:, None, None] for x in (measured, old_weight(running.folds, decay, S.dtype))
+  def fold_all(folds, nonfinite, averages, S):
+    new, traces = _columns(
+      stack_factors(stack, stats.factors, own.A.dtype)
+      for stack, own in zip(stacks, averages, strict=True)
     )
-    return running, jnp.where(measured, weight * S + (1 - weight) * new_S, S)
+    tell = [jnp.concatenate(side) for side in zip(*traces, strict=True)]
+    if S:
+      new_S, gaps = _columns(
+        stack_squares(stack, stats.second_moments, own.dtype)
+        for stack, own in zip(stacks, S, strict=True)
+      )
+      tell.append(jnp.concatenate(gaps))
+    sound = jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0)
+    folds = folds + sound
+    weight = old_weight(folds, jnp.asarray(options.decay), tell[0].dtype)
+    fold = lambda old, new, sound, weight: jax.vmap(options.fold)(
+      old, new, sound, weight.astype(old.A.dtype)
+    )
+    flat = per_stack(sound, sizes), per_stack(weight, sizes)
+    averages = tuple(map(fold, averages, new, *flat))
+    if S:
+      # where there was a basis to measure them in
+      flat = per_stack(sound & (blocks.inversions.made > 0), sizes), flat[1]
+      S = tuple(map(_averaged, S, new_S, *flat))
+    return folds, nonfinite + ~sound, averages, S
 
-  S = [i.value.S if isinstance(i.value, EigenvalueInverse) else None for i in kept]
-  pairs = tuple(zip((s.running for s in state.stacks), S, strict=True))
-  fold_all = lambda pairs: tuple(map(fold_stack, stacks, pairs, kept))
-  pairs = jax.lax.cond(refresh, fold_all, lambda pairs: pairs, pairs)
-  inverses = (i if S is None else i.with_S(S) for i, (_, S) in zip(kept, pairs, strict=True))
-  return tuple(running for running, _ in pairs), tuple(inverses)
+  inverses = [own.inverse for own in kept]
+  S = tuple(own.S for own in inverses if isinstance(own, EigenvalueInverse))
+  folds, nonfinite, averages, S = jax.lax.cond(
+    refresh,
+    fold_all,
+    lambda *same: same,
+    *(blocks.folds, blocks.nonfinite, tuple(own.factors for own in kept), S),
+  )
+  if S:
+    inverses = [own._replace(S=s) for own, s in zip(inverses, S, strict=True)]
+  blocks = blocks._replace(folds=folds, nonfinite=nonfinite)
+  return blocks, tuple(map(StackState, averages, inverses))
 
 
-def _remake(kept, running, due, damping, scaling):
-  """Inverses made anew if they are `due`: one for all, or one a block."""
-
-  def make(kept):
-    known = jnp.concatenate([r.folds > 0 for r in running])
-    each = due if due.ndim else None
-    return remake(kept, [r.factors for r in running], known, damping, scaling, each)
-
-  return jax.lax.cond(jnp.any(due), make, lambda kept: kept, kept)
+def _columns(rows):
+  return tuple(zip(*rows, strict=True))
 
 
-def _turns(kept, running, turn, period):
-  """Which blocks are due: block `i` (over all stacks) at `turn == i % period`, and new ones."""
-  waiting = _waiting(kept, running)
-  return waiting | (turn == jnp.arange(len(waiting)) % period)
+def _averaged(old, new, measured, weight):
+  measured, weight = (x[:, None, None] for x in (measured, weight.astype(old.dtype)))
+  return jnp.where(measured, weight * old + (1 - weight) * new, old)
 
 
-def _waiting(kept: Sequence[Inverse], running: Sequence[Running]) -> jax.Array:
-  """Which blocks have statistics that nobody has tried to invert."""
-  waiting = [(r.folds > 0) & (i.made + i.failed == 0) for i, r in zip(kept, running, strict=True)]
-  return jnp.concatenate(waiting)
+def _remade(
+  blocks: BlockNumbers,
+  kept: tuple[StackState, ...],
+  due: jax.Array,
+  damping: Damping,
+  scaling: Scaling,
+) -> Kept:
+  """With the inverses that are `due`: one for all, or one a block."""
+  factors = [own.factors for own in kept]
+  each = due if due.ndim else None
+  inverses, inversions = jax.lax.cond(
+    jnp.any(due),
+    lambda *old: remake(*old, factors, blocks.folds > 0, damping, scaling, each),
+    lambda *same: same,
+    *(tuple(own.inverse for own in kept), blocks.inversions),
+  )
+  return blocks._replace(inversions=inversions), tuple(map(StackState, factors, inverses))

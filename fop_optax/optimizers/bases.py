@@ -4,10 +4,11 @@ from typing import Any
 
 import jax
 
+from fop_optax.curvature.stacks import per_stack
 from fop_optax.layers import Basis, Layers, Stats
 from fop_optax.optimizers.refresh import curvature_state
 
-FIELDS = ("basis_A", "basis_G", "S", "layer")  # of a stack's inverse and of the stack
+FIELDS = ("basis_A", "basis_G", "S")  # of a stack's inverse
 
 
 def bases(opt_state: Any) -> tuple[Basis, ...]:
@@ -38,7 +39,8 @@ def bases(opt_state: Any) -> tuple[Basis, ...]:
     ((1, 3, 3), (1, 2, 2))
   """
   stacks: dict[str, dict[str, jax.Array]] = {}
-  for (stack, *names), leaf in curvature_state(opt_state, "bases")["stacks"].items():
+  fields = curvature_state(opt_state, "bases")
+  for (stack, *names), leaf in fields["stacks"].items():
     for field in set(FIELDS).intersection(names):
       stacks.setdefault(stack, {})[field] = leaf
   if not all("S" in stack for stack in stacks.values()):
@@ -47,8 +49,12 @@ def bases(opt_state: Any) -> tuple[Basis, ...]:
       ' `scaling="eigenvalue"` has. Leave `basis` out of `value_and_grad`, or make the optimizer'
       ' with `fop_optax.kfac(..., scaling="eigenvalue")`.'
     )
+  in_order = [stacks[name] for name in sorted(stacks, key=int)]  # dictionaries have "10" before "2"
+  (layer,) = (leaf for names, leaf in fields["blocks"].items() if names[0] == "layer")
+  owners = per_stack(layer, [len(stack["S"]) for stack in in_order])
   return tuple(
-    Basis(stack.get("basis_A"), stack.get("basis_G"), stack["layer"]) for stack in stacks.values()
+    Basis(stack.get("basis_A"), stack.get("basis_G"), own)
+    for stack, own in zip(in_order, owners, strict=True)
   )
 
 

@@ -338,7 +338,7 @@ def check_factors(layers: Layers, stats: Any) -> None:
 
 def check_state(stacks: Sequence[Stack], state: CurvatureState) -> None:
   """Checks that a state was made for these layers, leading axes and all."""
-  had = [tuple(tuple(x.shape) for x in s.running.factors) for s in state.stacks]
+  had = [tuple(tuple(x.shape) for x in s.factors) for s in state.stacks]
   if had != [stack.factor_shapes for stack in stacks]:
     raise ValueError(
       f"The optimizer's state is of another model or another mask: its factors have shapes {had},"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fop_optax.curvature.inverse import Scaling
+from fop_optax.curvature.inverse import Scaling, UsedDamping
 from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import common
@@ -138,6 +138,7 @@ def project(
     gradients = map(
       functools.partial(_gradients, scaling, fop_options.projection_metric),
       step.curvature.stacks,
+      step.curvature.damping,
       step.matrices,
       step.contrasts,
       step.resolutions,
@@ -167,21 +168,23 @@ def _gradients(
   scaling: Scaling,
   projection_metric: str,
   state: StackState,
+  damping: UsedDamping,
   average: jax.Array,
   contrasts: jax.Array,
   resolution: float,
 ) -> Gradients:
   """The gradients of a stack with the metric and the inverses of its blocks."""
-  factors, inverse = state.running.factors, state.inverse.value
-  solve = functools.partial(jax.vmap(scaling.solve), inverse)
+  factors, inverse = state
+  solve = functools.partial(jax.vmap(scaling.solve), inverse, damping)
   multiply, fisher_norm = {
-    "fisher": (scaling.fisher, lambda: jax.vmap(scaling.norm)(inverse, factors)),
+    "fisher": (
+      functools.partial(jax.vmap(scaling.fisher), inverse, factors),
+      lambda: jax.vmap(scaling.norm)(inverse, factors),
+    ),
     # M with the running factors of now, damped as when they were last inverted.
-    "damped": (scaling.damped, lambda: 0.0),
+    "damped": (functools.partial(jax.vmap(scaling.damped), inverse, damping, factors), lambda: 0.0),
     "inverse": (None, lambda: 0.0),
   }[projection_metric]
-  if multiply is not None:
-    multiply = functools.partial(jax.vmap(multiply), inverse, factors)
   return Gradients(average, contrasts, solve, multiply, fisher_norm(), resolution)
 
 

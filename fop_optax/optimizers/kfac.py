@@ -64,9 +64,8 @@ def precondition(options: Options, layers: Layers) -> optax.GradientTransformati
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
   def apply(updates, state, stats, fallback_finite):
     step = common.begin(options, layers, updates, state.curvature, stats, False, fallback_finite)
-    directions = [
-      solve(s.inverse.value, V) for s, V in zip(step.curvature.stacks, step.matrices, strict=True)
-    ]
+    columns = step.curvature.stacks, step.curvature.damping, step.matrices
+    directions = [solve(s.inverse, damping, V) for s, damping, V in zip(*columns, strict=True)]
     # d' M d = V' M^-1 V
     norm2 = sum(
       (jnp.sum(V * d) for V, d in zip(step.matrices, directions, strict=True)), start=jnp.zeros(())

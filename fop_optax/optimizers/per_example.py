@@ -127,7 +127,7 @@ def kronecker(
     outline = jnp.zeros(())
     if "projection" in state._fields:
       state = state._replace(projection=outline)
-    return state._replace(curvature=state.curvature._replace(stacks=outline))
+    return state._replace(curvature=state.curvature._replace(blocks=outline, stacks=outline))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
   def apply(updates, state):
@@ -189,7 +189,7 @@ def exact(
   def init(params: optax.Params) -> Any:
     one = jnp.ones((), jnp.int32)
     dtypes = [dtype_of(leaf) for leaf in jax.tree.leaves(params)]
-    return start(empty_curvature((one, one), ()), jnp.result_type(jnp.float32, *dtypes))
+    return start(empty_curvature((one, one)), jnp.result_type(jnp.float32, *dtypes))
 
   @jax.jit
   def apply(updates, state):
