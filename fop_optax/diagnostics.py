@@ -1,6 +1,5 @@
 """Read-outs of an optimizer's state: what each layer did, and what went wrong."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax

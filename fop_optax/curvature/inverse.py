@@ -105,8 +105,8 @@ class Scaling(NamedTuple):
 
   empty: Callable[[Factors], Any]  # factors of a block -> an inverse that takes all to zero
   damping: type[UsedDamping]  # what is told of the damping
-  # Factors of each stack, damping, which blocks are due (None: all), inverses so far and for each
-  # block how many -> inverses of each stack; of all blocks their damping and whether they are sound.
+  # Factors of each stack, damping, which blocks are due (None: all), inverses so far, how many of
+  # each block -> inverses of each stack; of all blocks their damping, and whether they are sound.
   invert: Callable[..., tuple[list[Any], UsedDamping, jax.Array]]
   solve: Callable[[Any, Any, jax.Array], jax.Array]  # inverse, its damping, V -> M^-1 V
   damped: Callable[[Any, Any, Factors, jax.Array], jax.Array]  # inverse, its damping, .., V -> M V
@@ -227,9 +227,7 @@ def _eigenvalue_invert(stacks, damping, due, kept, made):
   low_A, low_G = (jnp.concatenate([low for *_, low in side]) for side in (of_A, of_G))
   used = WholeDamping(raised, raised - asked)
   found = jnp.stack([low_A, low_G, 1 / (low + raised), *used])
-  inverses = [
-    EigenvalueInverse(a, g, s) for (a, *_), (g, *_), s in zip(of_A, of_G, S, strict=True)
-  ]
+  inverses = [EigenvalueInverse(a, g, s) for (a, *_), (g, *_), s in zip(of_A, of_G, S, strict=True)]
   return inverses, used, jnp.all(jnp.isfinite(found), axis=0)
 
 
@@ -329,7 +327,9 @@ def _each_side(function, stacks, dampings, due):
   columns = [_sides([f.A for f in stacks], [f.G for f in stacks]), by_stack(*dampings)]
   if due is not None:
     columns.append(by_stack(due, due))
-  found = by_shape(lambda factor, damping, due=None: _each(function, due, factor, damping), *columns)
+  found = by_shape(
+    lambda factor, damping, due=None: _each(function, due, factor, damping), *columns
+  )
   return found[::2], found[1::2]
 
 

@@ -1,6 +1,7 @@
 """The curvature state of an optimizer, and one step of it."""
 
 from collections.abc import Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -195,54 +196,64 @@ def _folded(
 ) -> Kept:
   """With statistics in the running factors, and in EKFAC's second moments, if `refresh`."""
   sizes = [own.blocks for own in kept]
+  # where there was a basis to measure them in
+  known = blocks.inversions.made > 0
 
   def fold_all(folds, nonfinite, averages, S):
-    new, traces = _columns(
-      stack_factors(stack, stats.factors, own.A.dtype)
-      for stack, own in zip(stacks, averages, strict=True)
-    )
-    tell = [jnp.concatenate(side) for side in zip(*traces, strict=True)]
-    if S:
-      new_S, gaps = _columns(
-        stack_squares(stack, stats.second_moments, own.dtype)
-        for stack, own in zip(stacks, S, strict=True)
-      )
-      tell.append(jnp.concatenate(gaps))
-    sound = jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0)
+    new, new_S, sound = _statistics(stats, stacks, [own.dtype for own in kept], S)
     folds = folds + sound
-    weight = old_weight(folds, jnp.asarray(options.decay), tell[0].dtype)
-    fold = lambda old, new, sound, weight: jax.vmap(options.fold)(
-      old, new, sound, weight.astype(old.A.dtype)
+    weight = old_weight(
+      folds, jnp.asarray(options.decay), jnp.result_type(*(own.dtype for own in kept))
     )
-    flat = per_stack(sound, sizes), per_stack(weight, sizes)
-    averages = tuple(map(fold, averages, new, *flat))
-    if S:
-      # where there was a basis to measure them in
-      flat = per_stack(sound & (blocks.inversions.made > 0), sizes), flat[1]
-      S = tuple(map(_averaged, S, new_S, *flat))
-    return folds, nonfinite + ~sound, averages, S
+    numbers = per_stack((sound, weight), sizes), per_stack((sound & known, weight), sizes)
+    averages = tuple(map(functools.partial(_fold, options.fold), averages, new, numbers[0]))
+    return folds, nonfinite + ~sound, averages, tuple(map(_averaged, S, new_S, numbers[1]))
 
   inverses = [own.inverse for own in kept]
-  S = tuple(own.S for own in inverses if isinstance(own, EigenvalueInverse))
+  S = tuple(own.S if isinstance(own, EigenvalueInverse) else None for own in inverses)
   folds, nonfinite, averages, S = jax.lax.cond(
     refresh,
     fold_all,
     lambda *same: same,
     *(blocks.folds, blocks.nonfinite, tuple(own.factors for own in kept), S),
   )
-  if S:
-    inverses = [own._replace(S=s) for own, s in zip(inverses, S, strict=True)]
   blocks = blocks._replace(folds=folds, nonfinite=nonfinite)
-  return blocks, tuple(map(StackState, averages, inverses))
+  return blocks, tuple(map(StackState, averages, map(_with_S, inverses, S)))
 
 
-def _columns(rows):
-  return tuple(zip(*rows, strict=True))
+def _statistics(stats, stacks, dtypes, S):
+  """Factors and second moments (or None) stack by stack, and of each block whether all is finite."""
+  new, traces = [], []
+  for stack, dtype in zip(stacks, dtypes, strict=True):
+    factors, own = stack_factors(stack, stats.factors, dtype)
+    new.append(factors)
+    traces.append(own)
+  tell = [jnp.concatenate(side) for side in zip(*traces, strict=True)]
+  if S[0] is None:
+    return new, S, jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0)
+  squares = [
+    stack_squares(stack, stats.second_moments, dtype)
+    for stack, dtype in zip(stacks, dtypes, strict=True)
+  ]
+  tell.append(jnp.concatenate([gap for _, gap in squares]))
+  return new, [own for own, _ in squares], jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0)
 
 
-def _averaged(old, new, measured, weight):
-  measured, weight = (x[:, None, None] for x in (measured, weight.astype(old.dtype)))
+def _fold(function, average, new, numbers):
+  finite, weight = numbers
+  return jax.vmap(function)(average, new, finite, weight.astype(new.A.dtype))
+
+
+def _averaged(old, new, numbers):
+  if old is None:
+    return None
+  measured, weight = (x[:, None, None] for x in numbers)
+  weight = weight.astype(old.dtype)
   return jnp.where(measured, weight * old + (1 - weight) * new, old)
+
+
+def _with_S(inverse, S):
+  return inverse if S is None else inverse._replace(S=S)
 
 
 def _remade(
@@ -255,9 +266,10 @@ def _remade(
   """With the inverses that are `due`: one for all, or one a block."""
   factors = [own.factors for own in kept]
   each = due if due.ndim else None
+  known = blocks.folds > 0
   inverses, inversions = jax.lax.cond(
     jnp.any(due),
-    lambda *old: remake(*old, factors, blocks.folds > 0, damping, scaling, each),
+    lambda old, before: remake(old, before, factors, known, damping, scaling, each),
     lambda *same: same,
     *(tuple(own.inverse for own in kept), blocks.inversions),
   )
