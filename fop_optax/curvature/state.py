@@ -195,16 +195,14 @@ def _folded(
   options: CurvatureOptions,
 ) -> Kept:
   """With statistics in the running factors, and in EKFAC's second moments, if `refresh`."""
-  sizes = [own.blocks for own in kept]
+  sizes, dtypes = [own.blocks for own in kept], [own.dtype for own in kept]
   # where there was a basis to measure them in
   known = blocks.inversions.made > 0
 
   def fold_all(folds, nonfinite, averages, S):
-    new, new_S, sound = _statistics(stats, stacks, [own.dtype for own in kept], S)
+    new, new_S, sound = _statistics(stats, stacks, dtypes, S)
     folds = folds + sound
-    weight = old_weight(
-      folds, jnp.asarray(options.decay), jnp.result_type(*(own.dtype for own in kept))
-    )
+    weight = old_weight(folds, jnp.asarray(options.decay), jnp.result_type(*dtypes))
     numbers = per_stack((sound, weight), sizes), per_stack((sound & known, weight), sizes)
     averages = tuple(map(functools.partial(_fold, options.fold), averages, new, numbers[0]))
     return folds, nonfinite + ~sound, averages, tuple(map(_averaged, S, new_S, numbers[1]))
@@ -222,7 +220,7 @@ def _folded(
 
 
 def _statistics(stats, stacks, dtypes, S):
-  """Factors and second moments (or None) stack by stack, and of each block whether all is finite."""
+  """Factors and second moments (or None) stack by stack, and which blocks' are finite."""
   new, traces = [], []
   for stack, dtype in zip(stacks, dtypes, strict=True):
     factors, own = stack_factors(stack, stats.factors, dtype)
