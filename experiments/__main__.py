@@ -1,30 +1,39 @@
-"""Command line: `python -m experiments compare|tune [CONFIG] [options]`."""
+"""Command line: `python -m experiments COMMAND [CONFIG] [options]`."""
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import itertools
 import pathlib
-import statistics
 import sys
 
-import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 import tyro
 
-from experiments import comparison, configs, data, optimizers, train
+from experiments import comparison, configs, data, optimizers, report, runs, tasks, training
+from experiments.configs import Config
 
+COMMANDS = ("train", "compare", "tune", "report", "list")
+DEFAULT = "digits_mlp"
 USAGE = f"""\
-usage: python -m experiments compare [CONFIG] [options]
+usage: python -m experiments train CONFIG [--optimizers NAME] [options]
+       python -m experiments compare [CONFIG] [options]
        python -m experiments tune [CONFIG] [options]
+       python -m experiments report [RESULTS_DIR]
+       python -m experiments list
 
+train    trains the first of --optimizers, from the first seed; goes on where it was killed
 compare  trains every optimizer of CONFIG with the same schedule, budget, weights and batches;
-         prints a table, saves CSV, JSON and a plot
+         prints a table, saves CSV, JSON and a plot; runs that are done are not made again
 tune     runs the grid of CONFIG on a part held out of the training images; prints the best points
+report   makes one page, report.html, of all runs in a folder of results
+list     the configurations, and what each is
 
-CONFIG   one of {", ".join(configs.NAMES)} (default: {configs.NAMES[0]})
-options  python -m experiments compare CONFIG --help"""
+CONFIG   one of {", ".join(configs.NAMES)} (default: {DEFAULT})
+options  --field value, --field.of.a.part value, or --set field=value ...: all of them by
+         python -m experiments compare CONFIG --help"""
 
 
 def progress(total: int, label: str) -> Progress:
@@ -34,7 +43,7 @@ def progress(total: int, label: str) -> Progress:
     TextColumn("{task.description}"),
     BarColumn(),
     MofNCompleteColumn(),
-    TimeElapsedColumn(),
+    TimeRemainingColumn(),
     TextColumn("{task.fields[note]}"),
     console=console,
     transient=True,
@@ -49,72 +58,134 @@ def output() -> Console:
   return Console() if sys.stdout.isatty() else Console(width=110)
 
 
-def compare(name: str, config: configs.Compare) -> None:
-  """Trains all optimizers of `config`, seed by seed, and reports."""
+def train(name: str, config: Config) -> None:
+  """Trains one optimizer from one seed, and prints what each epoch came to."""
+  optimizer, seed = config.optimizers[0], config.first_seed
+  task = tasks.classification(config, data.load(config.dataset, config.data_dir))
+  build = functools.partial(training.build, config, getattr(config, optimizer), task)
+  path = runs.folder_of(pathlib.Path(config.out) / name, config, optimizer, seed)
+  with progress(config.epochs, f"{name}, {optimizers.TABLE[optimizer].title}") as bar:
+    for row in runs.train(path, config, optimizer, seed, task, build, final=True):
+      text = (
+        f"epoch {row.epoch:4d}  train loss {row.train_loss:.4f}  test loss {row.test_loss:.4f}"
+        f"  accuracy {100 * row.test_accuracy:.2f} %  {row.seconds:.1f} s"
+        f"  {row.examples_per_second:,.0f} examples/s"
+      )
+      bar.update(bar.task_ids[0], advance=1)
+      bar.console.print(text, highlight=False) if bar.console.is_terminal else print(text)
+  output().print("saved", str(path), highlight=False, soft_wrap=True)
+
+
+def compare(name: str, config: Config) -> None:
+  """Trains all optimizers of `config`, batch size by batch size and seed by seed, and reports."""
+  folder = pathlib.Path(config.out) / name
   images = data.load(config.dataset, config.data_dir)
   seeds = range(config.first_seed, config.first_seed + config.seeds)
-  rows: list[train.Row] = []
-  with progress(len(config.optimizers) * config.seeds * config.epochs, name) as bar:
-    runs = {}
-    for optimizer in config.optimizers:
-      bar.update(bar.task_ids[0], note=f"compiling {optimizers.TABLE[optimizer].title}")
-      runs[optimizer] = train.compile_run(config, optimizer, images)
-    # Optimizers alternate within a seed: a machine that slows down slows all of them.
-    for seed, (optimizer, run) in itertools.product(seeds, runs.items()):
-      for row in run.train(seed):
-        rows.append(row)
-        note = f"{optimizers.TABLE[optimizer].title}, seed {seed}: {100 * row.test_accuracy:.1f} %"
-        bar.update(bar.task_ids[0], advance=1, note=note)
-  rows.sort(key=lambda row: (config.optimizers.index(row.optimizer), row.seed, row.epoch))
-  summaries = comparison.summarize(rows, config.target)
-  paths = comparison.save(
-    pathlib.Path(config.out) / name,
-    rows,
-    summaries,
-    config,
-    device=jax.devices()[0].device_kind,
-    compile_seconds={optimizer: run.compile_seconds for optimizer, run in runs.items()},
-  )
+  rows: list[runs.Row] = []
+  seconds: dict[str, float] = {}
+  sizes = configs.by_batch_size(config)
+  total = len(sizes) * len(config.optimizers) * config.seeds * config.epochs
+  with progress(total, name) as bar:
+    for own in sizes:
+      task = tasks.classification(own, images)
+
+      @functools.cache
+      def program(optimizer, own=own, task=task):
+        title = optimizers.TABLE[optimizer].title
+        bar.update(bar.task_ids[0], note=f"compiling {title}, batch {own.batch_size}")
+        made = training.build(own, getattr(own, optimizer), task)
+        seconds[f"{optimizer}, batch {own.batch_size}"] = made.compile_seconds
+        return made
+
+      # Optimizers alternate within a seed: a machine that slows down slows all of them.
+      for seed, optimizer in itertools.product(seeds, config.optimizers):
+        path = runs.folder_of(folder, own, optimizer, seed)
+        build = functools.partial(program, optimizer)
+        for row in runs.train(path, own, optimizer, seed, task, build):
+          rows.append(row)
+          title, share = optimizers.TABLE[optimizer].title, 100 * row.test_accuracy
+          bar.update(bar.task_ids[0], advance=1, note=f"{title}, seed {seed}: {share:.1f} %")
+  epochs = comparison.of_optimizers(config.optimizers, comparison.curves(rows))
+  summary = comparison.summarize(comparison.outcomes(epochs, config.target), config.optimizers[0])
+  paths = comparison.save(folder, epochs, summary, config, compile_seconds=seconds)
   console = output()
-  console.print(comparison.table(summaries, config))
+  console.print(comparison.table(summary, config))
   console.print("saved", ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
 
 
-def tune(name: str, config: configs.Compare, grid: dict[str, dict[str, tuple[float, ...]]]) -> None:
+def tune(name: str, config: Config, grid: dict[str, dict[str, tuple[float, ...]]]) -> None:
   """Runs the grid on held-out training images; best: most runs at the target, then soonest."""
   images = data.holdout(data.load(config.dataset, config.data_dir))
+  task = tasks.classification(config, images)
   points = [
     (optimizer, dict(zip(grid[optimizer], values, strict=True)))
     for optimizer in config.optimizers
+    if optimizer in grid
     for values in itertools.product(*grid[optimizer].values())
   ]
+  seeds = range(config.first_seed, config.first_seed + config.seeds)
   results: dict[str, list[tuple]] = {}
   with progress(len(points), f"tune {name}") as bar:
     for optimizer, values in points:
       hyper = dataclasses.replace(getattr(config, optimizer), **values)
-      run = train.compile_run(dataclasses.replace(config, **{optimizer: hyper}), optimizer, images)
-      seeds = range(config.first_seed, config.first_seed + config.seeds)
-      rows = [row for seed in seeds for row in run.train(seed)]
-      (summary,) = comparison.summarize(rows, config.target)
+      own = dataclasses.replace(config, **{optimizer: hyper})
+      build = functools.cache(functools.partial(training.build, own, hyper, task))
+      label = "-".join(f"{key}={value:g}" for key, value in values.items())
+      root = pathlib.Path(config.out) / name / "tune" / label
+      paths = {seed: runs.folder_of(root, own, optimizer, seed) for seed in seeds}
+      rows = [
+        row
+        for seed, path in paths.items()
+        for row in runs.train(path, own, optimizer, seed, task, build)
+      ]
+      found = comparison.outcomes(comparison.curves(rows), config.target)
       # A run that does not get there counts as one epoch beyond the budget.
-      epochs = [e or config.epochs + 1 for e in summary.epochs_to_target]
-      loss = statistics.fmean(row.test_loss for row in rows if row.epoch == config.epochs)
-      results.setdefault(optimizer, []).append((statistics.fmean(epochs), loss, values, summary))
+      epochs = found.epochs.fillna(config.epochs + 1).mean()
+      (line,) = comparison.summarize(found).itertuples()
+      results.setdefault(optimizer, []).append((epochs, line.test_loss, values, line))
       bar.update(bar.task_ids[0], advance=1, note=f"{optimizer} {values}")
   out = Table(title=f"{name}: grid on {len(images.test_labels)} held-out training images")
   for heading in ("optimizer", "values", "epochs to target", "final loss", "final accuracy, %"):
     out.add_column(heading, no_wrap=True)
-  for optimizer, found in results.items():
-    for _, loss, values, summary in sorted(found, key=lambda result: result[:2]):
+  for optimizer, trials in results.items():
+    for _, loss, values, line in sorted(trials, key=lambda trial: trial[:2]):
       out.add_row(
         optimizer,
         " ".join(f"{key}={value:g}" for key, value in values.items()),
-        comparison.reached(summary.epochs_to_target, 1),
+        comparison.reached(line, "epochs", 1),
         f"{loss:.4f}",
-        comparison.spread([100 * a for a in summary.final_accuracy], 2),
+        comparison.spread(100 * line.test_accuracy, 100 * line.test_accuracy_std, 2),
       )
     out.add_section()
   output().print(out)
+
+
+def as_flags(args: Sequence[str]) -> list[str]:
+  """`--set field=value field=value` as `--field value --field value`."""
+  flags, setting = [], False
+  for arg in args:
+    if arg == "--set":
+      setting = True
+    elif setting and "=" in arg and not arg.startswith("-"):
+      field, value = arg.split("=", 1)
+      flags += [f"--{field.replace('_', '-')}", value]
+    else:
+      setting = False
+      flags.append(arg)
+  return flags
+
+
+def parse(command: str, name: str, default: Config, args: Sequence[str]) -> Config:
+  """`default` with the options of the command line."""
+  try:
+    return tyro.cli(
+      tyro.conf.AvoidSubcommands[Config],
+      default=default,
+      args=as_flags(args),
+      prog=f"python -m experiments {command} {name}",
+    )
+  except ValueError as error:
+    raise SystemExit(str(error)) from error
 
 
 def main(args: Sequence[str]) -> None:
@@ -123,18 +194,23 @@ def main(args: Sequence[str]) -> None:
   if command in ("-h", "--help"):
     print(USAGE)
     return
-  if command not in ("compare", "tune"):
-    raise SystemExit(f"unknown command {command!r}\n\n{USAGE}")
-  name = rest.pop(0) if rest and not rest[0].startswith("-") else configs.NAMES[0]
+  if command not in COMMANDS:
+    raise SystemExit(f"unknown command {command!r}{runs.nearest(command, COMMANDS)}\n\n{USAGE}")
+  if command == "list":
+    for name in configs.NAMES:
+      print(f"{name:24} {configs.described(name)}")
+    return
+  if command == "report":
+    output().print("saved", str(report.write(pathlib.Path(*rest or ["results"]))), highlight=False)
+    return
+  name = rest.pop(0) if rest and not rest[0].startswith("-") else DEFAULT
   if name not in configs.NAMES:
-    raise SystemExit(f"unknown CONFIG {name!r}: one of {', '.join(configs.NAMES)}")
+    raise SystemExit(f"unknown CONFIG {name!r}{runs.nearest(name, configs.NAMES)}")
   default, grid = configs.load(name)
-  prog = f"python -m experiments {command} {name}"
-  config = tyro.cli(configs.Compare, default=default, args=rest, prog=prog)
-  unknown = [optimizer for optimizer in config.optimizers if optimizer not in optimizers.TABLE]
-  if unknown:
-    raise SystemExit(f"unknown optimizers {unknown}: any of {', '.join(optimizers.TABLE)}")
-  if command == "compare":
+  config = parse(command, name, default, rest)
+  if command == "train":
+    train(name, config)
+  elif command == "compare":
     compare(name, config)
   else:
     tune(name, config, grid)

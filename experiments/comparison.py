@@ -1,199 +1,214 @@
-"""What a comparison leaves behind: a table, CSV, JSON and a plot."""
+"""What a comparison leaves behind: tables of runs and of optimizers, CSV, JSON and a plot."""
 
-from collections.abc import Sequence
-import csv
+from collections.abc import Iterable, Sequence
 import dataclasses
 import datetime
-import importlib.metadata
 import json
+import math
 import pathlib
-import platform
-import statistics
-import subprocess
 from typing import Any
 
+import pandas as pd
 from rich.table import Table
+from scipy import stats
 
 from experiments import optimizers
-from experiments.configs import Compare
-from experiments.train import Row
+from experiments.configs import Config
+from experiments.runs import Row, commit, hardware, versions
 
 # Okabe and Ito's colours, told apart in the common forms of colour blindness; with line styles.
-STYLES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."), ("#D55E00", (0, (4, 1))))
-PACKAGES = ("fop_optax", "jax", "jaxlib", "optax", "flax", "numpy")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999933")
+DASHES = ("-", "--", "-.", (0, (4, 1)), ":", (0, (6, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+RUN = ["batch_size", "optimizer", "seed"]
+TO_TARGET = ["epochs", "steps", "seconds"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-  """The runs of one optimizer. Lists have one entry a seed; None: the target was not reached."""
-
-  optimizer: str
-  epochs_to_target: list[int | None]
-  seconds_to_target: list[float | None]
-  final_accuracy: list[float]
-  seconds_per_epoch: float  # median over seeds of the mean epoch
+def curves(rows: Iterable[Row]) -> pd.DataFrame:
+  """A line an epoch."""
+  return pd.DataFrame(rows, columns=list(Row._fields))
 
 
-def summarize(rows: Sequence[Row], target: float) -> list[Summary]:
-  """One `Summary` an optimizer, in the order of their first rows."""
-  runs: dict[str, dict[int, list[Row]]] = {}
-  for row in rows:
-    runs.setdefault(row.optimizer, {}).setdefault(row.seed, []).append(row)
-  summaries = []
-  for name, by_seed in runs.items():
-    first = [next((r for r in run if r.test_accuracy >= target), None) for run in by_seed.values()]
-    last = [run[-1] for run in by_seed.values()]
-    summaries.append(
-      Summary(
-        name,
-        [r and r.epoch for r in first],
-        [r and r.seconds for r in first],
-        [r.test_accuracy for r in last],
-        statistics.median(r.seconds / r.epoch for r in last),
-      )
-    )
-  return summaries
+def outcomes(epochs: pd.DataFrame, target: float) -> pd.DataFrame:
+  """A line a run: what it took to the target (NaN where it did not get there), how it ended."""
+  last = epochs.groupby(RUN, sort=False).last().reset_index()
+  there = epochs[epochs.test_accuracy >= target].groupby(RUN, sort=False).first().reset_index()
+  names = {"epoch": "epochs", "step": "steps"}
+  there = there.rename(columns=names)[[*RUN, *TO_TARGET]]
+  last["seconds_per_epoch"] = last.seconds / last.epoch
+  ends = last[[*RUN, "test_accuracy", "test_loss", "train_loss", "seconds_per_epoch"]]
+  return ends.merge(there, on=RUN, how="left")
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def summarize(runs: pd.DataFrame, reference: str | None = None) -> pd.DataFrame:
+  """A line an optimizer and batch size.
+
+  Means of what it took are NaN if one run did not get there: a mean of the others would flatter.
+  `speed_up` is the seconds to the target of the optimizer `reference` over its own.
+  """
+  lines = []
+  for (size, name), own in runs.groupby(RUN[:2], sort=False):
+    line = {"batch_size": size, "optimizer": name, "n": len(own)}
+    line["reached"] = int(own.epochs.notna().sum())
+    line["seconds_per_epoch"] = own.seconds_per_epoch.median()
+    for column in [*TO_TARGET, "test_accuracy", "test_loss"]:
+      line[column] = own[column].mean(skipna=False)
+      line[f"{column}_std"] = own[column].std(skipna=False)
+    lines.append(line)
+  out = pd.DataFrame(lines)
+  by_size = out[out.optimizer == reference].set_index("batch_size").seconds
+  out["speed_up"] = out.batch_size.map(by_size) / out.seconds
+  return out
+
+
+def interval(mean: float, std: float, n: int) -> tuple[float, float]:
+  """The 95 % confidence interval of a mean, by Student's t; of three runs and more: of two it tells nothing."""
+  if n < 3 or not math.isfinite(std):
+    return math.nan, math.nan
+  half = stats.t.ppf(0.975, n - 1) * std / math.sqrt(n)
+  return mean - half, mean + half
+
+
+def spread(mean: float, std: float, digits: int) -> str:
   """Mean and sample standard deviation, the latter where there is more than one value."""
-  text = f"{statistics.fmean(values):.{digits}f}"
-  if len(values) > 1:
-    text += f" ± {statistics.stdev(values):.{digits}f}"
-  return text
+  text = f"{mean:.{digits}f}"
+  return text if math.isnan(std) else f"{text} ± {std:.{digits}f}"
 
 
-def reached(values: Sequence[float | None], digits: int) -> str:
-  """`spread` if every run got there; else only how many did, as a mean of those would flatter."""
-  there = [value for value in values if value is not None]
-  if len(there) == len(values):
-    return spread(there, digits)
-  return f"– ({len(there)}/{len(values)} reached)"
+def reached(line: Any, column: str, digits: int) -> str:
+  """What it took to the target; or how many runs got there, if not all did."""
+  if line.reached < line.n:
+    return f"– ({line.reached}/{line.n} reached)"
+  return spread(getattr(line, column), getattr(line, f"{column}_std"), digits)
 
 
-def table(summaries: Sequence[Summary], config: Compare) -> Table:
-  """The comparison as a table."""
-  share = f"{100 * config.target:g} %"
-  out = Table(
-    title=f"{config.dataset}, MLP {'-'.join(map(str, config.hidden))}, batch {config.batch_size},"
-    f" {config.epochs} epochs, {config.seeds} seed{'s' * (config.seeds != 1)}",
-    caption="mean ± standard deviation over seeds; seconds of training, without compilation and"
-    " evaluation",
-  )
-  out.add_column("optimizer")
-  for heading in (
+def cells(summary: pd.DataFrame, target: float) -> tuple[list[str], list[list[str]]]:
+  """Headings and text of the table: sizes of a batch only where there are several."""
+  share = f"{100 * target:g} %"
+  several = summary.batch_size.nunique() > 1
+  headings = [
+    *(["batch"] if several else []),
+    "optimizer",
     f"epochs to {share}",
     f"seconds to {share}",
     "ms / epoch",
     "final test accuracy, %",
-  ):
-    out.add_column(heading, justify="right")
-  for s in summaries:
-    out.add_row(
-      optimizers.TABLE[s.optimizer].title,
-      reached(s.epochs_to_target, 1),
-      reached(s.seconds_to_target, 3),
-      f"{1000 * s.seconds_per_epoch:.1f}",
-      spread([100 * a for a in s.final_accuracy], 2),
-    )
+  ]
+  rows = []
+  for line in summary.itertuples():
+    rows.append([
+      *([f"{line.batch_size:,}"] if several else []),
+      optimizers.TABLE[line.optimizer].title,
+      reached(line, "epochs", 1),
+      reached(line, "seconds", 3),
+      f"{1000 * line.seconds_per_epoch:.1f}",
+      spread(100 * line.test_accuracy, 100 * line.test_accuracy_std, 2),
+    ])  # fmt: skip
+  return headings, rows
+
+
+def table(summary: pd.DataFrame, config: Config) -> Table:
+  """The comparison as a table."""
+  sizes = "" if summary.batch_size.nunique() > 1 else f" batch {summary.batch_size.iloc[0]},"
+  seeds = f"{config.seeds} seed{'s' * (config.seeds != 1)}"
+  out = Table(
+    title=f"{config.dataset}, {config.model.title},{sizes} {config.epochs} epochs, {seeds}",
+    caption="mean ± standard deviation over seeds; seconds of training, without compilation and"
+    " evaluation",
+  )
+  headings, rows = cells(summary, config.target)
+  for heading in headings:
+    out.add_column(heading, justify="left" if heading == "optimizer" else "right")
+  for row in rows:
+    out.add_row(*row)
   return out
 
 
-def versions() -> dict[str, str]:
-  """Versions of what the numbers depend on."""
-  found = {}
-  for package in PACKAGES:
-    try:
-      found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      found[package] = "not installed"
-  return {"python": platform.python_version(), **found}
-
-
-def commit() -> str | None:
-  """The commit of the checkout, marked `-dirty` where files differ from it; None outside git."""
-  try:
-    return subprocess.run(
-      ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-      cwd=pathlib.Path(__file__).parent,
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return None
-
-
 def save(
-  folder: pathlib.Path,
-  rows: Sequence[Row],
-  summaries: Sequence[Summary],
-  config: Compare,
-  **more: Any,
+  folder: pathlib.Path, epochs: pd.DataFrame, summary: pd.DataFrame, config: Config, **more: Any
 ) -> list[pathlib.Path]:
   """Writes `curves.csv` (a line an epoch), `summary.json` and `curves.png` into `folder`."""
   folder.mkdir(parents=True, exist_ok=True)
-  curves, summary, plot = (folder / name for name in ("curves.csv", "summary.json", "curves.png"))
-  with curves.open("w", newline="", encoding="utf-8") as file:
-    writer = csv.writer(file)
-    writer.writerow(Row._fields)
-    writer.writerows(rows)
-  document = {
+  lines, document, plot = (folder / name for name in ("curves.csv", "summary.json", "curves.png"))
+  epochs.to_csv(lines, index=False)
+  content = {
     "config": dataclasses.asdict(config),
     "seeds": list(range(config.first_seed, config.first_seed + config.seeds)),
-    "results": [dataclasses.asdict(s) for s in summaries],
+    "results": json.loads(summary.to_json(orient="records")),
     "versions": versions(),
+    "hardware": hardware(),
     "commit": commit(),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     **more,
   }
-  summary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-  draw(plot, rows, config)
-  return [curves, summary, plot]
+  document.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+  first = epochs[epochs.batch_size == epochs.batch_size.iloc[0]]
+  title = f"{config.dataset}, {config.model.title}, batch {first.batch_size.iloc[0]}"
+  figure = draw(first, config.target, f"{title}: mean and range of {first.seed.nunique()} seeds")
+  figure.savefig(plot, dpi=150)
+  return [lines, document, plot]
 
 
-def draw(path: pathlib.Path, rows: Sequence[Row], config: Compare) -> None:
+def draw(epochs: pd.DataFrame, target: float, title: str) -> Any:
   """Test accuracy by epoch and by seconds (median of the seeds): mean of the seeds, and range."""
-  import matplotlib
+  import matplotlib.figure
 
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-  import numpy as np
-
-  figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-  names = list(dict.fromkeys(row.optimizer for row in rows))
+  figure = matplotlib.figure.Figure(figsize=(10, 4.2), layout="constrained")
+  axes = figure.subplots(1, 2, sharey=True)
   lowest = []
-  for index, name in enumerate(names):
-    colour, dashes = STYLES[index % len(STYLES)]
-    runs = np.array(
-      [(r.seed, r.epoch, r.seconds, 100 * r.test_accuracy) for r in rows if r.optimizer == name]
-    )
-    runs = runs[np.lexsort((runs[:, 1], runs[:, 0]))].reshape(-1, config.epochs, 4)
-    epochs, seconds, accuracy = runs[0, :, 1], np.median(runs[:, :, 2], 0), runs[:, :, 3]
-    lowest.append(accuracy.mean(0)[len(epochs) // 4])
-    for axis, x in zip(axes, (epochs, seconds), strict=True):
+  for index, (name, own) in enumerate(epochs.groupby("optimizer", sort=False)):
+    colour, dashes = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+    by_epoch = own.groupby("epoch")
+    accuracy = 100 * by_epoch.test_accuracy.agg(["mean", "min", "max"])
+    lowest.append(accuracy["mean"].iloc[len(accuracy) // 4])
+    for axis, x in zip(axes, (accuracy.index, by_epoch.seconds.median()), strict=True):
       axis.plot(
-        x, accuracy.mean(0), color=colour, linestyle=dashes, linewidth=1.8,
-        label=optimizers.TABLE[name].title,
+        x, accuracy["mean"], color=colour, linestyle=dashes, linewidth=1.8,
+        label=optimizers.TABLE[str(name)].title,
       )  # fmt: skip
-      axis.fill_between(x, accuracy.min(0), accuracy.max(0), color=colour, alpha=0.15, linewidth=0)
-  for axis, label in zip(
-    axes, ("epoch", "seconds of training (no compilation, no evaluation)"), strict=True
-  ):
-    axis.axhline(100 * config.target, color="0.4", linestyle=":", linewidth=1)
+      axis.fill_between(x, accuracy["min"], accuracy["max"], color=colour, alpha=0.15, linewidth=0)
+  labels = ("epoch", "seconds of training (no compilation, no evaluation)")
+  for axis, label in zip(axes, labels, strict=True):
+    axis.axhline(100 * target, color="0.4", linestyle=":", linewidth=1)
     axis.set_xlabel(label)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
   axes[0].set_xlim(left=0)
   axes[1].set_xscale("log")  # the cost of a step differs several times between methods
-  target = 100 * config.target
-  top = max(target, *(100 * r.test_accuracy for r in rows))
   # From the first quarter on every mean curve is in sight, and the target is never at the edge.
-  axes[0].set_ylim(min(*lowest, target - 5) - 1, min(100.0, top + 1))
+  top = 100 * max(target, epochs.test_accuracy.max())
+  axes[0].set_ylim(min(*lowest, 100 * target - 5) - 1, min(100.0, top + 1))
   axes[0].set_ylabel("test accuracy, %")
   axes[0].legend(loc="lower right", frameon=False)
-  figure.suptitle(
-    f"{config.dataset}, MLP, batch {config.batch_size}: mean and range of {config.seeds} seeds"
-  )
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
+  figure.suptitle(title)
+  return figure
+
+
+def draw_batches(summary: pd.DataFrame, target: float) -> Any:
+  """Seconds and steps to the target over the batch size; runs that never arrive have no point."""
+  import matplotlib.figure
+
+  figure = matplotlib.figure.Figure(figsize=(10, 3.8), layout="constrained")
+  columns = (("steps", "steps"), ("seconds", "seconds of training"))
+  for axis, (column, label) in zip(figure.subplots(1, 2), columns, strict=True):
+    for index, (name, own) in enumerate(summary.groupby("optimizer", sort=False)):
+      axis.errorbar(
+        own.batch_size, own[column], own[f"{column}_std"].fillna(0),
+        color=COLOURS[index % len(COLOURS)], linestyle=DASHES[index % len(DASHES)], marker="o",
+        capsize=3, label=optimizers.TABLE[str(name)].title,
+      )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("batch size")
+    axis.set_ylabel(f"{label} to {100 * target:g} %")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+  figure.axes[0].legend(frameon=False)
+  return figure
+
+
+def of_optimizers(names: Sequence[str], frame: pd.DataFrame) -> pd.DataFrame:
+  """Lines in the order of `names`, then by batch size, seed and epoch."""
+  order = {name: index for index, name in enumerate(names)}
+  keys = [name for name in ("batch_size", "optimizer", "seed", "epoch") if name in frame]
+  by = lambda column: column.map(order) if column.name == "optimizer" else column
+  return frame.sort_values(keys, key=by, kind="stable", ignore_index=True)

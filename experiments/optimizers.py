@@ -1,4 +1,9 @@
-"""Optimizers of the comparison: one dataclass each, its fields the hyperparameters."""
+"""Optimizers of the experiments: one dataclass each, its fields the hyperparameters.
+
+A field that is None is left to the library. What a gradient must bring along stands beside the
+fields: `groups` is None where the mean gradient is enough, else that of `fop_optax.capture`, whose
+statistics come with it; `layers` says whether the optimizer is told the layers of the loss.
+"""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -11,22 +16,45 @@ Schedule = optax.Schedule
 
 
 @dataclasses.dataclass(frozen=True)
-class Sgd:
-  """Stochastic gradient descent with heavy-ball momentum."""
+class Optimizer:
+  """What all of them have."""
 
   learning_rate: float = 0.1  # peak of the schedule
-  momentum: float = 0.9  # weight of the past step
 
-  title: ClassVar[str] = "SGD"
+  title: ClassVar[str]
   groups: ClassVar[int | None] = None
+  basis: ClassVar[bool] = False  # whether statistics are measured in the state's eigenbases
 
   def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
-    del layers
-    return optax.sgd(schedule, momentum=self.momentum)
+    """The transformation, whose rate follows `schedule`."""
+    raise NotImplementedError
+
+  def given(self, schedule: Schedule) -> dict[str, Any]:
+    """The arguments that are not left to the library."""
+    values = dataclasses.asdict(self) | {"learning_rate": schedule}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
+class Sgd(Optimizer):
+  """Stochastic gradient descent with heavy-ball momentum."""
+
+  momentum: float = 0.9  # weight of the past step
+  nesterov: bool = False  # whether momentum looks ahead
+  weight_decay: float = 0.0  # added to the gradient, as the papers' baselines have it
+
+  title: ClassVar[str] = "SGD"
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    del layers
+    sgd = optax.sgd(schedule, momentum=self.momentum, nesterov=self.nesterov)
+    if self.weight_decay == 0:
+      return sgd
+    return optax.chain(optax.add_decayed_weights(self.weight_decay, is_matrix), sgd)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW(Optimizer):
   """Adam with decoupled weight decay."""
 
   learning_rate: float = 1e-3  # peak of the schedule
@@ -35,7 +63,6 @@ class AdamW:
   b2: float = 0.999  # decay of the second moment
 
   title: ClassVar[str] = "AdamW"
-  groups: ClassVar[int | None] = None
 
   def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
     del layers
@@ -43,14 +70,63 @@ class AdamW:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kfac:
-  """K-FAC: the mean gradient, preconditioned. Where a field is None the library's default holds."""
+class Muon(Optimizer):
+  """optax's Muon, each matrix as `capture` finds it; AdamW for what is in no layer."""
 
-  learning_rate: float = 0.1  # peak of the schedule
+  learning_rate: float = 0.03  # peak of the schedule
+  weight_decay: float = 0.0  # decoupled, multiplied by the rate
+  beta: float = 0.95  # weight of the past in momentum
+
+  title: ClassVar[str] = "Muon"
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+      schedule,
+      beta=self.beta,
+      weight_decay=self.weight_decay,
+      muon_weight_dimension_numbers=fop_optax.dimension_numbers(layers),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Soap(Optimizer):
+  """SOAP: Adam in the eigenbasis of the gradients' second moments."""
+
+  learning_rate: float = 0.01  # peak of the schedule
+  weight_decay: float = 1e-2  # decoupled, multiplied by the rate
+  b1: float = 0.95  # decay of the first moment
+  b2: float = 0.95  # decay of the second moment
+  inverse_update_period: int | None = None  # steps between refreshes of the bases
+
+  title: ClassVar[str] = "SOAP"
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    return fop_optax.soap(layers=layers, **self.given(schedule))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shampoo(Optimizer):
+  """Shampoo with Adam's step length."""
+
+  learning_rate: float = 0.01  # peak of the schedule
+  weight_decay: float | None = None
+  inverse_update_period: int | None = None  # steps between refreshes of the roots
+
+  title: ClassVar[str] = "Shampoo"
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    return fop_optax.shampoo(layers=layers, **self.given(schedule))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kfac(Optimizer):
+  """K-FAC: the mean gradient, preconditioned."""
+
   damping: float | None = None  # added to the Fisher, split between its factors
   relative_damping: float | None = None  # the same, in units of each block's mean eigenvalue
   norm_constraint: float | None = None  # of the step's squared length in the Fisher
   momentum: float = 0.9  # weight of the past step
+  weight_decay: float | None = None  # decoupled, multiplied by the rate
   decay: float = 0.95  # of the running factors, a refresh
   curvature_update_period: int | None = None  # steps between refreshes of factors and inverses
 
@@ -60,10 +136,16 @@ class Kfac:
   def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
     return fop_optax.kfac(layers=layers, **self.given(schedule))
 
-  def given(self, schedule: Schedule) -> dict[str, Any]:
-    """The arguments that are not left to the library."""
-    values = dataclasses.asdict(self) | {"learning_rate": schedule}
-    return {name: value for name, value in values.items() if value is not None}
+
+@dataclasses.dataclass(frozen=True)
+class Ekfac(Kfac):
+  """EKFAC: K-FAC's eigenbasis, with second moments that are measured in it."""
+
+  title: ClassVar[str] = "EKFAC"
+  basis: ClassVar[bool] = True
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    return fop_optax.kfac(layers=layers, scaling="eigenvalue", **self.given(schedule))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +159,21 @@ class Fop(Kfac):
     return fop_optax.fop(layers=layers, **self.given(schedule))
 
 
-# Name -> dataclass. `groups` says what the gradient must bring along: None, the mean gradient
-# alone; else that of `fop_optax.capture`, with its statistics, from as many groups of examples.
-TABLE = {"sgd": Sgd, "adamw": AdamW, "kfac": Kfac, "fop": Fop}
+def is_matrix(params: Any) -> Any:
+  """Which leaves decay where biases and normalisations do not."""
+  import jax
+
+  return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+# Name -> dataclass: what `--optimizers` takes.
+TABLE: dict[str, type[Optimizer]] = {
+  "sgd": Sgd,
+  "adamw": AdamW,
+  "muon": Muon,
+  "soap": Soap,
+  "shampoo": Shampoo,
+  "kfac": Kfac,
+  "ekfac": Ekfac,
+  "fop": Fop,
+}

@@ -8,11 +8,11 @@ import re
 import subprocess
 import sys
 
+from experiments.train import Row
 import numpy as np
 import pytest
 
 from experiments import comparison, configs, data, optimizers
-from experiments.train import Row
 from fop_optax.optimizers import common
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -1,35 +1,83 @@
-"""Configurations by name: one file each, with how its values were chosen."""
+"""Configurations by name: one file each, which says what it reproduces and how its values came."""
 
 import dataclasses
 import importlib
+import pkgutil
+from typing import Literal
 
-from experiments.optimizers import TABLE, AdamW, Fop, Kfac, Sgd
-
-NAMES = ("digits_mlp", "cifar10_mlp", "fashion_mnist_mlp")
+from experiments.networks import Mlp
+from experiments.optimizers import TABLE, AdamW, Ekfac, Fop, Kfac, Muon, Sgd, Shampoo, Soap
 
 
 @dataclasses.dataclass(frozen=True)
-class Compare:
-  """One comparison: data, model, budget, and each optimizer's hyperparameters."""
+class Config:
+  """One experiment: data, model, budget, and each optimizer's hyperparameters."""
 
   dataset: str  # "digits" (embedded), or the name of a TFDS image classification set
-  hidden: tuple[int, ...]  # widths of the hidden layers
+  model: Mlp  # and its sizes
   batch_size: int  # examples a step; what is left of an epoch is dropped
-  epochs: int  # passes over the training images
-  target: float  # test accuracy to reach
+  epochs: int  # passes over the training examples
+  target: float  # of the test accuracy
+  schedule: Literal["cosine", "linear", "exponential", "step", "constant"] = "cosine"
   warmup: float = 0.1  # share of the steps in which the rate rises
+  label_smoothing: float = 0.0  # share of a label that is spread over all classes
+  batch_sizes: tuple[int, ...] = ()  # more than one to compare, in place of `batch_size`
+  scale_rate: Literal["none", "linear", "sqrt"] = "none"  # of the rate with these over `batch_size`
+  average: float = 0.0  # weight of the past in an average of the weights that is evaluated; 0: none
+  micro_batches: int = 1  # pieces a batch is worked off in, for less memory
   seeds: int = 5  # runs of each optimizer; a seed is the same weights and batches for all
   first_seed: int = 0  # seeds count from here
-  optimizers: tuple[str, ...] = tuple(TABLE)  # which of them to run
+  optimizers: tuple[str, ...] = ("sgd", "adamw", "muon", "soap", "kfac", "fop")  # which to run
   sgd: Sgd = Sgd()
   adamw: AdamW = AdamW()
+  muon: Muon = Muon()
+  soap: Soap = Soap()
+  shampoo: Shampoo = Shampoo()
   kfac: Kfac = Kfac()
+  ekfac: Ekfac = Ekfac()
   fop: Fop = Fop()
+  checkpoint_seconds: float = 60.0  # of training between two checkpoints, at the end of an epoch
   data_dir: str | None = None  # where TFDS folders are; else $TFDS_DATA_DIR
-  out: str = "results"  # folder for the CSV, JSON and PNG files
+  out: str = "results"  # folder for all that is written
+
+  def __post_init__(self):
+    if unknown := [name for name in self.optimizers if name not in TABLE]:
+      raise ValueError(f"unknown optimizers {unknown}: any of {', '.join(TABLE)}")
+    for name in ("batch_size", "epochs", "micro_batches", "seeds"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} should be 1 or more")
 
 
-def load(name: str) -> tuple[Compare, dict[str, dict[str, tuple[float, ...]]]]:
+# Fields that say where and how often a run is made, and not what it is.
+AROUND = (
+  *("batch_sizes", "scale_rate", "seeds", "first_seed", "optimizers", "target"),
+  *("checkpoint_seconds", "data_dir", "out"),
+)
+NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def by_batch_size(config: Config) -> list[Config]:
+  """The configurations of all `batch_sizes`, with their rates."""
+  out = []
+  for size in config.batch_sizes or (config.batch_size,):
+    ratio = size / config.batch_size
+    factor = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[config.scale_rate]
+    scaled = {
+      name: dataclasses.replace(own, learning_rate=factor * own.learning_rate)
+      for name in TABLE
+      for own in [getattr(config, name)]
+    }
+    out.append(dataclasses.replace(config, batch_size=size, batch_sizes=(), **scaled))
+  return out
+
+
+def load(name: str) -> tuple[Config, dict[str, dict[str, tuple[float, ...]]]]:
   """The configuration `name`, and the grid that `tune` searches for it."""
   module = importlib.import_module(f"experiments.configs.{name}")
   return module.CONFIG, module.GRID
+
+
+def described(name: str) -> str:
+  """The first line of what a configuration says of itself."""
+  module = importlib.import_module(f"experiments.configs.{name}")
+  return (module.__doc__ or "").strip().splitlines()[0]

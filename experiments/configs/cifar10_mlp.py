@@ -5,12 +5,13 @@ learns nothing at the other. Not tuned on these images: for figures run `tune ci
 K-FAC and FOP have their defaults.
 """
 
-from experiments.configs import Compare
+from experiments.configs import Config
+from experiments.networks import Mlp
 from experiments.optimizers import AdamW, Sgd
 
-CONFIG = Compare(
+CONFIG = Config(
   dataset="cifar10",
-  hidden=(512, 256),
+  model=Mlp(hidden=(512, 256)),
   batch_size=2048,
   epochs=10,
   target=0.52,
@@ -22,6 +23,8 @@ CONFIG = Compare(
 GRID = {
   "sgd": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "momentum": (0.5, 0.8, 0.9, 0.95)},
   "adamw": {"learning_rate": (3e-3, 1e-2, 3e-2, 1e-1), "weight_decay": (1e-3, 1e-2, 1e-1, 1.0)},
+  "muon": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (1e-3, 1e-2, 1e-1, 1.0)},
+  "soap": {"learning_rate": (3e-3, 1e-2, 3e-2, 1e-1), "weight_decay": (1e-3, 1e-2, 1e-1, 1.0)},
   "kfac": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "relative_damping": (0.1, 0.3, 1.0, 3.0)},
   "fop": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "relative_damping": (0.1, 0.3, 1.0, 3.0)},
 }

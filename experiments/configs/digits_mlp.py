@@ -8,12 +8,13 @@ on held-out training images, in the fewest epochs, by
 The grids were moved until that point was inside them. K-FAC and FOP have their defaults.
 """
 
-from experiments.configs import Compare
+from experiments.configs import Config
+from experiments.networks import Mlp
 from experiments.optimizers import AdamW, Sgd
 
-CONFIG = Compare(
+CONFIG = Config(
   dataset="digits",
-  hidden=(256, 128),
+  model=Mlp(hidden=(256, 128)),
   batch_size=256,
   epochs=40,
   target=0.97,
@@ -24,6 +25,8 @@ CONFIG = Compare(
 GRID = {
   "sgd": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "momentum": (0.5, 0.8, 0.9, 0.95)},
   "adamw": {"learning_rate": (3e-3, 1e-2, 3e-2, 1e-1), "weight_decay": (1e-2, 1e-1, 1.0, 3.0)},
+  "muon": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (1e-2, 1e-1, 1.0, 3.0)},
+  "soap": {"learning_rate": (3e-3, 1e-2, 3e-2, 1e-1), "weight_decay": (1e-2, 1e-1, 1.0, 3.0)},
   "kfac": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "relative_damping": (0.1, 0.3, 1.0, 3.0)},
   "fop": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "relative_damping": (0.1, 0.3, 1.0, 3.0)},
 }

@@ -1,0 +1,261 @@
+"""One run on disk: its record, its numbers, its checkpoints; killed at any moment, it goes on.
+
+A folder holds `metrics.jsonl`, whose first line says what the run is (config, versions, commit,
+machine), each other one what an epoch came to, the last that it is done; and `checkpoints/`, the
+last and the best. Numbers are written before the checkpoint of their epoch: those of an epoch
+without one are taken back and come again, bit for bit, as data and random numbers follow from seed
+and step.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from experiments.configs import AROUND, Config
+from experiments.optimizers import TABLE
+from experiments.tasks import Task
+from experiments.training import Program, State, order_of
+
+PACKAGES = ("fop_optax", "jax", "jaxlib", "optax", "flax", "numpy", "orbax-checkpoint")
+
+
+class Row(NamedTuple):
+  """What one epoch of one run came to."""
+
+  optimizer: str
+  batch_size: int
+  seed: int
+  epoch: int
+  step: int  # steps taken
+  seconds: float  # of training so far, without compilation and evaluation
+  examples_per_second: float  # of this epoch
+  train_loss: float  # mean over the epoch's batches
+  test_loss: float
+  test_accuracy: float
+  test_top5: float | None = None
+
+
+def versions() -> dict[str, str]:
+  """Versions of what the numbers depend on."""
+  found = {}
+  for package in PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = "not installed"
+  return {"python": platform.python_version(), **found}
+
+
+def commit() -> str | None:
+  """The commit of the checkout, marked `-dirty` where files differ from it; None outside git."""
+  try:
+    return subprocess.run(
+      ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+def hardware() -> dict[str, Any]:
+  """The devices and the host's processor."""
+  devices = jax.devices()
+  return {
+    "devices": [device.device_kind for device in devices],
+    "platform": devices[0].platform,
+    "cpus": os.cpu_count(),
+  }
+
+
+def peak_memory() -> int:
+  """Bytes: the most that the devices held, or the process where they do not tell."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  if all("peak_bytes_in_use" in own for own in stats):
+    return max(own["peak_bytes_in_use"] for own in stats)
+  unit = 1 if sys.platform == "darwin" else 1024
+  return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def identity(config: Config, name: str, seed: int) -> dict[str, Any]:
+  """What makes a run this one: data, model, budget, its optimizer's values and its seed."""
+  fields = dataclasses.asdict(config)
+  shared = {key: value for key, value in fields.items() if key not in (*TABLE, *AROUND)}
+  return json.loads(json.dumps(shared | {"optimizer": name, name: fields[name], "seed": seed}))
+
+
+def folder_of(root: pathlib.Path, config: Config, name: str, seed: int) -> pathlib.Path:
+  """Where a run has its files, by what is compared most."""
+  return root / "runs" / name / f"batch-{config.batch_size}" / f"seed-{seed}"
+
+
+class Log:
+  """The lines of `metrics.jsonl`; each is on disk when `write` returns."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    self.lines: list[dict[str, Any]] = []
+    if path.exists():
+      for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill
+          self.lines.append(json.loads(text))
+
+  def write(self, line: dict[str, Any]) -> None:
+    self.lines.append(line)
+    with self.path.open("a", encoding="utf-8") as file:
+      file.write(json.dumps(line) + "\n")
+      file.flush()
+      os.fsync(file.fileno())
+
+  def keep(self, lines: list[dict[str, Any]]) -> None:
+    """Takes back all other lines."""
+    self.lines = lines
+    new = self.path.with_suffix(".new")
+    new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    new.replace(self.path)
+
+  @property
+  def record(self) -> dict[str, Any] | None:
+    return self.lines[0] if self.lines else None
+
+  @property
+  def done(self) -> bool:
+    return bool(self.lines) and "done" in self.lines[-1]
+
+  def rows(self) -> list[Row]:
+    return [Row(**line) for line in self.lines if "epoch" in line]
+
+
+def check_same(record: dict[str, Any], run: dict[str, Any], path: pathlib.Path) -> None:
+  """Raises SystemExit if a folder holds another run, naming what differs."""
+  had, now = dict(_flat(record["run"])), dict(_flat(run))
+  differing = [
+    f"  {name}: {had.get(name)!r} there, {now.get(name)!r} now"
+    for name in sorted(had.keys() | now.keys())
+    if had.get(name) != now.get(name)
+  ]
+  if differing:
+    raise SystemExit(
+      f"{path} holds a run of another configuration:\n" + "\n".join(differing) + "\n"
+      "Give another folder by --out, or delete this one."
+    )
+
+
+def _flat(tree, path=""):
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f"{path}{name}.")
+    else:
+      yield f"{path}{name}", value
+
+
+def _checkpoints(path: pathlib.Path) -> ocp.CheckpointManager:
+  """The last and the best are kept; saved in the background."""
+  best = policies.BestN(get_metric_fn=lambda metrics: metrics["test_accuracy"], n=1)
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+    cleanup_tmp_directories=True,
+  )
+  return ocp.CheckpointManager(path.absolute(), options=options)
+
+
+def train(
+  path: pathlib.Path,
+  config: Config,
+  name: str,
+  seed: int,
+  task: Task,
+  build: Callable[[], Program],
+  final: bool = False,
+) -> Iterator[Row]:
+  """Trains to the end of the budget from wherever the run in this folder stands; a row an epoch.
+
+  Rows that are on disk come first. `build` is asked for the program if there is something to do;
+  with `final` the last state is saved, whatever `config.checkpoint_seconds`.
+
+  Raises:
+    SystemExit: if the folder holds a run of another configuration.
+  """
+  path.mkdir(parents=True, exist_ok=True)
+  log, run = Log(path / "metrics.jsonl"), identity(config, name, seed)
+  if log.record is None:
+    log.write({
+      "run": run,
+      "target": config.target,
+      "versions": versions(),
+      "commit": commit(),
+      "hardware": hardware(),
+      "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    })  # fmt: skip
+  check_same(log.record or {}, run, path)
+  if log.done:
+    yield from log.rows()
+    return
+  program = build()
+  with _checkpoints(path / "checkpoints") as manager:
+    state = program.init(seed)
+    first = 1
+    if (last := manager.latest_step()) is not None:
+      state = manager.restore(last, args=ocp.args.StandardRestore(_abstract(state)))
+      first = last + 1
+    kept = [line for line in log.lines if line.get("epoch", 0) < first]
+    if len(kept) < len(log.lines):
+      log.keep(kept)
+    yield from log.rows()
+    seconds = log.rows()[-1].seconds if log.rows() else 0.0
+    saved = seconds
+    for epoch in range(first, config.epochs + 1):
+      state, row = _epoch(state, epoch, seconds, config, name, seed, task, program)
+      log.write(row._asdict())
+      seconds = row.seconds
+      due = seconds - saved >= config.checkpoint_seconds or (final and epoch == config.epochs)
+      if due:
+        manager.save(epoch, args=ocp.args.StandardSave(state), metrics=row._asdict())
+        saved = seconds
+      yield row
+  log.write({"done": True, "peak_memory": peak_memory()})
+
+
+def _abstract(state: State) -> State:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def _epoch(state, epoch, seconds, config, name, seed, task, program):
+  order = jnp.asarray(order_of(config, task, seed, epoch))
+  jax.block_until_ready((state, order))
+  clock = time.perf_counter()
+  state, losses = program.advance(state, task.arrays, order, jnp.uint32(seed))
+  jax.block_until_ready(state)
+  own = time.perf_counter() - clock
+  params = state.params if state.average is None else state.average
+  numbers = {"train_loss": float(losses.mean()), **task.evaluate(params, state.model)}
+  row = Row(
+    name, config.batch_size, seed, epoch, int(state.step), seconds + own, order.size / own,
+    **numbers,
+  )  # fmt: skip
+  return state, row
+
+
+def nearest(name: str, names: tuple[str, ...]) -> str:
+  """What was perhaps meant, for a message."""
+  found = difflib.get_close_matches(name, names, n=1)
+  return f"; did you mean {found[0]!r}?" if found else f": one of {', '.join(names)}"

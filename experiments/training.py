@@ -1,0 +1,140 @@
+"""One training step for every optimizer, and the program that takes many of them in one call."""
+
+from collections.abc import Callable
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.configs import Config
+from experiments.optimizers import Optimizer
+from experiments.tasks import Task
+import fop_optax
+
+
+class State(NamedTuple):
+  """All that a run needs to go on, but for what follows from the seed and the step."""
+
+  step: jax.Array  # int32, shape=(): steps taken
+  params: Any
+  model: Any  # what the model keeps beside its parameters, such as BatchNorm's averages
+  optimizer: Any
+  average: Any  # running average of the parameters, None without one
+
+
+class Program(NamedTuple):
+  """An optimizer's training, compiled."""
+
+  init: Callable[[int], State]  # seed -> state
+  # state, arrays of the task, indices [steps, batch], seed -> state, losses [steps]; consumes state
+  advance: Callable[[State, Any, jax.Array, jax.Array], tuple[State, jax.Array]]
+  compile_seconds: float
+
+
+def schedule_of(config: Config, peak: float, steps: int) -> optax.Schedule:
+  """A linear warm-up from a first step above zero, then what `config.schedule` says."""
+  warmup = round(config.warmup * steps)
+  rest = max(steps - warmup, 1)
+  decay = {
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+    "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+    "constant": lambda: optax.constant_schedule(peak),
+    # to a hundredth
+    "exponential": lambda: optax.exponential_decay(peak, rest, 0.01),
+    # a tenth at half, a hundredth at three quarters
+    "step": lambda: optax.piecewise_constant_schedule(peak, {rest // 2: 0.1, 3 * rest // 4: 0.1}),
+  }[config.schedule]()
+  if not warmup:
+    return decay
+  rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+  return optax.join_schedules([rise, decay], [warmup])
+
+
+def gradient_of(config: Config, hyper: Optimizer, task: Task) -> tuple[Any, Callable]:
+  """The layers of the loss; and loss, model state, mean gradient and extra arguments of an update.
+
+  Micro-batches are `capture`'s for all optimizers, so that they see the same batches.
+  """
+  params, state = jax.eval_shape(lambda: task.model.init(0))
+  key = jax.eval_shape(lambda: jax.random.key(0))
+
+  def loss(params, batch, state, key):
+    return task.loss(params, state, batch, key)
+
+  captured = fop_optax.capture(
+    loss, params, task.batch, state, key,
+    has_aux=True, batch_argnums=0, groups=hyper.groups or 1, micro_batches=config.micro_batches,
+  )  # fmt: skip
+
+  def plain(state, batch, key):
+    if config.micro_batches == 1:
+      aux, grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, state.model, key)
+    else:
+      args = state.params, batch, state.model, key
+      aux, grads, _ = captured.value_and_grad(*args, refresh=False)
+    return *aux, grads, {}
+
+  def with_statistics(state, batch, key):
+    more = {"refresh": fop_optax.refresh_due(state.optimizer)}
+    if hyper.basis:
+      more["basis"] = fop_optax.bases(state.optimizer)
+    aux, grads, stats = captured.value_and_grad(state.params, batch, state.model, key, **more)
+    return *aux, grads, {"stats": stats}
+
+  return captured.layers, plain if hyper.groups is None else with_statistics
+
+
+def build(config: Config, hyper: Optimizer, task: Task) -> Program:
+  """Compiles the training of one optimizer, and runs it once: a first call sets up buffers."""
+  per_epoch = task.examples // config.batch_size
+  if not per_epoch:
+    raise SystemExit(
+      f"--batch-size {config.batch_size} is larger than the {task.examples} training examples."
+    )
+  layers, gradient = gradient_of(config, hyper, task)
+  steps = round(config.epochs * per_epoch)
+  schedule = schedule_of(config, hyper.learning_rate, steps)
+  tx = optax.with_extra_args_support(hyper.make(schedule, layers))
+
+  def init(seed):
+    params, model = task.model.init(seed)
+    average = jax.tree.map(jnp.copy, params) if config.average else None
+    return State(jnp.zeros((), jnp.int32), params, model, jax.jit(tx.init)(params), average)
+
+  def step(state, indices, arrays, seed):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    picked, drawn = jax.random.split(key)
+    batch = task.pick(arrays, indices, picked)
+    loss, model, grads, extra = gradient(state, batch, drawn)
+    updates, optimizer = tx.update(grads, state.optimizer, state.params, **extra)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average is not None:  # as long as there are few, the plain mean of all
+      weight = jnp.minimum(config.average, state.step / (state.step + 1))
+      average = optax.incremental_update(params, average, 1 - weight)
+    return State(state.step + 1, params, model, optimizer, average), loss
+
+  def advance(state, arrays, indices, seed):
+    return jax.lax.scan(lambda state, own: step(state, own, arrays, seed), state, indices)
+
+  begin = time.perf_counter()
+  args = task.arrays, jnp.asarray(order_of(config, task, 0, 1)), jnp.uint32(0)
+  state = init(0)
+  compiled = jax.jit(advance, donate_argnums=0).lower(state, *args).compile()
+  state, _ = jax.block_until_ready(compiled(state, *args))
+  task.evaluate(state.params, state.model)
+  return Program(init, compiled, time.perf_counter() - begin)
+
+
+def order_of(config: Config, task: Task, seed: int, epoch: int) -> np.ndarray:
+  """The examples of an epoch, `[steps, batch]`; what is left of it is dropped.
+
+  It depends on the seed and the epoch alone: all optimizers see the same, and so does a run that
+  goes on where it was killed.
+  """
+  steps = task.examples // config.batch_size
+  order = np.random.default_rng((seed, epoch)).permutation(task.examples)
+  return order[: steps * config.batch_size].astype(np.int32).reshape(steps, config.batch_size)

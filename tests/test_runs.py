@@ -1,0 +1,137 @@
+"""Runs on disk: killed at any moment they go on, and end as if nothing had happened."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments import configs, data, networks, runs, tasks, training
+
+ROOT = pathlib.Path(__file__).parents[1]
+FINAL = ("checkpoints", "4")
+
+
+def small(**changes):
+  config, _ = configs.load("digits_mlp")
+  own = {"model": networks.Mlp((16,), dropout=0.5), "epochs": 4, "checkpoint_seconds": 0.0}
+  return dataclasses.replace(config, **(own | changes))
+
+
+@functools.cache
+def prepared(average=0.0):
+  config = small(average=average)
+  task = tasks.classification(config, data.load("digits"))
+  return task, functools.cache(lambda: training.build(config, config.adamw, task))
+
+
+def train(path, config, **options):
+  task, build = prepared(config.average)
+  return runs.train(path, config, "adamw", 0, task, build, final=True, **options)
+
+
+def same(row):
+  """All of a row but times."""
+  return row._replace(seconds=0, examples_per_second=0)
+
+
+def final_arrays(path):
+  with ocp.CheckpointManager((path / "checkpoints").absolute()) as manager:
+    step = manager.latest_step()
+    return step, jax.tree.leaves(manager.restore(step, args=ocp.args.StandardRestore()))
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_run_that_stops_anywhere_goes_on_and_ends_the_same(tmp_path, average):
+  config = small(average=average)
+  whole = list(train(tmp_path / "whole", config))
+  for stop in (1, 3):
+    path = tmp_path / f"stopped {stop}"
+    rows = train(path, config)
+    for _ in range(stop):
+      next(rows)
+    rows.close()
+    # an epoch was written down, and its checkpoint was not; a line was cut off
+    with (path / "metrics.jsonl").open("a") as file:
+      file.write(json.dumps(whole[stop]._asdict()) + '\n{"epoch": 3, "st')
+    again = list(train(path, config))
+    assert list(map(same, again)) == list(map(same, whole))
+    (end, got), (_, want) = final_arrays(path), final_arrays(tmp_path / "whole")
+    assert end == config.epochs
+    assert len(got) == len(want) > 8
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_array_equal(a, b)
+  # Done: nothing is trained any more.
+  unused = lambda: pytest.fail("built again")
+  task, _ = prepared(average)
+  assert list(runs.train(path, config, "adamw", 0, task, unused)) == again
+
+
+def test_the_last_and_the_best_checkpoint_are_kept(tmp_path):
+  rows = list(train(tmp_path, small()))
+  best = max(rows, key=lambda row: (row.test_accuracy, row.epoch)).epoch
+  kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
+  assert kept == {best, 4}
+
+
+def test_the_record(tmp_path):
+  list(train(tmp_path, small()))
+  first, *rows, last = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+  assert first["run"]["adamw"]["weight_decay"] == 1.0
+  assert first["run"]["model"] == {"hidden": [16], "dropout": 0.5}
+  assert set(first) == {"run", "target", "versions", "commit", "hardware", "date"}
+  assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+  assert last["done"] and last["peak_memory"] > 1e6
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+  list(train(tmp_path, small()))
+  config = small(adamw=dataclasses.replace(small().adamw, b1=0.5), epochs=5)
+  with pytest.raises(SystemExit, match=r"(?s)adamw.b1: 0.9 there, 0.5 now\n  epochs: 4 there, 5"):
+    list(train(tmp_path, config))
+  # where and how often does not matter
+  assert len(list(train(tmp_path, small(seeds=9, out="elsewhere", target=0.1)))) == 4
+
+
+@pytest.mark.slow
+def test_killed_processes(tmp_path):
+  """`kill -9` at moments of all kinds, also during a save; the same command again goes on."""
+  args = (
+    *("train", "digits_mlp", "--optimizers", "kfac", "--epochs", "40", "--model.hidden", "32"),
+    *("--checkpoint-seconds", "0", "--out"),
+  )
+  keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+  env = keep | {"JAX_PLATFORMS": "cpu"}
+  start = lambda out: subprocess.Popen(
+    [sys.executable, "-m", "experiments", *args, str(out)],
+    cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  run = lambda out: out / "digits_mlp" / "runs" / "kfac" / "batch-256" / "seed-0"
+  whole = start(tmp_path / "whole")
+  path = run(tmp_path / "killed") / "metrics.jsonl"
+  lines = lambda: len(path.read_text().splitlines()) if path.exists() else 0
+  for more, delay in ((1, 0.0), (3, 0.03), (5, 0.1), (2, 0.01)):
+    process, before = start(tmp_path / "killed"), lines()
+    while lines() < before + more and process.poll() is None:
+      time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  last = start(tmp_path / "killed")
+  assert last.wait() == 0, last.stderr.read()
+  assert whole.wait() == 0, whole.stderr.read()
+  rows = [runs.Log(run(tmp_path / out) / "metrics.jsonl").rows() for out in ("killed", "whole")]
+  assert list(map(same, rows[0])) == list(map(same, rows[1]))
+  (end, got), (_, want) = (final_arrays(run(tmp_path / out)) for out in ("killed", "whole"))
+  assert end == 40
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_array_equal(a, b)
