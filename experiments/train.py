@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import models
 from experiments.configs import Compare
 from experiments.data import Data
+from experiments.models import mlp
 import fop_optax
 
 EVAL_BATCH = 1000
@@ -75,22 +75,22 @@ def compile_run(config: Compare, name: str, data: Data) -> Run:
     raise SystemExit(
       f"--batch-size {batch_size} is larger than the {len(data.train_labels)} training examples."
     )
-  model = models.mlp(data.train_images.shape[1:], data.classes, config.hidden)
+  model = mlp.mlp(data.train_images.shape[1:], data.classes, config.hidden)
+  _, state = model.shapes  # empty: a multilayer perceptron has none
 
   def normalize(images):
     return (images.astype(jnp.float32) - data.mean) / data.std
 
   def loss_fn(params, x, y):
-    return fop_optax.softmax_cross_entropy(model.apply(params, x), y)
+    logits, _ = model.apply(params, state, x, train=True)
+    return fop_optax.softmax_cross_entropy(logits, y)
 
   layers, gradient = first_order(loss_fn)
   if hyper.groups is not None:
     image = data.train_images.shape[1:]
     x = jax.ShapeDtypeStruct((batch_size, *image), jnp.float32)
     y = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    layers, gradient = with_curvature(
-      loss_fn, jax.eval_shape(lambda: model.init(0)), x, y, hyper.groups
-    )
+    layers, gradient = with_curvature(loss_fn, model.shapes[0], x, y, hyper.groups)
 
   schedule = schedule_for(config, hyper.learning_rate, config.epochs * steps_per_epoch)
   tx = optax.with_extra_args_support(hyper.make(schedule, layers))
@@ -108,7 +108,7 @@ def compile_run(config: Compare, name: str, data: Data) -> Run:
 
   @jax.jit
   def score(params, images, labels):
-    logits = model.apply(params, normalize(images))
+    logits, _ = model.apply(params, state, normalize(images), train=False)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses.sum(), (logits.argmax(-1) == labels).sum()
 
@@ -121,7 +121,7 @@ def compile_run(config: Compare, name: str, data: Data) -> Run:
     return loss / len(data.test_labels), correct / len(data.test_labels)
 
   def start_of(seed):
-    params = model.init(seed)
+    params, _ = model.init(seed)
     return params, jax.jit(tx.init)(params)
 
   def order_of(rng):
@@ -133,7 +133,7 @@ def compile_run(config: Compare, name: str, data: Data) -> Run:
   warm = (*start_of(0), images, labels, order_of(np.random.default_rng(0)))
   compiled = jax.jit(epoch, donate_argnums=(0, 1)).lower(*warm).compile()
   jax.block_until_ready(compiled(*warm))  # first call: buffers and threads, no compilation
-  evaluate(model.init(0))
+  evaluate(model.init(0)[0])
   compile_seconds = time.perf_counter() - start
 
   def train(seed: int) -> Iterator[Row]:
