@@ -199,8 +199,8 @@ def resnet18(
 def resnet32(classes: int = 10, *, width: int = 16, dtype: jnp.dtype | None = None) -> Model:
   """ResNet-32 of He et al. for CIFAR: three stages of five blocks, shortcuts of option A.
 
-  464,154 parameters for 10 classes (0.46 M in the paper). As the long-tail papers have it (LDAM-DRW,
-  BBN, Zhang et al. 2021, after akamaster/pytorch_resnet_cifar10): He-normal by fan-in, the head too.
+  464,154 parameters for 10 classes (0.46 M in the paper). The long-tail papers' one (LDAM-DRW, BBN,
+  Zhang et al. 2021) after akamaster/pytorch_resnet_cifar10: He-normal by fan-in, the head too.
   """
   return from_module(
     lambda rngs: ResNet(
