@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 import tyro
 
-from experiments import data, models
+from experiments import data
+from experiments.models import mlp
 import fop_optax
 
 
@@ -74,9 +75,14 @@ def main(config: Config) -> None:
   digits = data.load("digits")
   images = (digits.train_images[: config.batch] - digits.mean) / digits.std
   x, y = jnp.asarray(images, jnp.float32), jnp.asarray(digits.train_labels[: config.batch])
-  model = models.mlp(x.shape[1:], digits.classes, config.hidden)
-  loss = lambda params, x, y: fop_optax.softmax_cross_entropy(model.apply(params, x), y)
-  params = trained(loss, model.init(0), x, y, config.steps)
+  model = mlp.mlp(x.shape[1:], digits.classes, config.hidden)
+  params, state = model.init(0)  # the latter is empty
+
+  def loss(params, x, y):
+    logits, _ = model.apply(params, state, x, train=True)
+    return fop_optax.softmax_cross_entropy(logits, y)
+
+  params = trained(loss, params, x, y, config.steps)
   table = Table(title=f"statistics of a part of {len(x)} examples, K-FAC's direction on digits")
   table.add_column("fraction")
   for damping in config.damping:
