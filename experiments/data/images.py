@@ -1,6 +1,5 @@
 """Small sets of images, decoded once: arrays that can live on the device."""
 
-import concurrent.futures
 import pathlib
 from typing import NamedTuple
 
@@ -93,9 +92,10 @@ def _decoded(source, split: str, side: int | None) -> tuple[np.ndarray, np.ndarr
   def make():
     examples = source.__getitems__(range(len(source)))
     one = photographs.decode if side is None else lambda e: photographs.centre_crop(e, side)
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # decoding releases the interpreter
-      images = np.stack(list(pool.map(one, [example["image"] for example in examples])))
-    return {"images": images, "labels": np.array([e["label"] for e in examples], np.int32)}
+    return {
+      "images": np.stack([one(example["image"]) for example in examples]),
+      "labels": np.array([example["label"] for example in examples], np.int32),
+    }
 
   key = folders.key(source, split) + ("" if side is None else f"-{side}px")
   stored = cache.arrays(key, make)
