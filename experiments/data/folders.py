@@ -68,13 +68,22 @@ def evaluation_split(source: Any) -> str:
 
 
 def key(source: Any, split: str) -> str:
-  """A file name for what is made from `source`: data set, version, split, and which files."""
+  """A file name for what is made from `source`: data set, version, split, and which files.
+
+  Files are told apart by their bytes' number and beginning: folders of one name and version differ
+  by who prepared them.
+  """
   info = source.dataset_info
-  files = [pathlib.Path(path) for part in info.splits.values() for path in part.filepaths]
-  sizes = repr([(path.name, path.stat().st_size) for path in files])
-  digest = hashlib.sha256(sizes.encode()).hexdigest()[:12]
+  digest = hashlib.sha256()
+  for name in info.splits[split].filepaths:
+    path = pathlib.Path(name)
+    digest.update(f"{path.name} {path.stat().st_size} ".encode())
+    with path.open("rb") as file:
+      digest.update(file.read(1 << 16))
   name = "-".join(filter(None, (info.name, info.config_name, str(info.version), split)))
-  return "".join(c if c.isalnum() or c in "-._" else "_" for c in name) + f"-{digest}"
+  return "".join(c if c.isalnum() or c in "-._" else "_" for c in name) + (
+    f"-{digest.hexdigest()[:12]}"
+  )
 
 
 def _how_to_prepare(name: str, data_dir: str | None, error: Exception) -> str:

@@ -81,7 +81,7 @@ def write_folder(
     data_dir: as in `streaming.open_records` afterwards.
     name: of the data set, in lower case.
     splits: what is in each.
-    shards: files that a split is in.
+    shards: files that the longest split is in.
   """
   import tensorflow_datasets as tfds
 
@@ -99,11 +99,11 @@ def write_folder(
     name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name=""
   )
   info = tfds.core.DatasetInfo(builder=identity, features=features)
-  for split, content in splits.items():
-    writer = tfds.core.SequentialWriter(
-      info, max_examples_per_shard=-(-len(content) // shards), file_format="array_record"
-    )
-    writer.initialize_splits([split])
-    writer.add_examples({split: list(content)})
-    writer.close_splits([split])
+  longest = max(map(len, splits.values()))
+  writer = tfds.core.SequentialWriter(
+    info, max_examples_per_shard=-(-longest // shards), file_format="array_record"
+  )
+  writer.initialize_splits(list(splits))
+  writer.add_examples({split: list(content) for split, content in splits.items()})
+  writer.close_all()
   return folder

@@ -71,12 +71,16 @@ def random_box(
 
 
 def _cut(image: Image.Image, box: tuple[float, float, float, float], size: int) -> np.ndarray:
-  width, height = image.size
   left, top, right, bottom = box
   shrink = min(right - left, bottom - top) / size
   if shrink > 1:  # a JPEG decodes at the smallest scale that is not below what is asked for
-    image.draft("RGB", (int(width / shrink), int(height / shrink)))
+    whole = image.size
+    drafted = image.draft("RGB", (int(whole[0] / shrink), int(whole[1] / shrink)))
+    if drafted is not None:
+      # What it covers of the smaller image, whose sides are rounded up.
+      _, (_, _, width, height) = drafted
+      x, y = width / whole[0], height / whole[1]
+      left, top, right, bottom = left * x, top * y, right * x, bottom * y
   image = image if image.mode == "RGB" else image.convert("RGB")
-  x, y = image.size[0] / width, image.size[1] / height
-  scaled = (left * x, top * y, min(right * x, image.size[0]), min(bottom * y, image.size[1]))
-  return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=scaled))
+  inside = (left, top, min(right, image.size[0]), min(bottom, image.size[1]))
+  return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=inside))

@@ -213,8 +213,10 @@ class _Test:
 
 
 def _example(image: np.ndarray, label: int, normalised: bool) -> dict[str, np.ndarray]:
-  if normalised:
-    image = (image - np.float32(MEAN)) / np.float32(STD)
+  if normalised:  # by rows: over three channels alone, NumPy's inner loop is too short
+    height, width, _ = image.shape
+    mean, scale = np.tile(np.float32(MEAN), width), np.tile(1 / np.float32(STD), width)
+    image = ((image.reshape(height, -1) - mean) * scale).reshape(image.shape)
   return {"image": image, "label": np.int32(label)}
 
 
