@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 import tyro
 
-from experiments import comparison, configs, data, optimizers, report, runs, tasks, training
+from experiments import comparison, configs, optimizers, report, runs, tasks, training
 from experiments.configs import Config
 
 COMMANDS = ("train", "compare", "tune", "report", "list")
@@ -27,7 +27,7 @@ usage: python -m experiments train CONFIG [--optimizers NAME] [options]
 train    trains the first of --optimizers, from the first seed; goes on where it was killed
 compare  trains every optimizer of CONFIG with the same schedule, budget, weights and batches;
          prints a table, saves CSV, JSON and a plot; runs that are done are not made again
-tune     runs the grid of CONFIG on a part held out of the training images; prints the best points
+tune     runs the grid of CONFIG on a part held out of the training examples; prints the best points
 report   makes one page, report.html, of all runs in a folder of results
 list     the configurations, and what each is
 
@@ -61,7 +61,7 @@ def output() -> Console:
 def train(name: str, config: Config) -> None:
   """Trains one optimizer from one seed, and prints what each epoch came to."""
   optimizer, seed = config.optimizers[0], config.first_seed
-  task = tasks.classification(config, data.load(config.dataset, config.data_dir))
+  task = tasks.load(config)
   build = functools.partial(training.build, config, getattr(config, optimizer), task)
   path = runs.folder_of(pathlib.Path(config.out) / name, config, optimizer, seed)
   with progress(config.epochs, f"{name}, {optimizers.TABLE[optimizer].title}") as bar:
@@ -79,7 +79,6 @@ def train(name: str, config: Config) -> None:
 def compare(name: str, config: Config) -> None:
   """Trains all optimizers of `config`, batch size by batch size and seed by seed, and reports."""
   folder = pathlib.Path(config.out) / name
-  images = data.load(config.dataset, config.data_dir)
   seeds = range(config.first_seed, config.first_seed + config.seeds)
   rows: list[runs.Row] = []
   seconds: dict[str, float] = {}
@@ -87,7 +86,7 @@ def compare(name: str, config: Config) -> None:
   total = len(sizes) * len(config.optimizers) * config.seeds * config.epochs
   with progress(total, name) as bar:
     for own in sizes:
-      task = tasks.classification(own, images)
+      task = tasks.load(own)
 
       @functools.cache
       def program(optimizer, own=own, task=task):
@@ -106,7 +105,9 @@ def compare(name: str, config: Config) -> None:
           title, share = optimizers.TABLE[optimizer].title, 100 * row.test_accuracy
           bar.update(bar.task_ids[0], advance=1, note=f"{title}, seed {seed}: {share:.1f} %")
   epochs = comparison.of_optimizers(config.optimizers, comparison.curves(rows))
-  summary = comparison.summarize(comparison.outcomes(epochs, config.target), config.optimizers[0])
+  summary = comparison.summarize(
+    comparison.outcomes(epochs, comparison.target_of(config)), config.optimizers[0]
+  )
   paths = comparison.save(folder, epochs, summary, config, compile_seconds=seconds)
   console = output()
   console.print(comparison.table(summary, config))
@@ -114,9 +115,8 @@ def compare(name: str, config: Config) -> None:
 
 
 def tune(name: str, config: Config, grid: dict[str, dict[str, tuple[float, ...]]]) -> None:
-  """Runs the grid on held-out training images; best: most runs at the target, then soonest."""
-  images = data.holdout(data.load(config.dataset, config.data_dir))
-  task = tasks.classification(config, images)
+  """Runs the grid on held-out training examples; best: most runs at the target, then soonest."""
+  task = tasks.load(config, tuning=True)
   points = [
     (optimizer, dict(zip(grid[optimizer], values, strict=True)))
     for optimizer in config.optimizers
@@ -138,14 +138,14 @@ def tune(name: str, config: Config, grid: dict[str, dict[str, tuple[float, ...]]
         for seed, path in paths.items()
         for row in runs.train(path, own, optimizer, seed, task, build)
       ]
-      found = comparison.outcomes(comparison.curves(rows), config.target)
+      found = comparison.outcomes(comparison.curves(rows), comparison.target_of(config))
       # A run that does not get there counts as one epoch beyond the budget.
       epochs = found.epochs.fillna(config.epochs + 1).mean()
       (line,) = comparison.summarize(found).itertuples()
       results.setdefault(optimizer, []).append((epochs, line.test_loss, values, line))
       bar.update(bar.task_ids[0], advance=1, note=f"{optimizer} {values}")
-  out = Table(title=f"{name}: grid on {len(images.test_labels)} held-out training images")
-  for heading in ("optimizer", "values", "epochs to target", "final loss", "final accuracy, %"):
+  out = Table(title=f"{name}: grid on {task.held_out:,} held-out training examples")
+  for heading in ("optimizer", "values", "epochs to target", "final loss", "final"):
     out.add_column(heading, no_wrap=True)
   for optimizer, trials in results.items():
     for _, loss, values, line in sorted(trials, key=lambda trial: trial[:2]):
@@ -154,7 +154,7 @@ def tune(name: str, config: Config, grid: dict[str, dict[str, tuple[float, ...]]
         " ".join(f"{key}={value:g}" for key, value in values.items()),
         comparison.reached(line, "epochs", 1),
         f"{loss:.4f}",
-        comparison.spread(100 * line.test_accuracy, 100 * line.test_accuracy_std, 2),
+        comparison.final(line, config.metric == "test_loss"),
       )
     out.add_section()
   output().print(out)

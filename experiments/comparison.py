@@ -19,6 +19,7 @@ from experiments.runs import Row, commit, hardware, versions
 # Okabe and Ito's colours, told apart in the common forms of colour blindness; with line styles.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999933")
 DASHES = ("-", "--", "-.", (0, (4, 1)), ":", (0, (6, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+Target = tuple[str, float]  # "test_accuracy" or "test_loss", and its value
 RUN = ["batch_size", "optimizer", "seed"]
 TO_TARGET = ["epochs", "steps", "seconds"]
 
@@ -28,10 +29,16 @@ def curves(rows: Iterable[Row]) -> pd.DataFrame:
   return pd.DataFrame(rows, columns=list(Row._fields))
 
 
-def outcomes(epochs: pd.DataFrame, target: float) -> pd.DataFrame:
+def arrived(epochs: pd.DataFrame, target: Target) -> pd.Series:
+  """Which epochs are at the target or beyond."""
+  metric, value = target
+  return epochs[metric] <= value if metric == "test_loss" else epochs[metric] >= value
+
+
+def outcomes(epochs: pd.DataFrame, target: Target) -> pd.DataFrame:
   """A line a run: what it took to the target (NaN where it did not get there), how it ended."""
   last = epochs.groupby(RUN, sort=False).last().reset_index()
-  there = epochs[epochs.test_accuracy >= target].groupby(RUN, sort=False).first().reset_index()
+  there = epochs[arrived(epochs, target)].groupby(RUN, sort=False).first().reset_index()
   names = {"epoch": "epochs", "step": "steps"}
   there = there.rename(columns=names)[[*RUN, *TO_TARGET]]
   last["seconds_per_epoch"] = last.seconds / last.epoch
@@ -61,7 +68,7 @@ def summarize(runs: pd.DataFrame, reference: str | None = None) -> pd.DataFrame:
 
 
 def interval(mean: float, std: float, n: int) -> tuple[float, float]:
-  """The 95 % confidence interval of a mean, by Student's t; of three runs and more: of two it tells nothing."""
+  """The 95 % confidence interval of a mean, by Student's t; NaN of less than three runs."""
   if n < 3 or not math.isfinite(std):
     return math.nan, math.nan
   half = stats.t.ppf(0.975, n - 1) * std / math.sqrt(n)
@@ -81,9 +88,19 @@ def reached(line: Any, column: str, digits: int) -> str:
   return spread(getattr(line, column), getattr(line, f"{column}_std"), digits)
 
 
-def cells(summary: pd.DataFrame, target: float) -> tuple[list[str], list[list[str]]]:
+def target_of(config: Config) -> Target:
+  return config.metric, config.target
+
+
+def words(target: Target) -> str:
+  """The target in a heading."""
+  metric, value = target
+  return f"loss {value:g}" if metric == "test_loss" else f"{100 * value:g} %"
+
+
+def cells(summary: pd.DataFrame, target: Target) -> tuple[list[str], list[list[str]]]:
   """Headings and text of the table: sizes of a batch only where there are several."""
-  share = f"{100 * target:g} %"
+  share, by_loss = words(target), target[0] == "test_loss"
   several = summary.batch_size.nunique() > 1
   headings = [
     *(["batch"] if several else []),
@@ -91,7 +108,7 @@ def cells(summary: pd.DataFrame, target: float) -> tuple[list[str], list[list[st
     f"epochs to {share}",
     f"seconds to {share}",
     "ms / epoch",
-    "final test accuracy, %",
+    "final test loss" if by_loss else "final test accuracy, %",
   ]
   rows = []
   for line in summary.itertuples():
@@ -101,9 +118,15 @@ def cells(summary: pd.DataFrame, target: float) -> tuple[list[str], list[list[st
       reached(line, "epochs", 1),
       reached(line, "seconds", 3),
       f"{1000 * line.seconds_per_epoch:.1f}",
-      spread(100 * line.test_accuracy, 100 * line.test_accuracy_std, 2),
+      final(line, by_loss),
     ])  # fmt: skip
   return headings, rows
+
+
+def final(line: Any, by_loss: bool) -> str:
+  if by_loss:
+    return spread(line.test_loss, line.test_loss_std, 4)
+  return spread(100 * line.test_accuracy, 100 * line.test_accuracy_std, 2)
 
 
 def table(summary: pd.DataFrame, config: Config) -> Table:
@@ -115,7 +138,7 @@ def table(summary: pd.DataFrame, config: Config) -> Table:
     caption="mean ± standard deviation over seeds; seconds of training, without compilation and"
     " evaluation",
   )
-  headings, rows = cells(summary, config.target)
+  headings, rows = cells(summary, target_of(config))
   for heading in headings:
     out.add_column(heading, justify="left" if heading == "optimizer" else "right")
   for row in rows:
@@ -143,47 +166,60 @@ def save(
   document.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
   first = epochs[epochs.batch_size == epochs.batch_size.iloc[0]]
   title = f"{config.dataset}, {config.model.title}, batch {first.batch_size.iloc[0]}"
-  figure = draw(first, config.target, f"{title}: mean and range of {first.seed.nunique()} seeds")
+  figure = draw(
+    first, target_of(config), f"{title}: mean and range of {first.seed.nunique()} seeds"
+  )
   figure.savefig(plot, dpi=150)
   return [lines, document, plot]
 
 
-def draw(epochs: pd.DataFrame, target: float, title: str) -> Any:
-  """Test accuracy by epoch and by seconds (median of the seeds): mean of the seeds, and range."""
+def draw(epochs: pd.DataFrame, target: Target, title: str) -> Any:
+  """What the target is of, by epoch and by seconds (median of the seeds): mean and range."""
   import matplotlib.figure
 
+  metric, goal = target
+  unit, label = (100, "test accuracy, %") if metric == "test_accuracy" else (1, "test loss")
   figure = matplotlib.figure.Figure(figsize=(10, 4.2), layout="constrained")
   axes = figure.subplots(1, 2, sharey=True)
-  lowest = []
+  early = []
   for index, (name, own) in enumerate(epochs.groupby("optimizer", sort=False)):
     colour, dashes = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
     by_epoch = own.groupby("epoch")
-    accuracy = 100 * by_epoch.test_accuracy.agg(["mean", "min", "max"])
-    lowest.append(accuracy["mean"].iloc[len(accuracy) // 4])
-    for axis, x in zip(axes, (accuracy.index, by_epoch.seconds.median()), strict=True):
+    values = unit * by_epoch[metric].agg(["mean", "min", "max"])
+    early.append(values["mean"].iloc[len(values) // 4])
+    for axis, x in zip(axes, (values.index, by_epoch.seconds.median()), strict=True):
       axis.plot(
-        x, accuracy["mean"], color=colour, linestyle=dashes, linewidth=1.8,
+        x, values["mean"], color=colour, linestyle=dashes, linewidth=1.8,
         label=optimizers.TABLE[str(name)].title,
       )  # fmt: skip
-      axis.fill_between(x, accuracy["min"], accuracy["max"], color=colour, alpha=0.15, linewidth=0)
+      axis.fill_between(x, values["min"], values["max"], color=colour, alpha=0.15, linewidth=0)
   labels = ("epoch", "seconds of training (no compilation, no evaluation)")
-  for axis, label in zip(axes, labels, strict=True):
-    axis.axhline(100 * target, color="0.4", linestyle=":", linewidth=1)
-    axis.set_xlabel(label)
+  for axis, below in zip(axes, labels, strict=True):
+    axis.axhline(unit * goal, color="0.4", linestyle=":", linewidth=1)
+    axis.set_xlabel(below)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
   axes[0].set_xlim(left=0)
   axes[1].set_xscale("log")  # the cost of a step differs several times between methods
-  # From the first quarter on every mean curve is in sight, and the target is never at the edge.
-  top = 100 * max(target, epochs.test_accuracy.max())
-  axes[0].set_ylim(min(*lowest, 100 * target - 5) - 1, min(100.0, top + 1))
-  axes[0].set_ylabel("test accuracy, %")
-  axes[0].legend(loc="lower right", frameon=False)
+  axes[0].set_ylim(*_limits(unit * epochs[metric], unit * goal, early, metric))
+  axes[0].set_ylabel(label)
+  place = "lower right" if metric == "test_accuracy" else "upper right"
+  axes[0].legend(loc=place, frameon=False)
   figure.suptitle(title)
   return figure
 
 
-def draw_batches(summary: pd.DataFrame, target: float) -> Any:
+def _limits(values, goal, early, metric):
+  """From the first quarter on every mean curve is in sight; the target is never at the edge."""
+  finite = values[values.map(math.isfinite)]
+  if metric == "test_accuracy":
+    return min(*early, goal - 5) - 1, min(100.0, max(goal, finite.max()) + 1)
+  high = max([goal, *(x for x in early if math.isfinite(x))])
+  low = min(goal, finite.min())
+  return low - 0.05 * (high - low), high + 0.1 * (high - low)
+
+
+def draw_batches(summary: pd.DataFrame, target: Target) -> Any:
   """Seconds and steps to the target over the batch size; runs that never arrive have no point."""
   import matplotlib.figure
 
@@ -199,7 +235,7 @@ def draw_batches(summary: pd.DataFrame, target: float) -> Any:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("batch size")
-    axis.set_ylabel(f"{label} to {100 * target:g} %")
+    axis.set_ylabel(f"{label} to {words(target)}")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
   figure.axes[0].legend(frameon=False)

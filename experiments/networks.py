@@ -2,13 +2,35 @@
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Any, Literal
 
 from experiments import models
-from experiments.models import mlp
+from experiments.models import mlp, resnet, speedrun, t2t_vit, transformer, vit
+
+Dtype = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Mlp:
+class Network:
+  """What all of them have."""
+
+  @property
+  def title(self) -> str:
+    """For tables and plots."""
+    raise NotImplementedError
+
+  def build(self, shape: Sequence[int], classes: int, dtype: Dtype = None) -> models.Model:
+    """The model for inputs of a shape (without the batch) and so many classes or tokens."""
+    raise NotImplementedError
+
+  def prepare(self, state: models.functional.State, images: Any) -> models.functional.State:
+    """The model's state after a look at some training images, before training."""
+    del images
+    return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Mlp(Network):
   """Dense layers over the flattened image, ReLU between them."""
 
   hidden: tuple[int, ...] = (256, 128)  # widths of the hidden layers
@@ -18,5 +40,91 @@ class Mlp:
   def title(self) -> str:
     return f"MLP {'-'.join(map(str, self.hidden))}"
 
-  def build(self, image: Sequence[int], classes: int) -> models.Model:
-    return mlp.mlp(image, classes, self.hidden, dropout=self.dropout)
+  def build(self, shape: Sequence[int], classes: int, dtype: Dtype = None) -> models.Model:
+    return mlp.mlp(shape, classes, self.hidden, dropout=self.dropout, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNet(Network):
+  """Residual networks: 18 and 32 layers for CIFAR, 50 and 101 for ImageNet."""
+
+  depth: Literal[18, 32, 50, 101] = 18  # layers
+  width: int = 64  # channels of the first stage
+
+  @property
+  def title(self) -> str:
+    return f"ResNet-{self.depth}, width {self.width}"
+
+  def build(self, shape: Sequence[int], classes: int, dtype: Dtype = None) -> models.Model:
+    del shape
+    make = getattr(resnet, f"resnet{self.depth}")
+    return make(classes, width=self.width, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speedrun(Network):
+  """The network of the public CIFAR-10 speed runs; its first filters are made from the images."""
+
+  width: float = 1.0  # times the channels of the three groups
+
+  @property
+  def title(self) -> str:
+    return f"speed-run network, width {self.width:g}"
+
+  def build(self, shape: Sequence[int], classes: int, dtype: Dtype = None) -> models.Model:
+    del shape
+    return speedrun.speedrun(classes, width=self.width, dtype=dtype)
+
+  def prepare(self, state: models.functional.State, images: Any) -> models.functional.State:
+    return speedrun.whiten(state, images)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViT(Network):
+  """Vision transformer."""
+
+  patch: int = 16  # side of a patch, pixels
+  width: int = 384
+  depth: int = 12
+  heads: int = 6
+
+  @property
+  def title(self) -> str:
+    return f"ViT, width {self.width}, depth {self.depth}"
+
+  def build(self, shape: Sequence[int], classes: int, dtype: Dtype = None) -> models.Model:
+    sizes = (self.patch, self.width, self.depth, self.heads)
+    return vit.vit(shape[0], *sizes, classes, channels=shape[-1], dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class T2tViT(Network):
+  """T2T-ViT-14."""
+
+  tokens: Literal["performer", "transformer"] = "performer"  # the tokens-to-token module
+
+  @property
+  def title(self) -> str:
+    return "T2T-ViT-14"
+
+  def build(self, shape: Sequence[int], classes: int, dtype: Dtype = None) -> models.Model:
+    return t2t_vit.t2t_vit_14(classes, tokens=self.tokens, image=shape[0], dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel(Network):
+  """A decoder-only transformer."""
+
+  size: str = "0.2m"  # one of `experiments.models.transformer.SIZES`
+  tied: bool = False  # whether the output matrix is the embedding
+
+  @property
+  def title(self) -> str:
+    return f"transformer {self.size}"
+
+  def build(self, shape: Sequence[int], classes: int, dtype: Dtype = None) -> models.Model:
+    del shape
+    return transformer.language_model(self.size, vocabulary=classes, tied=self.tied, dtype=dtype)
+
+
+AnyNetwork = Mlp | ResNet | Speedrun | ViT | T2tViT | LanguageModel

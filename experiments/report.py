@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from experiments import comparison, optimizers
-from experiments.comparison import cells, interval, of_optimizers, outcomes, summarize
+from experiments.comparison import Target, cells, interval, of_optimizers, outcomes, summarize
 from experiments.runs import Log
 
 STYLE = """\
@@ -74,7 +74,8 @@ def write(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _section(own: Comparison) -> str:
-  target = own.record["target"]
+  metric, value = own.record["target"]
+  target = metric, value
   known = [name for name in optimizers.TABLE if name in set(own.epochs.optimizer)]
   epochs = of_optimizers(known, own.epochs)
   runs = outcomes(epochs, target)
@@ -83,7 +84,7 @@ def _section(own: Comparison) -> str:
   for size, part in epochs.groupby("batch_size", sort=True):
     seeds = part.seed.nunique()
     title = f"batch {size}: mean and range of {seeds} seed{'s' * (seeds != 1)}"
-    parts.append(_image(comparison.draw(part, target, title), f"test accuracy, {title}"))
+    parts.append(_image(comparison.draw(part, target, title), f"curves, {title}"))
   if summary.batch_size.nunique() > 1:
     parts.append(_image(comparison.draw_batches(summary, target), "to the target, by batch size"))
   if own.unfinished:
@@ -93,13 +94,15 @@ def _section(own: Comparison) -> str:
   return "\n".join(parts)
 
 
-def _table(summary: pd.DataFrame, target: float) -> str:
+def _table(summary: pd.DataFrame, target: Target) -> str:
   headings, rows = cells(summary, target)
   headings = [*headings, "95 % interval", "n", "speed-up"]
   for line, row in zip(summary.itertuples(), rows, strict=True):
-    low, high = interval(100 * line.test_accuracy, 100 * line.test_accuracy_std, line.n)
+    metric, unit = target[0], 100 if target[0] == "test_accuracy" else 1
+    mean, std = getattr(line, metric), getattr(line, f"{metric}_std")
+    low, high = interval(unit * mean, unit * std, line.n)
     row += [
-      "" if pd.isna(low) else f"{low:.2f} to {high:.2f}",
+      "" if pd.isna(low) else f"{low:.4g} to {high:.4g}",
       str(line.n),
       "–" if pd.isna(line.speed_up) else f"{line.speed_up:.2f}",
     ]
@@ -113,7 +116,7 @@ def _table(summary: pd.DataFrame, target: float) -> str:
     for tag, line in lines
   )
   note = (
-    "<p>Mean ± standard deviation over seeds; the interval is Student's, of the final accuracy;"
+    "<p>Mean ± standard deviation over seeds; the interval is Student's, of the final value;"
     " seconds of training, without compilation and evaluation; speed-up: AdamW's seconds to the"
     " target over its own. A dash: not all runs got there.</p>"
   )

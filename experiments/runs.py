@@ -31,7 +31,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from experiments.configs import AROUND, Config
 from experiments.optimizers import TABLE
 from experiments.tasks import Task
-from experiments.training import Program, State, order_of
+from experiments.training import Program, State
 
 PACKAGES = ("fop_optax", "jax", "jaxlib", "optax", "flax", "numpy", "orbax-checkpoint")
 
@@ -168,9 +168,10 @@ def _flat(tree, path=""):
       yield f"{path}{name}", value
 
 
-def _checkpoints(path: pathlib.Path) -> ocp.CheckpointManager:
+def _checkpoints(path: pathlib.Path, metric: str) -> ocp.CheckpointManager:
   """The last and the best are kept; saved in the background."""
-  best = policies.BestN(get_metric_fn=lambda metrics: metrics["test_accuracy"], n=1)
+  sign = -1 if metric == "test_loss" else 1
+  best = policies.BestN(get_metric_fn=lambda metrics: sign * metrics[metric], n=1)
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
     cleanup_tmp_directories=True,
@@ -200,7 +201,7 @@ def train(
   if log.record is None:
     log.write({
       "run": run,
-      "target": config.target,
+      "target": [config.metric, config.target],
       "versions": versions(),
       "commit": commit(),
       "hardware": hardware(),
@@ -211,7 +212,7 @@ def train(
     yield from log.rows()
     return
   program = build()
-  with _checkpoints(path / "checkpoints") as manager:
+  with _checkpoints(path / "checkpoints", config.metric) as manager:
     state = program.init(seed)
     first = 1
     if (last := manager.latest_step()) is not None:
@@ -240,7 +241,7 @@ def _abstract(state: State) -> State:
 
 
 def _epoch(state, epoch, seconds, config, name, seed, task, program):
-  order = jnp.asarray(order_of(config, task, seed, epoch))
+  order = jnp.asarray(task.order(seed, epoch))
   jax.block_until_ready((state, order))
   clock = time.perf_counter()
   state, losses = program.advance(state, task.arrays, order, jnp.uint32(seed))

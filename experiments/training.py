@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from experiments.configs import Config
@@ -89,14 +88,9 @@ def gradient_of(config: Config, hyper: Optimizer, task: Task) -> tuple[Any, Call
 
 def build(config: Config, hyper: Optimizer, task: Task) -> Program:
   """Compiles the training of one optimizer, and runs it once: a first call sets up buffers."""
-  per_epoch = task.examples // config.batch_size
-  if not per_epoch:
-    raise SystemExit(
-      f"--batch-size {config.batch_size} is larger than the {task.examples} training examples."
-    )
   layers, gradient = gradient_of(config, hyper, task)
-  steps = round(config.epochs * per_epoch)
-  schedule = schedule_of(config, hyper.learning_rate, steps)
+  indices = jnp.asarray(task.order(0, 1))
+  schedule = schedule_of(config, hyper.learning_rate, config.epochs * len(indices))
   tx = optax.with_extra_args_support(hyper.make(schedule, layers))
 
   def init(seed):
@@ -121,20 +115,9 @@ def build(config: Config, hyper: Optimizer, task: Task) -> Program:
     return jax.lax.scan(lambda state, own: step(state, own, arrays, seed), state, indices)
 
   begin = time.perf_counter()
-  args = task.arrays, jnp.asarray(order_of(config, task, 0, 1)), jnp.uint32(0)
+  args = task.arrays, indices, jnp.uint32(0)
   state = init(0)
   compiled = jax.jit(advance, donate_argnums=0).lower(state, *args).compile()
   state, _ = jax.block_until_ready(compiled(state, *args))
   task.evaluate(state.params, state.model)
   return Program(init, compiled, time.perf_counter() - begin)
-
-
-def order_of(config: Config, task: Task, seed: int, epoch: int) -> np.ndarray:
-  """The examples of an epoch, `[steps, batch]`; what is left of it is dropped.
-
-  It depends on the seed and the epoch alone: all optimizers see the same, and so does a run that
-  goes on where it was killed.
-  """
-  steps = task.examples // config.batch_size
-  order = np.random.default_rng((seed, epoch)).permutation(task.examples)
-  return order[: steps * config.batch_size].astype(np.int32).reshape(steps, config.batch_size)

@@ -1,6 +1,7 @@
 """The comparison: from its command line to its files, and the rules of its comparison."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,11 +9,13 @@ import re
 import subprocess
 import sys
 
-from experiments.train import Row
+import jax
 import numpy as np
 import pytest
 
-from experiments import comparison, configs, data, optimizers
+from experiments import comparison, configs, data, models, optimizers, training
+from experiments.__main__ import as_flags
+from experiments.runs import Row
 from fop_optax.optimizers import common
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,7 +41,7 @@ def module(name, *args, **env):
 
 def rows(name, seed, accuracies, seconds=0.5):
   return [
-    Row(name, seed, i, seconds * i, 1.0, 1.0, accuracy)
+    Row(name, 256, seed, i, 5 * i, seconds * i, 1.0, 1.0, 1.0, accuracy)
     for i, accuracy in enumerate(accuracies, start=1)
   ]
 
@@ -48,11 +51,11 @@ def test_compare_runs_all_and_saves(tmp_path):
   done = run("compare", "--seeds", "2", "--epochs", "2", "--out", str(tmp_path))
   assert done.returncode == 0, done.stderr
   assert done.stderr == ""  # no progress bar where there is no terminal
-  for row in optimizers.TABLE.values():
-    assert row.title in done.stdout
+  names = configs.load("digits_mlp")[0].optimizers
+  for name in names:
+    assert optimizers.TABLE[name].title in done.stdout
   with (tmp_path / "digits_mlp/curves.csv").open() as file:
     curves = list(csv.DictReader(file))
-  names = list(optimizers.TABLE)
   assert [(c["optimizer"], c["seed"], c["epoch"]) for c in curves] == [
     (n, s, e) for n in names for s in "01" for e in "12"
   ]
@@ -95,8 +98,10 @@ def test_tune_ranks_the_grid():
 @pytest.mark.parametrize(
   ("args", "message"),
   [
-    (["train"], "unknown command 'train'"),
-    (["compare", "imagenet"], "unknown CONFIG 'imagenet': one of digits_mlp"),
+    (["trian"], "unknown command 'trian'; did you mean 'train'"),
+    (["compare", "cifar10_mlpp"], "unknown CONFIG 'cifar10_mlpp'; did you mean 'cifar10_mlp'"),
+    (["compare", "imagenet"], "unknown CONFIG 'imagenet': one of caltech101"),
+    (["train", "--set", "batch_sise=3"], "batch-size"),
     (["compare", "--optimizers", "lion"], "unknown optimizers .'lion'.: any of sgd, adamw"),
     (["compare", "--epoch", "3"], "--epoch"),
     (["compare", "--batch-size", "5000"], "larger than the 1437 training examples"),
@@ -110,9 +115,20 @@ def test_bad_command_lines(args, message):
 
 
 @pytest.mark.parametrize("name", configs.NAMES)
+def test_a_configuration_says_what_it_is_and_builds_its_network(name):
+  config, grid = configs.load(name)
+  assert configs.described(name).endswith(".")
+  assert set(config.optimizers) <= set(grid)
+  classes = 100 if "100" in config.dataset else 65
+  model = config.model.build((80, 80, 3), classes)
+  params, _ = jax.eval_shape(lambda: model.init(0))
+  assert models.parameter_count(params) > 1000
+
+
+@pytest.mark.parametrize("name", ["digits_mlp", "cifar10_mlp", "fashion_mnist_mlp"])
 def test_grids_are_of_one_size_and_hold_the_chosen_values(name):
   config, grid = configs.load(name)
-  assert set(grid) == set(optimizers.TABLE)
+  assert set(grid) == set(config.optimizers)
   sizes = {np.prod([len(values) for values in row.values()]) for row in grid.values()}
   assert len(sizes) == 1
   for optimizer, axes in grid.items():
@@ -140,23 +156,82 @@ def test_holdout_has_no_test_image():
   assert as_rows(images) == as_rows(digits.train_images)
 
 
-def test_report_shows_runs_that_never_arrive():
-  found = comparison.summarize(
+def test_runs_that_never_arrive():
+  epochs = comparison.curves(
     rows("sgd", 0, [0.1, 0.8, 0.9])
     + rows("sgd", 1, [0.1, 0.9, 0.7])
     + rows("adamw", 0, [0.9, 0.9, 0.9])
-    + rows("adamw", 1, [0.1, 0.1, 0.8]),
-    target=0.9,
+    + rows("adamw", 1, [0.1, 0.1, 0.8])
   )
-  sgd, adamw = found
-  assert sgd.epochs_to_target == [3, 2]
-  assert sgd.seconds_to_target == [1.5, 1.0]
-  assert sgd.final_accuracy == [0.9, 0.7]
+  found = comparison.outcomes(epochs, ("test_accuracy", 0.9))
+  np.testing.assert_array_equal(found.epochs, [3, 2, 1, np.nan])
+  np.testing.assert_array_equal(found.steps, [15, 10, 5, np.nan])
+  np.testing.assert_array_equal(found.seconds, [1.5, 1.0, 0.5, np.nan])
+  np.testing.assert_array_equal(found.test_accuracy, [0.9, 0.7, 0.9, 0.8])
+  sgd, adamw = comparison.summarize(found, "sgd").itertuples()
   assert sgd.seconds_per_epoch == 0.5
-  assert comparison.reached(sgd.epochs_to_target, 1) == "2.5 ± 0.7"
-  assert adamw.epochs_to_target == [1, None]
-  assert comparison.reached(adamw.epochs_to_target, 1) == "– (1/2 reached)"
-  assert comparison.spread([1.0], 2) == "1.00"
+  assert comparison.reached(sgd, "epochs", 1) == "2.5 ± 0.7"
+  assert sgd.speed_up == 1
+  assert comparison.reached(adamw, "epochs", 1) == "– (1/2 reached)"
+  assert np.isnan(adamw.speed_up)
+  assert comparison.spread(1.0, np.nan, 2) == "1.00"
+  # of a loss less is more
+  by_loss = comparison.outcomes(epochs.assign(test_loss=epochs.epoch), ("test_loss", 1.5))
+  assert by_loss.epochs.tolist() == [1] * 4
+
+
+def test_intervals():
+  """Student's t of 2 degrees of freedom is 4.303."""
+  low, high = comparison.interval(5.0, 1.0, 3)
+  np.testing.assert_allclose([low, high], [5 - 4.3027 / 3**0.5, 5 + 4.3027 / 3**0.5], rtol=1e-4)
+  assert np.isnan(comparison.interval(5.0, 1.0, 2)[0])
+
+
+def test_rates_of_batch_sizes():
+  config, _ = configs.load("digits_mlp")
+  config = dataclasses.replace(config, batch_sizes=(128, 512), scale_rate="linear")
+  small, large = configs.by_batch_size(config)
+  assert (small.batch_size, large.batch_size) == (128, 512)
+  np.testing.assert_allclose(large.kfac.learning_rate, 2 * config.kfac.learning_rate)
+  np.testing.assert_allclose(small.adamw.learning_rate, config.adamw.learning_rate / 2)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "exponential", "step", "constant"])
+def test_schedules(name):
+  """Up to the peak in a tenth of the steps, then down; the first step is not zero."""
+  config, _ = configs.load("digits_mlp")
+  rate = training.schedule_of(dataclasses.replace(config, schedule=name), 0.5, 100)
+  values = np.array([rate(step) for step in range(100)])
+  np.testing.assert_allclose(values[:11], 0.5 * np.arange(1, 12).clip(max=11) / 11, rtol=1e-5)
+  assert np.all(np.diff(values[10:]) <= 1e-7)
+  last = {"cosine": 1.5e-4, "linear": 6e-3, "exponential": 5.3e-3, "step": 5e-3, "constant": 0.5}
+  np.testing.assert_allclose(values[-1], last[name], rtol=0.05)
+
+
+def test_set_is_another_spelling_of_flags():
+  args = ["--epochs", "3", "--set", "batch_size=5", "kfac.learning_rate=0.3", "--seeds", "1"]
+  flags = ["--epochs", "3", "--batch-size", "5", "--kfac.learning-rate", "0.3", "--seeds", "1"]
+  assert as_flags(args) == flags
+
+
+def test_report_is_one_page_of_all_runs(tmp_path):
+  done = run(
+    *("compare", "--optimizers", "sgd", "adamw", "--seeds", "1", "--epochs", "2"),
+    *("--batch-sizes", "128", "256", "--out", str(tmp_path)),
+  )
+  assert done.returncode == 0, done.stderr
+  again = run("compare", "--optimizers", "sgd", "--seeds", "1", "--epochs", "2",
+              "--batch-sizes", "128", "256", "--out", str(tmp_path))  # fmt: skip
+  assert again.returncode == 0, again.stderr
+  done = run("report", str(tmp_path))
+  assert done.returncode == 0, done.stderr
+  page = (tmp_path / "report.html").read_text()
+  assert page.count("<td>128</td>") == page.count("<td>256</td>") == 2
+  assert page.count("data:image/png;base64,") == 3  # a plot a batch size, and one over both
+  assert "http" not in page.replace("https://", "")
+  missing = run("report", str(tmp_path / "nothing"))
+  assert missing.returncode == 1
+  assert "holds no runs" in missing.stderr
 
 
 def test_missing_data_says_how_to_get_it(tmp_path):

@@ -5,7 +5,7 @@ import importlib
 import pkgutil
 from typing import Literal
 
-from experiments.networks import Mlp
+from experiments.networks import AnyNetwork
 from experiments.optimizers import TABLE, AdamW, Ekfac, Fop, Kfac, Muon, Sgd, Shampoo, Soap
 
 
@@ -13,11 +13,19 @@ from experiments.optimizers import TABLE, AdamW, Ekfac, Fop, Kfac, Muon, Sgd, Sh
 class Config:
   """One experiment: data, model, budget, and each optimizer's hyperparameters."""
 
-  dataset: str  # "digits" (embedded), or the name of a TFDS image classification set
-  model: Mlp  # and its sizes
+  dataset: str  # "digits" (embedded), a TFDS image classification set, or "shakespeare"
+  model: AnyNetwork  # and its sizes
   batch_size: int  # examples a step; what is left of an epoch is dropped
-  epochs: int  # passes over the training examples
-  target: float  # of the test accuracy
+  epochs: int  # passes over the training examples; of a text, of `steps_per_epoch` steps each
+  target: float  # of the test accuracy, or of the loss
+  metric: Literal["test_accuracy", "test_loss"] = "test_accuracy"  # what the target is of
+  imbalance: float = 1.0  # of a long tail: the largest class over the smallest
+  augmentation: tuple[Literal["flip", "crop", "shift", "cutout"], ...] = ()  # in this order
+  mixup: float = 0.0  # alpha of the Beta distribution; 0: none
+  length: int = 0  # tokens of an example of text
+  steps_per_epoch: int = 0  # of a text
+  held_out: int = 50_000  # tokens at the start of the validation part that are evaluated on
+  precision: Literal["float32", "bfloat16"] = "float32"  # that the model computes in
   schedule: Literal["cosine", "linear", "exponential", "step", "constant"] = "cosine"
   warmup: float = 0.1  # share of the steps in which the rate rises
   label_smoothing: float = 0.0  # share of a label that is spread over all classes
@@ -56,6 +64,19 @@ AROUND = (
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
+# Where a configuration has none of its own.
+GRID: dict[str, dict[str, tuple[float, ...]]] = {
+  "sgd": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0, 5e-4)},
+  "adamw": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (1e-2, 1e-1)},
+  "muon": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 1e-1)},
+  "soap": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (1e-2, 1e-1)},
+  "shampoo": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.0, 1e-1)},
+  "kfac": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0, 1e-1)},
+  "ekfac": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0, 1e-1)},
+  "fop": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0, 1e-1)},
+}
+
+
 def by_batch_size(config: Config) -> list[Config]:
   """The configurations of all `batch_sizes`, with their rates."""
   out = []
@@ -74,7 +95,7 @@ def by_batch_size(config: Config) -> list[Config]:
 def load(name: str) -> tuple[Config, dict[str, dict[str, tuple[float, ...]]]]:
   """The configuration `name`, and the grid that `tune` searches for it."""
   module = importlib.import_module(f"experiments.configs.{name}")
-  return module.CONFIG, module.GRID
+  return module.CONFIG, getattr(module, "GRID", GRID)
 
 
 def described(name: str) -> str:

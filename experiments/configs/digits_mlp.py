@@ -25,8 +25,8 @@ CONFIG = Config(
 GRID = {
   "sgd": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "momentum": (0.5, 0.8, 0.9, 0.95)},
   "adamw": {"learning_rate": (3e-3, 1e-2, 3e-2, 1e-1), "weight_decay": (1e-2, 1e-1, 1.0, 3.0)},
-  "muon": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (1e-2, 1e-1, 1.0, 3.0)},
-  "soap": {"learning_rate": (3e-3, 1e-2, 3e-2, 1e-1), "weight_decay": (1e-2, 1e-1, 1.0, 3.0)},
+  "muon": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (1e-3, 1e-2, 1e-1, 1.0)},
+  "soap": {"learning_rate": (3e-3, 1e-2, 3e-2, 1e-1), "weight_decay": (1e-1, 1.0, 3.0, 10.0)},
   "kfac": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "relative_damping": (0.1, 0.3, 1.0, 3.0)},
   "fop": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "relative_damping": (0.1, 0.3, 1.0, 3.0)},
 }

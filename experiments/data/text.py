@@ -58,6 +58,12 @@ def split(
   return Text(ids[:kept], ids[kept:], vocabulary, decode)
 
 
+def held_out(text: Text, validation: float = 0.1) -> Text:
+  """The training part alone, its end in the place of the validation part: for tuning."""
+  kept = round((1 - validation) * len(text.train))
+  return text._replace(train=text.train[:kept], validation=text.train[kept:])
+
+
 def id_type(vocabulary: int) -> np.dtype:
   """The smallest unsigned integers that hold ids below `vocabulary`."""
   return np.min_scalar_type(vocabulary - 1)

@@ -1,0 +1,21 @@
+"""What is learnt: batches that the compiled step picks by itself, a loss, and an evaluation."""
+
+from experiments.configs import Config
+from experiments.data import images, long_tailed
+from experiments.data import text as texts
+from experiments.tasks.base import Task as Task
+from experiments.tasks.classification import classification
+from experiments.tasks.language import language
+
+TEXTS = {"shakespeare": texts.shakespeare}
+
+
+def load(config: Config, tuning: bool = False) -> Task:
+  """The task of a configuration; for tuning on a part held out of the training examples."""
+  if config.dataset in TEXTS:
+    text = TEXTS[config.dataset](config.data_dir)
+    return language(config, texts.held_out(text) if tuning else text)
+  data = images.load(config.dataset, config.data_dir)
+  if config.imbalance > 1:
+    data = long_tailed(data, config.imbalance)
+  return classification(config, images.holdout(data) if tuning else data)

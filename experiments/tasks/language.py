@@ -1,0 +1,58 @@
+"""Text: the next token of each of a window's tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.configs import Config
+from experiments.data import text as texts
+from experiments.tasks.base import Task
+import fop_optax
+
+EVAL_BATCH = 64
+
+
+def language(config: Config, text: texts.Text) -> Task:
+  """A language model; an epoch is `config.steps_per_epoch` steps, on windows drawn anew."""
+  dtype = jnp.bfloat16 if config.precision == "bfloat16" else None
+  length, steps = config.length, config.steps_per_epoch
+  if not (length and steps):
+    raise SystemExit(f"Text needs --length and --steps-per-epoch, not {length} and {steps}.")
+  model = config.model.build((length,), text.vocabulary, dtype)
+
+  def order(seed, epoch):
+    first = (epoch - 1) * steps
+    begins = [
+      texts.starts(len(text.train), config.batch_size, length, seed, step)
+      for step in range(first, first + steps)
+    ]
+    return np.stack(begins).astype(np.int32)
+
+  def pick(arrays, indices, key):
+    del key
+    return tuple(x.astype(jnp.int32) for x in texts.take(arrays, indices, length))
+
+  def loss(params, state, batch, key):
+    logits, state = model.apply(params, state, batch[0], train=True, key=key)
+    return fop_optax.softmax_cross_entropy(logits, batch[1]), state
+
+  @jax.jit
+  def score(params, state, x, y):
+    logits, _ = model.apply(params, state, x, train=False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    return jnp.stack([losses.sum(), (logits.argmax(-1) == y).sum()])
+
+  x, y = map(jnp.asarray, texts.blocks(np.asarray(text.validation[: config.held_out]), length))
+
+  def evaluate(params, state):
+    parts = [
+      score(params, state, x[start : start + EVAL_BATCH], y[start : start + EVAL_BATCH])
+      for start in range(0, len(x), EVAL_BATCH)
+    ]
+    loss, right = np.sum(np.asarray(parts, np.float64), axis=0) / x.size
+    return {"test_loss": loss, "test_accuracy": right}
+
+  shape = jax.ShapeDtypeStruct((config.batch_size, length), jnp.int32)
+  arrays = jnp.asarray(np.asarray(text.train))
+  return Task(model, arrays, order, pick, (shape, shape), loss, evaluate, x.size)
