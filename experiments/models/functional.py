@@ -52,7 +52,7 @@ def from_module(make: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   drops = any(isinstance(m, nnx.Dropout) and m.rate > 0 for _, m in nnx.iter_modules(abstract))
 
   def init(seed):
-    _, params, state = nnx.split(make(nnx.Rngs(seed)), nnx.Param, ...)
+    _, params, state = nnx.split(make(nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
     return params, state
 
   def apply(params, state, x, *, train, key=None):
