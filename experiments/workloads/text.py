@@ -1,14 +1,12 @@
 """Text by characters: transformers and a recurrent network."""
 
-import os
-import pathlib
-
 from flax import nnx
 import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.data.text import shakespeare
 from experiments.workloads.base import Workload, from_module, split
 import fop_optax
 
@@ -17,18 +15,11 @@ LENGTH = 32
 
 def _examples(data_dir: str | None, size: int, validation: int):
   """Windows of tiny Shakespeare, and the characters that follow; how many characters there are."""
-  root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  path = pathlib.Path(root).expanduser() / "tiny_shakespeare" / "1.0.0" / "input.txt"
-  if not path.exists():
-    raise SystemExit(
-      f"No {path}. Put the text of tiny Shakespeare there, or leave this workload out with"
-      " `--workloads`."
-    )
-  text = np.frombuffer(path.read_bytes(), np.uint8)
-  characters, ids = np.unique(text, return_inverse=True)
+  text = shakespeare(data_dir)
+  ids = np.concatenate([text.train, text.validation])
   starts = np.random.default_rng(0).integers(0, len(ids) - LENGTH - 1, size + validation)
   windows = ids[starts[:, None] + np.arange(LENGTH + 1)].astype(np.int32)
-  return split((windows[:, :-1], windows[:, 1:]), validation), len(characters)
+  return split((windows[:, :-1], windows[:, 1:]), validation), text.vocabulary
 
 
 def _normalise(x):
