@@ -61,6 +61,8 @@ def from_module(make: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         "This model has dropout: in training it needs random bits,"
         " `apply(params, state, x, train=True, key=jax.random.key(...))`."
       )
+    # Variables of this trace: those of one outside (of `jax.grad`, of a scan) cannot be written to.
+    params, state = jax.tree.map(lambda x: x, (params, state))
     module = nnx.merge(graphdef, params, state)
     rngs = None if key is None else nnx.Rngs(dropout=key)
     outputs = module(x, train=train, rngs=rngs)
