@@ -20,6 +20,7 @@ class Config:
   target: float  # of the test accuracy, or of the loss
   metric: Literal["test_accuracy", "test_loss"] = "test_accuracy"  # what the target is of
   imbalance: float = 1.0  # of a long tail: the largest class over the smallest
+  examples: int = 0  # training images that are used, drawn once; 0: all
   augmentation: tuple[Literal["flip", "crop", "shift", "cutout"], ...] = ()  # in this order
   mixup: float = 0.0  # alpha of the Beta distribution; 0: none
   length: int = 0  # tokens of an example of text

@@ -57,6 +57,15 @@ def holdout(data: Data, fraction: float = 0.2, seed: int = 0) -> Data:
   return with_moments(images[kept], labels[kept], images[held], labels[held], data.classes)
 
 
+def subset(data: Data, examples: int, seed: int = 0) -> Data:
+  """`data` with so many of its training images, drawn once."""
+  if examples > len(data.train_labels):
+    raise SystemExit(f"--examples {examples}: there are {len(data.train_labels)} training images.")
+  kept = np.random.default_rng(seed).permutation(len(data.train_labels))[:examples]
+  images, labels = data.train_images[kept], data.train_labels[kept]
+  return with_moments(images, labels, data.test_images, data.test_labels, data.classes)
+
+
 def with_moments(train_images, train_labels, test_images, test_labels, classes: int) -> Data:
   """`Data` of these arrays, with the mean and deviation of `train_images`."""
   # Sums of bytes and of their squares are exact in int64, and make no float copy of the images.

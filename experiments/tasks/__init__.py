@@ -18,4 +18,6 @@ def load(config: Config, tuning: bool = False) -> Task:
   data = images.load(config.dataset, config.data_dir)
   if config.imbalance > 1:
     data = long_tailed(data, config.imbalance)
+  if config.examples:
+    data = images.subset(data, config.examples)
   return classification(config, images.holdout(data) if tuning else data)
