@@ -49,7 +49,7 @@ def test_no_shakespeare_says_where_it_goes(tmp_path):
 
 @pytest.mark.skipif(
   not (folders.root() / "tiny_shakespeare").is_dir(),
-  reason="no tiny_shakespeare in the data folder",
+  reason="no tiny_shakespeare is prepared",
 )
 def test_shakespeare():
   play = text.shakespeare()
