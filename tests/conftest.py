@@ -44,3 +44,10 @@ def x64():
   """Double precision for a module: `pytestmark = pytest.mark.usefixtures("x64")`."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+  """A cache of data sets of the test's own."""
+  monkeypatch.setenv("FOP_OPTAX_CACHE", str(tmp_path / "cache"))
+  return tmp_path / "cache"

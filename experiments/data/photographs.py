@@ -6,6 +6,7 @@ a bilinear filter over as many pixels as go into one.
 """
 
 import io
+import math
 
 import numpy as np
 from PIL import Image
@@ -60,7 +61,7 @@ def random_box(
   width, height = shape
   for _ in range(10):
     pixels = rng.uniform(*area) * width * height
-    shear = np.exp(rng.uniform(*np.log(ratio)))
+    shear = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
     w, h = round((pixels * shear) ** 0.5), round((pixels / shear) ** 0.5)
     if 0 < w <= width and 0 < h <= height:
       left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))

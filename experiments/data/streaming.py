@@ -80,7 +80,7 @@ def open_records(
     raise ValueError(f"{name!r} has no class {unknown!r}: nearest is {near[0]!r}.")
   if len(set(classes)) < len(classes):
     raise ValueError("A class is listed twice.")
-  make = lambda: {"labels": np.array([source[i]["label"] for i in range(len(source))], np.int32)}
+  make = lambda: {"labels": _labels(source)}
   labels = cache.arrays(folders.key(source, split) + "-labels", make)["labels"]
   renamed = np.full(feature.num_classes, PADDING)
   renamed[[feature.str2int(one) for one in classes]] = np.arange(len(classes))
@@ -218,6 +218,13 @@ def _example(image: np.ndarray, label: int, normalised: bool) -> dict[str, np.nd
     mean, scale = np.tile(np.float32(MEAN), width), np.tile(1 / np.float32(STD), width)
     image = ((image.reshape(height, -1) - mean) * scale).reshape(image.shape)
   return {"image": image, "label": np.int32(label)}
+
+
+def _labels(source: Any, at_once: int = 1000) -> np.ndarray:
+  """Of all records; many are read in one call, which is several times faster than one by one."""
+  parts = [range(i, min(i + at_once, len(source))) for i in range(0, len(source), at_once)]
+  found = [record["label"] for part in parts for record in source.__getitems__(part)]
+  return np.array(found, np.int32)
 
 
 def _process(process: tuple[int, int] | None) -> tuple[int, int]:
