@@ -255,6 +255,7 @@ needs_tfds = pytest.mark.skipif(
 
 
 @needs_tfds
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "shape"), [("cifar10", (50000, 32, 32, 3)), ("fashion_mnist", (60000, 28, 28, 1))]
 )

@@ -87,6 +87,7 @@ def test_groups_in_any_order_and_basis(problem):
     assert 0 < layer["rho2"] <= 1
 
 
+@pytest.mark.slow
 def test_a_tree_of_contrasts_through_the_optimizer():
   params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
   x = jax.random.normal(jax.random.key(0), (16, 3))

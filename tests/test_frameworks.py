@@ -1,5 +1,7 @@
 """The same network in Flax NNX, Linen, Equinox and plain pytrees, with state, keys and loops."""
 
+import functools
+
 import equinox as eqx
 from flax import linen as nn
 from flax import nnx
@@ -74,12 +76,13 @@ def as_pytree(weights):
   return list(weights), lambda p, x: jnp.tanh(x @ p[0] + p[1]) @ p[2] + p[3], tuple
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 FRAMEWORKS = [as_pytree, as_nnx, as_nnx_module, as_linen, as_equinox]
 
 
 @pytest.mark.parametrize(
   ("framework", "optimizer"),
-  [(framework, fop_optax.kfac) for framework in FRAMEWORKS] + [(as_nnx_module, fop_optax.fop)],
+  [(framework, fop_optax.kfac) for framework in FRAMEWORKS] + [slow(as_nnx_module, fop_optax.fop)],
 )
 def test_the_same_network_gets_the_same_update(framework, optimizer):
   rng = np.random.default_rng(1)
@@ -119,7 +122,7 @@ class WithState(nnx.Module):
     return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
 
 
-@pytest.mark.parametrize("optimizer", [fop_optax.kfac, fop_optax.fop])
+@pytest.mark.parametrize("optimizer", [fop_optax.kfac, slow(fop_optax.fop)])
 def test_nnx_optimizer_with_batch_norm_and_dropout(optimizer):
   model = WithState(nnx.Rngs(0))
   graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -176,6 +179,7 @@ def test_linen_loop_and_the_error_of_train_state():
     state.apply_gradients(grads=params)
 
 
+@pytest.mark.slow
 def test_linen_batch_norm_dropout_scan_and_attention():
   class Block(nn.Module):
     @nn.compact

@@ -207,6 +207,7 @@ def test_damping_that_is_given_or_not():
   assert all(not np.allclose(both[n]["w"], alone[n]["w"], rtol=1e-2) for n in NAMES)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_counted_and_harmless():
   for make in (fop_optax.kfac, fop_optax.fop):
     params, layers = setup()

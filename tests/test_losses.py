@@ -154,7 +154,10 @@ def test_exact_is_gauss_newton(name):
   close(G_of(loss, "exact"), jax.jit(lambda: explicit(terms))())
 
 
-@pytest.mark.parametrize("name", ["members on the last axis", "contrasts of all pairs"])
+@pytest.mark.parametrize(
+  "name",
+  ["members on the last axis", pytest.param("contrasts of all pairs", marks=pytest.mark.slow)],
+)
 def test_sampled_is_gauss_newton_within_its_error(name):
   loss, terms = LOSSES[name]
   G = G_of(loss, "sampled", jax.random.split(jax.random.key(0), 2000))

@@ -241,6 +241,7 @@ def test_kronecker_is_not_kfac_elsewhere():
     assert 0.01 < relative(got[name]["w"], want[name]["w"]) < 1
 
 
+@pytest.mark.slow
 def test_halves_folded_are_the_whole():
   """With a decay that does not bite, averages are over all examples that came."""
   params, whole = gradients(examples=16)
@@ -256,7 +257,7 @@ def test_halves_folded_are_the_whole():
 @pytest.mark.parametrize(
   ("make", "curvature"),
   [
-    (fop_optax.kfac_per_example, "kronecker"),
+    SLOW(fop_optax.kfac_per_example, "kronecker"),
     (fop_optax.fop_per_example, "exact"),
     SLOW(fop_optax.kfac_per_example, "exact"),
     SLOW(fop_optax.fop_per_example, "kronecker"),

@@ -112,8 +112,9 @@ GOLDEN_DIRECTION = {
 }
 
 
-@pytest.mark.parametrize(("metric", "scaling"), GOLDEN)
-def test_golden_numbers(metric, scaling):
+@pytest.mark.parametrize("chosen", slow_but(GOLDEN, "fisher-factored", name="-".join))
+def test_golden_numbers(chosen):
+  metric, scaling = chosen
   A = jnp.array([[2, 0.5, 0], [0.5, 1, 0.25], [0, 0.25, 0.5]])
   G = jnp.array([[0.4, 0.1], [0.1, 0.2]])
   groups = jnp.array([[[1, -2, 0.5], [0.25, 1, -1]], [[0.5, -1, 1.5], [-0.75, 0.5, 0]]])
@@ -278,7 +279,7 @@ def test_more_groups_than_entries():
   assert out.residual < 1e-12
 
 
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_wide_layers_and_coarse_gradients_do_project(dtype):
   n = 1024 if dtype == np.float32 else 64
   A, G, _, groups = random_layer(0, n, n, dtype=np.float32)

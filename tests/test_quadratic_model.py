@@ -129,6 +129,7 @@ def least_squares(dimensions):
   return loss, fop_optax.capture(loss, params, x, y), params, x, y
 
 
+@pytest.mark.slow
 def test_steps_are_conjugate_gradients():
   """On a quadratic, from the gradient and the step before: the end in as many steps as axes."""
   for dimensions in (2, 5):

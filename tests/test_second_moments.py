@@ -368,6 +368,7 @@ def test_sampled_is_exact_in_the_mean():
     assert jnp.all(jnp.abs(mean.mean(0) - S) < 4.5 * error + 1e-12)
 
 
+@pytest.mark.slow
 def test_layers_that_are_not_measured():
   """Tied weights, tables and a scan over examples: the diagonal of `A (x) G`, and it is said."""
   params = {"table": draw(5, 4), "positions": draw(T, 4), "one": draw(4, 4), "w": draw(4, 4)}
