@@ -241,14 +241,20 @@ def _abstract(state: State) -> State:
 
 
 def _epoch(state, epoch, seconds, config, name, seed, task, program):
-  order = jnp.asarray(task.order(seed, epoch))
-  jax.block_until_ready((state, order))
-  clock = time.perf_counter()
-  state, losses = program.advance(state, task.arrays, order, jnp.uint32(seed))
+  order, start = task.order(seed, epoch), jnp.uint32(seed)
+  calls = [jnp.asarray(order[i : i + program.steps]) for i in range(0, len(order), program.steps)]
+  jax.block_until_ready((state, calls))
+  clock, losses = time.perf_counter(), []
+  for indices in calls:
+    state, own_losses = program.advance(state, task.arrays, indices, start)
+    losses.append(own_losses)
   jax.block_until_ready(state)
   own = time.perf_counter() - clock
   params = state.params if state.average is None else state.average
-  numbers = {"train_loss": float(losses.mean()), **task.evaluate(params, state.model)}
+  numbers = {
+    "train_loss": float(jnp.concatenate(losses).mean()),
+    **task.evaluate(params, state.model),
+  }
   row = Row(
     name, config.batch_size, seed, epoch, int(state.step), seconds + own, order.size / own,
     **numbers,

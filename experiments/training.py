@@ -14,9 +14,6 @@ from experiments.tasks import Task
 import fop_optax
 
 
-SHORT = 1e10  # FLOPs of an epoch
-
-
 class State(NamedTuple):
   """All that a run needs to go on, but for what follows from the seed and the step."""
 
@@ -33,6 +30,7 @@ class Program(NamedTuple):
   init: Callable[[int], State]  # seed -> state
   # state, arrays of the task, indices [steps, batch], seed -> state, losses [steps]; consumes state
   advance: Callable[[State, Any, jax.Array, jax.Array], tuple[State, jax.Array]]
+  steps: int  # of one call
   compile_seconds: float
 
 
@@ -118,11 +116,10 @@ def build(config: Config, hyper: Optimizer, task: Task) -> Program:
     return jax.lax.scan(lambda state, own: step(state, own, arrays, seed), state, indices)
 
   begin = time.perf_counter()
-  args = task.arrays, indices, jnp.uint32(0)
+  args = task.arrays, indices[: None if config.looped else 1], jnp.uint32(0)
   state = init(0)
   compiled = jax.jit(advance, donate_argnums=0).lower(state, *args).compile()
-  if len(indices) * compiled.cost_analysis().get("flops", 0.0) < SHORT:
-    # A first call sets up buffers and threads: of short epochs it would be seen in their times.
-    state, _ = jax.block_until_ready(compiled(state, *args))
+  # A first call sets up buffers and threads: it would be seen in the times of short steps.
+  state, _ = jax.block_until_ready(compiled(state, *args))
   task.evaluate(state.params, state.model)
-  return Program(init, compiled, time.perf_counter() - begin)
+  return Program(init, compiled, len(args[1]), time.perf_counter() - begin)

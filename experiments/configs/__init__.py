@@ -33,6 +33,9 @@ class Config:
   batch_sizes: tuple[int, ...] = ()  # more than one to compare, in place of `batch_size`
   scale_rate: Literal["none", "linear", "sqrt"] = "none"  # of the rate with these over `batch_size`
   average: float = 0.0  # weight of the past in an average of the weights that is evaluated; 0: none
+  # Whether an epoch is one call of a compiled loop. That is for tiny networks, whose steps are
+  # shorter than calls; on the CPU, XLA's convolutions in a loop take several times as long.
+  looped: bool = False
   micro_batches: int = 1  # pieces a batch is worked off in, for less memory
   seeds: int = 5  # runs of each optimizer; a seed is the same weights and batches for all
   first_seed: int = 0  # seeds count from here

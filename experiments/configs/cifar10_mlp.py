@@ -13,6 +13,7 @@ CONFIG = Config(
   dataset="cifar10",
   model=Mlp(hidden=(512, 256)),
   batch_size=2048,
+  looped=True,
   epochs=10,
   target=0.52,
   seeds=3,

@@ -16,6 +16,7 @@ CONFIG = Config(
   dataset="digits",
   model=Mlp(hidden=(256, 128)),
   batch_size=256,
+  looped=True,
   epochs=40,
   target=0.97,
   sgd=Sgd(learning_rate=0.3, momentum=0.8),

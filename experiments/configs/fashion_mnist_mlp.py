@@ -17,6 +17,7 @@ CONFIG = Config(
   dataset="fashion_mnist",
   model=Mlp(hidden=(256, 128)),
   batch_size=2048,
+  looped=True,
   epochs=10,
   target=0.88,
   seeds=3,
