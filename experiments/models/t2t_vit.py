@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.models import vit
-from experiments.models.functional import Frozen, Model, from_module
+from experiments.models.functional import Model, from_module
+from experiments.models.layers import Frozen
 
 normal = vit.normal
 
