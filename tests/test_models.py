@@ -286,7 +286,7 @@ def test_bfloat16_is_of_the_computation_alone(name):
   assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
 
 
-def _capture(model: Model, x):
+def _capture(model: Model, x, **options):
   y = np.zeros(x.shape if x.ndim == 2 else len(x), np.int32)
 
   def loss_fn(params, state, x, y, key):
@@ -294,8 +294,30 @@ def _capture(model: Model, x):
     return fop_optax.softmax_cross_entropy(logits, y), state
 
   return fop_optax.capture(
-    loss_fn, *model.shapes, x, y, jax.random.key(0), has_aux=True, batch_argnums=(1, 2)
+    loss_fn,
+    *model.shapes,
+    x,
+    y,
+    jax.random.key(0),
+    has_aux=True,
+    batch_argnums=(1, 2),
+    **options,
   )
+
+
+def test_a_step_with_state():
+  """As `Model` shows it, with two groups: statistics move as those of the groups' mean."""
+  model, x = _narrow("speedrun"), NARROW["speedrun"].x
+  params, state = _drawn(model)
+  captured = _capture(model, x, groups=2)
+  y, key = np.arange(4, dtype=np.int32), jax.random.key(0)
+  step = jax.jit(captured.value_and_grad)
+  (loss, moved), grads, _ = step(params, state, x, y, key)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, moved, grads)))
+  run = jax.jit(functools.partial(model.apply, train=True))
+  halves = [run(params, state, x[start::2])[1] for start in range(2)]
+  for found, *expected in zip(*map(jax.tree.leaves, (moved, *halves)), strict=True):
+    np.testing.assert_allclose(found, np.mean(expected, 0), rtol=1e-4, atol=1e-6)
 
 
 def _check_capture(captured):

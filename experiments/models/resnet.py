@@ -2,7 +2,8 @@
 
 Order of layers, strides, symmetric padding, initialisation and BatchNorm's constants are those of
 torchvision (`models/resnet.py`): He-normal convolutions by fan-out, momentum 0.1 (here 0.9 of the
-old average) and epsilon 1e-5, a bottleneck's stride in its 3x3 convolution ("v1.5").
+old average) and epsilon 1e-5, a bottleneck's stride in its 3x3 convolution ("v1.5"). The head's
+bias starts at zero (torch's: uniform).
 """
 
 from collections.abc import Callable, Sequence

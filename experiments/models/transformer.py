@@ -53,11 +53,13 @@ SIZES = {
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
   """Rotary positions: each pair (i, i + head / 2) turned by position * base^(-2 i / head)."""
   _, length, _, head = x.shape  # [batch, length, heads, head]
-  frequencies = base ** (-jnp.arange(0, head, 2) / head)
+  wide = jnp.promote_types(x.dtype, jnp.float32)  # eight bits are too few for positions
+  frequencies = base ** (-jnp.arange(0, head, 2, dtype=wide) / head)
   angles = jnp.arange(length)[:, None, None] * frequencies
-  cos, sin = jnp.cos(angles)[None].astype(x.dtype), jnp.sin(angles)[None].astype(x.dtype)
-  first, second = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+  cos, sin = jnp.cos(angles)[None], jnp.sin(angles)[None]
+  first, second = jnp.split(x.astype(wide), 2, axis=-1)
+  turned = [first * cos - second * sin, first * sin + second * cos]
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 class Block(nnx.Module):
