@@ -61,7 +61,7 @@ def _inception_v3():
 
 
 PUBLISHED = {
-  # The K-FAC paper's autoencoder, by its sizes; 2.84 M as it is commonly cited.
+  # The K-FAC paper's autoencoder, by its sizes: (784 + 1) 1000 + (1000 + 1) 500 + ...
   "autoencoder": Published(mlp.autoencoder, 2_837_314, (28, 28, 1), 784),
   "resnet18": _resnet18(),
   "resnet32": _resnet32(),
@@ -123,13 +123,13 @@ def test_t2t_vit_14_shapes():
 
 @pytest.mark.parametrize("tokens", t2t_vit.TOKENS)
 def test_t2t_vit_14(tokens):
-  """The official README says 21.5 M of both, MMPretrain 21.47 M; positions are not trained."""
+  """The official README says 21.5 M of both; MMPretrain 21.47 M, of the transformer."""
   model = t2t_vit.t2t_vit_14(tokens=tokens)
   assert round(parameter_count(model.shapes[0]) / 1e6, 2) == 21.47
 
 
 def test_speedrun():
-  """Jordan, arXiv:2404.00498: 1.97 M."""
+  """By the layers of airbench94_muon, which prints no count."""
   model = speedrun.speedrun()
   groups = 9 * (24 * 64 + 64 * 64 + 64 * 256 + 3 * 256 * 256) + 2 * (64 + 256 + 256)
   assert parameter_count(model.shapes[0]) == 24 + groups + 256 * 10 == 1_971_352
