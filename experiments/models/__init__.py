@@ -14,6 +14,6 @@ Images are `[batch, height, width, channels]`, normalised; tokens `[batch, lengt
 what a model computes in; parameters and BatchNorm's statistics are always float32.
 """
 
-from experiments.models.functional import Frozen, Model, from_module, parameter_count
+from experiments.models.functional import Model, from_module, parameter_count
 
-__all__ = ["Frozen", "Model", "from_module", "parameter_count"]
+__all__ = ["Model", "from_module", "parameter_count"]

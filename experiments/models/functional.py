@@ -7,15 +7,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-# What torch gives a convolution or dense layer: uniform within 1 / sqrt(inputs).
-torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
 Params = nnx.State  # of nnx.Param alone
 State = nnx.State  # of everything else: BatchNorm's statistics, what is frozen; may be empty
-
-
-class Frozen(nnx.Variable):
-  """An array of the model that is not trained: whitening filters, random features."""
 
 
 class Model(NamedTuple):
@@ -45,14 +38,29 @@ class Model(NamedTuple):
   shapes: tuple[Params, State]
 
 
+class _Stream(nnx.RngStream):
+  """NNX's, but for `count[...] += 1`: that searches the whole program traced so far, each time."""
+
+  def __call__(self) -> jax.Array:
+    key = jax.random.fold_in(self.key[...], self.count[...])
+    self.count.set_value(self.count[...] + 1)
+    return key
+
+
+def _rngs(seed: int) -> nnx.Rngs:
+  rngs = nnx.Rngs()
+  rngs.default = _Stream(jax.random.key(seed), tag="default")
+  return rngs
+
+
 def from_module(make: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   """The `Model` of a module called as `module(x, train=train, rngs=rngs)`; `rngs` may be None."""
-  abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+  abstract = nnx.eval_shape(lambda: make(_rngs(0)))
   graphdef, *shapes = nnx.split(abstract, nnx.Param, ...)
   drops = any(isinstance(m, nnx.Dropout) and m.rate > 0 for _, m in nnx.iter_modules(abstract))
 
   def init(seed):
-    _, params, state = nnx.split(make(nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
+    _, params, state = nnx.split(make(_rngs(seed)), nnx.Param, ...)
     return params, state
 
   def apply(params, state, x, *, train, key=None):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.models.functional import Model, from_module
+from experiments.models.layers import BatchNorm
 
 Make = Callable[[int], nnx.Module]  # number of input channels -> module with `outputs`
 
@@ -37,11 +38,11 @@ class ConvNorm(nnx.Module):
       dtype=dtype,
       rngs=rngs,
     )
-    self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-3, dtype=dtype, rngs=rngs)
+    self.norm = BatchNorm(outputs, momentum=0.9, epsilon=1e-3, dtype=dtype, rngs=rngs)
     self.outputs = outputs
 
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    return nnx.relu(self.norm(self.conv(x), use_running_average=not train))
+    return nnx.relu(self.norm(self.conv(x), train=train))
 
 
 class Pool(nnx.Module):

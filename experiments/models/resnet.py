@@ -2,8 +2,8 @@
 
 Order of layers, strides, symmetric padding, initialisation and BatchNorm's constants are those of
 torchvision (`models/resnet.py`): He-normal convolutions by fan-out, momentum 0.1 (here 0.9 of the
-old average) and epsilon 1e-5, a bottleneck's stride in its 3x3 convolution ("v1.5"). One deviation,
-of NNX: the running variance is that of the batch, not multiplied by n / (n - 1).
+old average) and epsilon 1e-5, a bottleneck's stride in its 3x3 convolution ("v1.5"). The head's
+bias starts at zero (torch's: uniform).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from experiments.models.functional import Model, from_module, torch_uniform
+from experiments.models.functional import Model, from_module
+from experiments.models.layers import BatchNorm, torch_uniform
 
 he_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 he_fan_in = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -45,12 +46,12 @@ class ConvNorm(nnx.Module):
       dtype=dtype,
       rngs=rngs,
     )
-    self.norm = nnx.BatchNorm(
+    self.norm = BatchNorm(
       outputs, momentum=0.9, epsilon=1e-5, scale_init=scale_init, dtype=dtype, rngs=rngs
     )
 
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    return self.norm(self.conv(x), use_running_average=not train)
+    return self.norm(self.conv(x), train=train)
 
 
 class PaddedShortcut(nnx.Module):

@@ -16,7 +16,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from experiments.models.functional import Frozen, Model, State, from_module, torch_uniform
+from experiments.models.functional import Model, State, from_module
+from experiments.models.layers import BatchNorm, Frozen, torch_uniform
 
 
 def whitening_filters(images: jax.Array, size: int = 2, epsilon: float = 5e-4) -> jax.Array:
@@ -98,15 +99,15 @@ class Group(nnx.Module):
       for channels in (inputs, outputs)
     )
     self.norms = nnx.List(
-      nnx.BatchNorm(outputs, momentum=0.6, epsilon=1e-12, use_scale=False, dtype=dtype, rngs=rngs)
+      BatchNorm(outputs, momentum=0.6, epsilon=1e-12, use_scale=False, dtype=dtype, rngs=rngs)
       for _ in range(2)
     )
 
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     x = nnx.max_pool(self.convs[0](x), (2, 2), strides=(2, 2))
-    x = nnx.gelu(self.norms[0](x, use_running_average=not train), approximate=False)
+    x = nnx.gelu(self.norms[0](x, train=train), approximate=False)
     x = self.convs[1](x)
-    return nnx.gelu(self.norms[1](x, use_running_average=not train), approximate=False)
+    return nnx.gelu(self.norms[1](x, train=train), approximate=False)
 
 
 class Speedrun(nnx.Module):

@@ -3,12 +3,12 @@
 FOP's paper trains "T2T-ViT" on ImageNet-100 and does not say which. This is what the official code
 (yitu-opensource/T2T-ViT) calls `t2t_vit_14` and its table T2T-ViT-14, 21.5 M parameters: two token
 modules with performer attention (Choromanski et al., arXiv:2009.14794). `tokens="transformer"` is
-its `t2t_vit_t_14`, with full attention there, and as many parameters within 0.2 %.
+its `t2t_vit_t_14`, with full attention there and 384 parameters fewer: no biases of queries, keys
+and values, as in all blocks after.
 
 Sizes, dropout of 0.1 in the performers, LayerNorm's epsilon of 1e-5, sinusoidal positions that are
 not trained, and truncated normal weights are those of the official code; its training adds
-stochastic depth of 0.1 (`drop_path=0.1`). Dense layers of the token modules without bias in
-`tokens="transformer"`, with in the performers, are its too.
+stochastic depth of 0.1 (`drop_path=0.1`).
 """
 
 import math
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.models import vit
-from experiments.models.functional import Frozen, Model, from_module
+from experiments.models.functional import Model, from_module
+from experiments.models.layers import Frozen
 
 normal = vit.normal
 
@@ -201,9 +202,10 @@ def t2t_vit_14(
   drop_path: float = 0.0,
   dtype: jnp.dtype | None = None,
 ) -> Model:
-  """T2T-ViT-14 for images of a multiple of 16 pixels: 21.5 M parameters for 1,000 classes.
+  """T2T-ViT-14 for images of a multiple of 16 pixels: 21,465,806 parameters for 1,000 classes.
 
-  The sizes are arguments for narrow ones.
+  The positions that are not trained, 197 x 384, are not in that. Sizes are arguments for narrow
+  ones.
   """
   if tokens not in TOKENS:
     raise ValueError(f"{tokens=} is none of the token modules: {', '.join(map(repr, TOKENS))}.")

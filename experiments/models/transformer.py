@@ -7,8 +7,9 @@ no biases, LayerNorm (scales alone; of queries and keys too), hidden layers four
 This is the model family of SOAP (Vyas et al., arXiv:2409.11321, appendix A), which starts from the
 OLMo code base and has it from Zhao et al. (arXiv:2407.07972): widths 1024, 1024 and 1408 and depths
 12, 24 and 24 for 210 M, 360 M and 660 M, heads of 64, T5's vocabulary, an output matrix of its own.
-The paper says non-embedding parameters; its 33.5 G tokens at 100 a parameter are 335 M, which is
-what the 360 M model has without its embedding, while 368 M and 661 M are all of them.
+These sizes are checked by their counts, not by the papers' text: SOAP's 33.5 G tokens at 100 a
+parameter are 335 M, what the 360 M model has without its embedding, as the paper says it counts;
+368 M and 661 M are all of them. That queries and keys are normalised is not checked.
 
 Weights start truncated normal with the deviation of 1 / sqrt(inputs) (1 / sqrt(width) for the
 embedding), the two that add to the residual stream divided by sqrt(2 depth), as in OLMo but for its
@@ -53,11 +54,13 @@ SIZES = {
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
   """Rotary positions: each pair (i, i + head / 2) turned by position * base^(-2 i / head)."""
   _, length, _, head = x.shape  # [batch, length, heads, head]
-  frequencies = base ** (-jnp.arange(0, head, 2) / head)
+  wide = jnp.promote_types(x.dtype, jnp.float32)  # eight bits are too few for positions
+  frequencies = base ** (-jnp.arange(0, head, 2, dtype=wide) / head)
   angles = jnp.arange(length)[:, None, None] * frequencies
-  cos, sin = jnp.cos(angles)[None].astype(x.dtype), jnp.sin(angles)[None].astype(x.dtype)
-  first, second = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+  cos, sin = jnp.cos(angles)[None], jnp.sin(angles)[None]
+  first, second = jnp.split(x.astype(wide), 2, axis=-1)
+  turned = [first * cos - second * sin, first * sin + second * cos]
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 class Block(nnx.Module):
