@@ -113,6 +113,9 @@ def build(config: Config, hyper: Optimizer, task: Task) -> Program:
     return State(state.step + 1, params, model, optimizer, average), loss
 
   def advance(state, arrays, indices, seed):
+    if len(indices) == 1:
+      state, loss = step(state, indices[0], arrays, seed)
+      return state, loss[None]
     return jax.lax.scan(lambda state, own: step(state, own, arrays, seed), state, indices)
 
   begin = time.perf_counter()

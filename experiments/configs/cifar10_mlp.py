@@ -7,7 +7,7 @@ K-FAC and FOP have their defaults.
 
 from experiments.configs import Config
 from experiments.networks import Mlp
-from experiments.optimizers import AdamW, Sgd
+from experiments.optimizers import AdamW, Muon, Sgd, Soap
 
 CONFIG = Config(
   dataset="cifar10",
@@ -19,6 +19,8 @@ CONFIG = Config(
   seeds=3,
   sgd=Sgd(learning_rate=0.3, momentum=0.8),
   adamw=AdamW(learning_rate=3e-3, weight_decay=0.1),
+  muon=Muon(learning_rate=0.03, weight_decay=0.1),
+  soap=Soap(learning_rate=3e-3, weight_decay=0.1),
 )
 
 GRID = {

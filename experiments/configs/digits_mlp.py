@@ -1,6 +1,6 @@
 """Default comparison: an MLP on scikit-learn's handwritten digits, large batches, little data.
 
-SGD and AdamW are tuned: of a grid of 16 points (below) the one at which all runs reached the target
+SGD, AdamW, Muon and SOAP are tuned: of a grid of 16 points (below) the one at which all runs reached the target
 on held-out training images, in the fewest epochs, by
 
     python -m experiments tune digits_mlp --seeds 5 --first-seed 100
@@ -10,7 +10,7 @@ The grids were moved until that point was inside them. K-FAC and FOP have their 
 
 from experiments.configs import Config
 from experiments.networks import Mlp
-from experiments.optimizers import AdamW, Sgd
+from experiments.optimizers import AdamW, Muon, Sgd, Soap
 
 CONFIG = Config(
   dataset="digits",
@@ -21,6 +21,8 @@ CONFIG = Config(
   target=0.97,
   sgd=Sgd(learning_rate=0.3, momentum=0.8),
   adamw=AdamW(learning_rate=3e-2, weight_decay=1.0),
+  muon=Muon(learning_rate=0.1, weight_decay=0.1),
+  soap=Soap(learning_rate=0.03, weight_decay=1.0),
 )
 
 GRID = {
