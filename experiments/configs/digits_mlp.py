@@ -1,7 +1,7 @@
 """Default comparison: an MLP on scikit-learn's handwritten digits, large batches, little data.
 
-SGD, AdamW, Muon and SOAP are tuned: of a grid of 16 points (below) the one at which all runs reached the target
-on held-out training images, in the fewest epochs, by
+SGD, AdamW, Muon and SOAP are tuned: of a grid of 16 points (below) the one at which all runs
+reached the target on held-out training images, in the fewest epochs, by
 
     python -m experiments tune digits_mlp --seeds 5 --first-seed 100
 

@@ -5,8 +5,8 @@ training images in the fewest epochs, then with the lowest loss at the end, by
 
     python -m experiments tune fashion_mnist_mlp --seeds 1 --first-seed 100
 
-SGD reached it nowhere in the grid: its point is the one of lowest loss, inside the grid. Muon and SOAP
-have the rates that were best on the digits, K-FAC and FOP their defaults.
+SGD reached it nowhere in the grid: its point is the one of lowest loss, inside the grid. Muon and
+SOAP have the rates that were best on the digits, K-FAC and FOP their defaults.
 """
 
 from experiments.configs import Config
