@@ -233,7 +233,8 @@ def draw_batches(summary: pd.DataFrame, target: Target) -> Any:
         capsize=3, label=optimizers.TABLE[str(name)].title,
       )  # fmt: skip
     axis.set_xscale("log")
-    axis.set_yscale("log")
+    if summary[column].notna().any():
+      axis.set_yscale("log")
     axis.set_xlabel("batch size")
     axis.set_ylabel(f"{label} to {words(target)}")
     axis.grid(alpha=0.25)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import comparison, configs, data, models, optimizers, training
-from experiments.__main__ import as_flags
+from experiments.__main__ import as_flags, main
 from experiments.runs import Row
 from fop_optax.optimizers import common
 
@@ -107,11 +107,11 @@ def test_tune_ranks_the_grid():
     (["compare", "--batch-size", "5000"], "larger than the 1437 training examples"),
   ],
 )
-def test_bad_command_lines(args, message):
-  done = run(*args)
-  assert done.returncode != 0
-  assert "Traceback" not in done.stderr
-  assert re.search(message, done.stderr + done.stdout)
+def test_bad_command_lines(args, message, capsys):
+  with pytest.raises(SystemExit) as caught:
+    main(args)
+  assert caught.value.code not in (0, None)
+  assert re.search(message, f"{caught.value.code}\n{''.join(capsys.readouterr())}")
 
 
 @pytest.mark.parametrize("name", configs.NAMES)
@@ -204,7 +204,7 @@ def test_schedules(name):
   values = np.array([rate(step) for step in range(100)])
   np.testing.assert_allclose(values[:11], 0.5 * np.arange(1, 12).clip(max=11) / 11, rtol=1e-5)
   assert np.all(np.diff(values[10:]) <= 1e-7)
-  last = {"cosine": 1.5e-4, "linear": 6e-3, "exponential": 5.3e-3, "step": 5e-3, "constant": 0.5}
+  last = {"cosine": 1.5e-4, "linear": 5.56e-3, "exponential": 5.3e-3, "step": 5e-3, "constant": 0.5}
   np.testing.assert_allclose(values[-1], last[name], rtol=0.05)
 
 
@@ -214,6 +214,7 @@ def test_set_is_another_spelling_of_flags():
   assert as_flags(args) == flags
 
 
+@pytest.mark.slow
 def test_report_is_one_page_of_all_runs(tmp_path):
   done = run(
     *("compare", "--optimizers", "sgd", "adamw", "--seeds", "1", "--epochs", "2"),

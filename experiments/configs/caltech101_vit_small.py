@@ -10,7 +10,7 @@ from experiments.networks import ViT
 from experiments.optimizers import AdamW
 
 CONFIG = Config(
-  dataset="caltech101",
+  dataset="caltech101_80px",
   model=ViT(patch=16, width=64, depth=3, heads=4),
   batch_size=256,
   epochs=5,
