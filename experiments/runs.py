@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +161,21 @@ def check_same(record: dict[str, Any], run: dict[str, Any], path: pathlib.Path) 
     )
 
 
+def say_if_older(record: dict[str, Any]) -> None:
+  """Warns, once, that what is there was made by other code: it is not made again."""
+  now = {"commit": commit(), **versions()}
+  then = {"commit": record["commit"], **record["versions"]}
+  differing = [
+    f"{name} {then.get(name)}, now {own}" for name, own in now.items() if then.get(name) != own
+  ]
+  if differing:
+    warnings.warn(
+      f"Runs that are there already were made with {'; '.join(differing)}. They are kept and gone"
+      " on with: for new ones give another folder by --out, or delete them.",
+      stacklevel=2,
+    )
+
+
 def _flat(tree, path=""):
   for name, value in tree.items():
     if isinstance(value, dict):
@@ -207,7 +223,9 @@ def train(
       "hardware": hardware(),
       "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     })  # fmt: skip
-  check_same(log.record or {}, run, path)
+  else:
+    check_same(log.record, run, path)
+    say_if_older(log.record)
   if log.done:
     yield from log.rows()
     return

@@ -102,6 +102,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
   assert len(list(train(tmp_path, small(seeds=9, out="elsewhere", target=0.1)))) == 4
 
 
+def test_runs_of_other_code_are_said(tmp_path, monkeypatch):
+  first = list(train(tmp_path, small()))
+  monkeypatch.setattr(runs, "commit", lambda: "abc")
+  with pytest.warns(UserWarning, match=r"made with commit .*, now abc. They are kept"):
+    assert list(train(tmp_path, small())) == first
+
+
 @pytest.mark.slow
 def test_killed_processes(tmp_path):
   """`kill -9` at moments of all kinds, also during a save; the same command again goes on."""
