@@ -7,6 +7,7 @@ import itertools
 import pathlib
 import sys
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,7 +28,8 @@ usage: python -m experiments train CONFIG [--optimizers NAME] [options]
 train    trains the first of --optimizers, from the first seed; goes on where it was killed
 compare  trains every optimizer of CONFIG with the same schedule, budget, weights and batches;
          prints a table, saves CSV, JSON and a plot; runs that are done are not made again
-tune     runs the grid of CONFIG on a part held out of the training examples; prints the best points
+tune     runs the grid of CONFIG, or --trials N points of its box, on held-out training examples;
+         prints the best points
 report   makes one page, report.html, of all runs in a folder of results
 list     the configurations, and what each is
 
@@ -118,10 +120,10 @@ def tune(name: str, config: Config, grid: dict[str, dict[str, tuple[float, ...]]
   """Runs the grid on held-out training examples; best: most runs at the target, then soonest."""
   task = tasks.load(config, tuning=True)
   points = [
-    (optimizer, dict(zip(grid[optimizer], values, strict=True)))
+    (optimizer, point)
     for optimizer in config.optimizers
     if optimizer in grid
-    for values in itertools.product(*grid[optimizer].values())
+    for point in points_of(grid[optimizer], config.trials, config.first_seed)
   ]
   seeds = range(config.first_seed, config.first_seed + config.seeds)
   results: dict[str, list[tuple]] = {}
@@ -144,7 +146,7 @@ def tune(name: str, config: Config, grid: dict[str, dict[str, tuple[float, ...]]
       (line,) = comparison.summarize(found).itertuples()
       results.setdefault(optimizer, []).append((epochs, line.test_loss, values, line))
       bar.update(bar.task_ids[0], advance=1, note=f"{optimizer} {values}")
-  out = Table(title=f"{name}: grid on {task.held_out:,} held-out training examples")
+  out = Table(title=f"{name}: {len(points)} points on {task.held_out:,} held-out training examples")
   for heading in ("optimizer", "values", "epochs to target", "final loss", "final"):
     out.add_column(heading, no_wrap=True)
   for optimizer, trials in results.items():
@@ -158,6 +160,23 @@ def tune(name: str, config: Config, grid: dict[str, dict[str, tuple[float, ...]]
       )
     out.add_section()
   output().print(out)
+
+
+def points_of(axes: dict[str, tuple[float, ...]], trials: int, seed: int) -> list[dict]:
+  """All points of a grid; or `trials` drawn from its box, log-uniform, of three digits.
+
+  An axis that has a zero, which has no logarithm, is drawn from its values.
+  """
+  if not trials:
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+  rng = np.random.default_rng(seed)
+
+  def draw(values):
+    if min(values) <= 0:
+      return float(rng.choice(values))
+    return float(f"{np.exp(rng.uniform(np.log(min(values)), np.log(max(values)))):.3g}")
+
+  return [{name: draw(values) for name, values in axes.items()} for _ in range(trials)]
 
 
 def as_flags(args: Sequence[str]) -> list[str]:

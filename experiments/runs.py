@@ -32,7 +32,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from experiments.configs import AROUND, Config
 from experiments.optimizers import TABLE
 from experiments.tasks import Task
-from experiments.training import Program, State
+from experiments.training import Program, State, calls
 
 PACKAGES = ("fop_optax", "jax", "jaxlib", "optax", "flax", "numpy", "orbax-checkpoint")
 
@@ -259,22 +259,25 @@ def _abstract(state: State) -> State:
 
 
 def _epoch(state, epoch, seconds, config, name, seed, task, program):
-  order, start = task.order(seed, epoch), jnp.uint32(seed)
-  calls = [jnp.asarray(order[i : i + program.steps]) for i in range(0, len(order), program.steps)]
-  jax.block_until_ready((state, calls))
+  # The first is made before the clock starts, the others while the device is busy.
+  feed = calls(config, task, seed, (epoch - 1) * task.steps, task.steps)
+  fed, start = next(feed), jnp.uint32(seed)
+  jax.block_until_ready((state, fed))
   clock, losses = time.perf_counter(), []
-  for indices in calls:
-    state, own_losses = program.advance(state, task.arrays, indices, start)
+  while fed is not None:
+    state, own_losses = program.advance(state, task.arrays, fed, start)
     losses.append(own_losses)
+    fed = next(feed, None)
   jax.block_until_ready(state)
   own = time.perf_counter() - clock
+  examples = task.steps * config.batch_size
   params = state.params if state.average is None else state.average
   numbers = {
     "train_loss": float(jnp.concatenate(losses).mean()),
     **task.evaluate(params, state.model),
   }
   row = Row(
-    name, config.batch_size, seed, epoch, int(state.step), seconds + own, order.size / own,
+    name, config.batch_size, seed, epoch, int(state.step), seconds + own, examples / own,
     **numbers,
   )  # fmt: skip
   return state, row

@@ -1,11 +1,13 @@
 """One training step for every optimizer, and the program that takes many of them in one call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import itertools
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments.configs import Config
@@ -28,9 +30,8 @@ class Program(NamedTuple):
   """An optimizer's training, compiled."""
 
   init: Callable[[int], State]  # seed -> state
-  # state, arrays of the task, indices [steps, batch], seed -> state, losses [steps]; consumes state
+  # state, arrays of the task, one of `calls`, seed -> state, losses [steps]; consumes the state
   advance: Callable[[State, Any, jax.Array, jax.Array], tuple[State, jax.Array]]
-  steps: int  # of one call
   compile_seconds: float
 
 
@@ -90,8 +91,7 @@ def gradient_of(config: Config, hyper: Optimizer, task: Task) -> tuple[Any, Call
 def build(config: Config, hyper: Optimizer, task: Task) -> Program:
   """Compiles the training of one optimizer."""
   layers, gradient = gradient_of(config, hyper, task)
-  indices = jnp.asarray(task.order(0, 1))
-  schedule = schedule_of(config, hyper.learning_rate, config.epochs * len(indices))
+  schedule = schedule_of(config, hyper.learning_rate, config.epochs * task.steps)
   tx = optax.with_extra_args_support(hyper.make(schedule, layers))
 
   def init(seed):
@@ -99,10 +99,10 @@ def build(config: Config, hyper: Optimizer, task: Task) -> Program:
     average = jax.tree.map(jnp.copy, params) if config.average else None
     return State(jnp.zeros((), jnp.int32), params, model, jax.jit(tx.init)(params), average)
 
-  def step(state, indices, arrays, seed):
+  def step(state, fed, arrays, seed):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     picked, drawn = jax.random.split(key)
-    batch = task.pick(arrays, indices, picked)
+    batch = task.pick(arrays, fed, picked)
     loss, model, grads, extra = gradient(state, batch, drawn)
     updates, optimizer = tx.update(grads, state.optimizer, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
@@ -112,17 +112,26 @@ def build(config: Config, hyper: Optimizer, task: Task) -> Program:
       average = optax.incremental_update(params, average, 1 - weight)
     return State(state.step + 1, params, model, optimizer, average), loss
 
-  def advance(state, arrays, indices, seed):
-    if len(indices) == 1:
-      state, loss = step(state, indices[0], arrays, seed)
+  def advance(state, arrays, fed, seed):
+    if not config.looped:
+      state, loss = step(state, jax.tree.map(lambda x: x[0], fed), arrays, seed)
       return state, loss[None]
-    return jax.lax.scan(lambda state, own: step(state, own, arrays, seed), state, indices)
+    return jax.lax.scan(lambda state, own: step(state, own, arrays, seed), state, fed)
 
   begin = time.perf_counter()
-  args = task.arrays, indices[: None if config.looped else 1], jnp.uint32(0)
+  (fed,) = calls(config, task, 0, 0, task.steps if config.looped else 1)
+  args = task.arrays, fed, jnp.uint32(0)
   state = init(0)
   compiled = jax.jit(advance, donate_argnums=0).lower(state, *args).compile()
   # A first call sets up buffers and threads: it would be seen in the times of short steps.
   state, _ = jax.block_until_ready(compiled(state, *args))
   task.evaluate(state.params, state.model)
-  return Program(init, compiled, len(args[1]), time.perf_counter() - begin)
+  return Program(init, compiled, time.perf_counter() - begin)
+
+
+def calls(config: Config, task: Task, seed: int, first: int, count: int) -> Iterator[Any]:
+  """What the program is fed with from step `first` on, a call after the other: `[steps, ...]`."""
+  size = count if config.looped else 1
+  steps = task.feed(seed, first, count)
+  while own := list(itertools.islice(steps, size)):
+    yield jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *own)

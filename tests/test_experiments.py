@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import comparison, configs, data, models, optimizers, training
-from experiments.__main__ import as_flags, main
+from experiments.__main__ import as_flags, main, points_of
 from experiments.runs import Row
 from fop_optax.optimizers import common
 
@@ -100,7 +100,7 @@ def test_tune_ranks_the_grid():
   [
     (["trian"], "unknown command 'trian'; did you mean 'train'"),
     (["compare", "cifar10_mlpp"], "unknown CONFIG 'cifar10_mlpp'; did you mean 'cifar10_mlp'"),
-    (["compare", "imagenet"], "unknown CONFIG 'imagenet': one of caltech101"),
+    (["compare", "moon"], "unknown CONFIG 'moon': one of caltech101"),
     (["train", "--set", "batch_sise=3"], "batch-size"),
     (["compare", "--optimizers", "lion"], "unknown optimizers .'lion'.: any of sgd, adamw"),
     (["compare", "--epoch", "3"], "--epoch"),
@@ -206,6 +206,17 @@ def test_schedules(name):
   assert np.all(np.diff(values[10:]) <= 1e-7)
   last = {"cosine": 1.5e-4, "linear": 5.56e-3, "exponential": 5.3e-3, "step": 5e-3, "constant": 0.5}
   np.testing.assert_allclose(values[-1], last[name], rtol=0.05)
+
+
+def test_points_of_a_search():
+  axes = {"learning_rate": (1e-3, 1e-1), "weight_decay": (0.0, 0.1)}
+  assert len(points_of(axes, 0, 0)) == 4
+  drawn = points_of(axes, 50, 0)
+  assert drawn == points_of(axes, 50, 0) != points_of(axes, 50, 1)
+  rates = np.array([point["learning_rate"] for point in drawn])
+  assert rates.min() >= 1e-3 and rates.max() <= 1e-1
+  assert 15 < np.sum(rates < 1e-2) < 35  # half of them, as their logarithms are uniform
+  assert {point["weight_decay"] for point in drawn} == {0.0, 0.1}
 
 
 def test_set_is_another_spelling_of_flags():

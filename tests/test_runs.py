@@ -76,6 +76,32 @@ def test_a_run_that_stops_anywhere_goes_on_and_ends_the_same(tmp_path, average):
   assert list(runs.train(path, config, "adamw", 0, task, unused)) == again
 
 
+@pytest.mark.parametrize("dataset", ["mock", "shakespeare"])
+def test_data_that_are_fed_go_on_too(dataset, tmp_path, monkeypatch):
+  """Photographs that are decoded as they come, and windows of a text."""
+  text = "To be, or not to be: that is the question. " * 50
+  folder = tmp_path / "tiny_shakespeare" / "1.0.0"
+  folder.mkdir(parents=True)
+  (folder / "input.txt").write_text(text)
+  own = {"dataset": dataset, "data_dir": str(tmp_path), "batch_size": 64, "looped": False}
+  if dataset == "mock":
+    pytest.importorskip("grain")
+    own |= {"side": 16, "label_smoothing": 0.1, "mixup": 0.2, "workers": 0, "epochs": 3}
+  else:
+    network = networks.LanguageModel("0.2m")
+    own |= {"model": network, "length": 8, "steps_per_epoch": 2, "metric": "test_loss", "epochs": 3}
+  config = small(**own)
+  task = tasks.load(config)
+  build = functools.cache(lambda: training.build(config, config.adamw, task))
+  train = lambda path: runs.train(path, config, "adamw", 1, task, build)
+  whole = list(train(tmp_path / "whole"))
+  assert whole[-1].train_loss < whole[0].train_loss
+  rows = train(tmp_path / "stopped")
+  next(rows)
+  rows.close()
+  assert list(map(same, train(tmp_path / "stopped"))) == list(map(same, whole))
+
+
 def test_the_last_and_the_best_checkpoint_are_kept(tmp_path):
   rows = list(train(tmp_path, small()))
   best = max(rows, key=lambda row: (row.test_accuracy, row.epoch)).epoch

@@ -149,6 +149,26 @@ def test_a_batch_that_would_change_devices_is_refused(kind):
     captured.value_and_grad(*put(mesh_of(kind), params, x[:32], y[:32]))
 
 
+@pytest.mark.parametrize("captured_with", ["shapes", "arrays"])
+def test_a_loss_that_looks_at_the_mesh(captured_with):
+  """Under Auto axes: its program is another than without a mesh. Flax NNX's dropout is such."""
+
+  def loss(p, key, x, y):
+    mask = jax.random.bernoulli(key, 0.9, x.shape, out_sharding=jax.typeof(x).sharding)
+    h = jnp.tanh(x @ p["w"][0] + p["b"][0]) * mask
+    return fop_optax.softmax_cross_entropy(h.mean(1) @ p["head"], y)
+
+  params, x, y = inputs()
+  key, sharded = jax.random.key(0), put(mesh_of(AxisType.Auto), params, x, y)
+  shapes = jax.eval_shape(lambda: (params, key, x, y))
+  of = shapes if captured_with == "shapes" else (sharded[0], key, *sharded[1:])
+  captured = fop_optax.capture(loss, *of, batch_argnums=(1, 2), groups=2)
+  assert len(captured.layers) == 2
+  got = jax.jit(captured.value_and_grad)(sharded[0], key, *sharded[1:])
+  want = jax.jit(captured.value_and_grad)(params, key, x, y)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
 def test_shard_map_with_its_check():
   """One `pmean` of what the devices have gives the numbers of one; without it they are refused."""
   params, x, y = inputs(16)

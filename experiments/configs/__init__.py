@@ -13,7 +13,7 @@ from experiments.optimizers import TABLE, AdamW, Ekfac, Fop, Kfac, Muon, Sgd, Sh
 class Config:
   """One experiment: data, model, budget, and each optimizer's hyperparameters."""
 
-  dataset: str  # "digits" (embedded), a TFDS image classification set, or "shakespeare"
+  dataset: str  # "digits" (embedded), a TFDS image set, "shakespeare", or "mock"
   model: AnyNetwork  # and its sizes
   batch_size: int  # examples a step; what is left of an epoch is dropped
   epochs: int  # passes over the training examples; of a text, of `steps_per_epoch` steps each
@@ -23,6 +23,9 @@ class Config:
   examples: int = 0  # training images that are used, drawn once; 0: all
   augmentation: tuple[Literal["flip", "crop", "shift", "cutout"], ...] = ()  # in this order
   mixup: float = 0.0  # alpha of the Beta distribution; 0: none
+  side: int = 0  # pixels of photographs that are streamed; 0: small images, that live on the device
+  classes: tuple[str, ...] = ()  # of photographs, which are used; none: all
+  workers: int | None = None  # processes that read and decode; by default as many as pay
   length: int = 0  # tokens of an example of text
   steps_per_epoch: int = 0  # of a text
   held_out: int = 50_000  # tokens at the start of the validation part that are evaluated on
@@ -37,6 +40,7 @@ class Config:
   # shorter than calls; on the CPU, XLA's convolutions in a loop take several times as long.
   looped: bool = False
   micro_batches: int = 1  # pieces a batch is worked off in, for less memory
+  trials: int = 0  # points that `tune` draws from the grid's box for each optimizer; 0: the grid
   seeds: int = 5  # runs of each optimizer; a seed is the same weights and batches for all
   first_seed: int = 0  # seeds count from here
   optimizers: tuple[str, ...] = ("sgd", "adamw", "muon", "soap", "kfac", "fop")  # which to run
@@ -62,8 +66,8 @@ class Config:
 
 # Fields that say where and how often a run is made, and not what it is.
 AROUND = (
-  *("batch_sizes", "scale_rate", "seeds", "first_seed", "optimizers", "target"),
-  *("checkpoint_seconds", "data_dir", "out"),
+  *("batch_sizes", "scale_rate", "trials", "seeds", "first_seed", "optimizers", "target"),
+  *("checkpoint_seconds", "data_dir", "workers", "out"),
 )
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 

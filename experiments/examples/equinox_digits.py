@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -70,7 +70,8 @@ def main(folder: str = "results/equinox_digits", steps: int = 100, every: int = 
     updates, opt_state = tx.update(grads, state.opt_state, state.params, stats=stats)
     return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss
 
-  mesh = jax.make_mesh((jax.device_count(),), ("data",))
+  # Auto: the partitioner places what is between; dropout and the like know no Explicit axes.
+  mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
   everywhere, by_batch = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
   params = jax.device_put(params, everywhere)
   state = jax.device_put(State(jnp.zeros((), int), params, tx.init(params)), everywhere)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -72,7 +72,8 @@ def main(folder: str = "results/linen_digits", steps: int = 100, every: int = 20
     params = optax.apply_updates(state.params, updates)
     return State(state.step + 1, params, batch_stats, opt_state), loss
 
-  mesh = jax.make_mesh((jax.device_count(),), ("data",))
+  # Auto: the partitioner places what is between; dropout and the like know no Explicit axes.
+  mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
   everywhere, by_batch = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
   variables = jax.device_put(variables, everywhere)
   opt_state = tx.init(variables["params"])

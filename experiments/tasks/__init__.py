@@ -6,6 +6,7 @@ from experiments.data import text as texts
 from experiments.tasks.base import Task as Task
 from experiments.tasks.classification import classification
 from experiments.tasks.language import language
+from experiments.tasks.streaming import streamed
 
 TEXTS = {"shakespeare": texts.shakespeare}
 
@@ -15,6 +16,10 @@ def load(config: Config, tuning: bool = False) -> Task:
   if config.dataset in TEXTS:
     text = TEXTS[config.dataset](config.data_dir)
     return language(config, texts.held_out(text) if tuning else text)
+  if config.side:
+    if tuning:
+      raise SystemExit("Streamed data sets are not held out of: tune on a small sibling.")
+    return streamed(config)
   data = images.load(config.dataset, config.data_dir)
   if config.imbalance > 1:
     data = long_tailed(data, config.imbalance)

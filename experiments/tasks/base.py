@@ -1,28 +1,30 @@
 """What every task is to the training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from experiments import models
 
 Batch = tuple[Any, Any]  # inputs and targets
+Fed = Any  # indices, int32 [batch], or a tree of arrays
 
 
 class Task(NamedTuple):
   """A model and its data.
 
-  What the step needs of the data lives on the device: a batch is picked out of it in the step, by
-  indices that follow from seed and epoch. Numbers of an evaluation are `test_loss`,
-  `test_accuracy` and, of more than ten classes, `test_top5`.
+  Small data live on the device: a batch is picked out of them in the step, by indices that follow
+  from seed and step. Of large ones the step is fed with the batch itself, still in bytes. Numbers
+  of an evaluation are `test_loss`, `test_accuracy` and, of more than ten classes, `test_top5`.
   """
 
   model: models.Model
-  arrays: Any  # the training data, a tree of arrays
-  order: Callable[[int, int], np.ndarray]  # seed, epoch (from 1) -> indices, int32 [steps, batch]
-  pick: Callable[[Any, jax.Array, jax.Array], Batch]  # arrays, indices [batch], key -> batch
+  arrays: Any  # what is on the device, a tree of arrays; may be empty
+  steps: int  # of an epoch
+  # seed, first step (over all epochs), how many -> what each is fed with, one after the other
+  feed: Callable[[int, int, int], Iterator[Fed]]
+  pick: Callable[[Any, Fed, jax.Array], Batch]  # arrays, what the step is fed with, key -> batch
   batch: Batch  # the shapes of one
   # parameters, state, batch, key -> mean loss, new state
   loss: Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, Any]]

@@ -38,6 +38,12 @@ def classification(config: Config, data: Data) -> Task:
     params, state = model.init(seed)
     return params, config.model.prepare(state, normalize(data.train_images[:WHITENED]))
 
+  steps = order.steps_per_epoch(examples, config.batch_size)
+
+  def feed(seed, first, count):  # never beyond an epoch
+    epoch, within = divmod(first, steps)
+    yield from order.epoch_batches(examples, config.batch_size, seed, epoch)[within:][:count]
+
   def pick(arrays, indices, key):
     images, labels = normalize(arrays[0][indices]), jax.nn.one_hot(arrays[1][indices], data.classes)
     for name, own in zip(config.augmentation, jax.random.split(key, 8), strict=False):
@@ -73,7 +79,8 @@ def classification(config: Config, data: Data) -> Task:
   return Task(
     model=model._replace(init=init),
     arrays=(jnp.asarray(data.train_images), jnp.asarray(data.train_labels)),
-    order=lambda seed, epoch: order.epoch_batches(examples, config.batch_size, seed, epoch - 1),
+    steps=steps,
+    feed=feed,
     pick=pick,
     batch=(
       jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.float32),

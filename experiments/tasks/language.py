@@ -21,13 +21,9 @@ def language(config: Config, text: texts.Text) -> Task:
     raise SystemExit(f"Text needs --length and --steps-per-epoch, not {length} and {steps}.")
   model = config.model.build((length,), text.vocabulary, dtype)
 
-  def order(seed, epoch):
-    first = (epoch - 1) * steps
-    begins = [
-      texts.starts(len(text.train), config.batch_size, length, seed, step)
-      for step in range(first, first + steps)
-    ]
-    return np.stack(begins).astype(np.int32)
+  def feed(seed, first, count):
+    for step in range(first, first + count):
+      yield texts.starts(len(text.train), config.batch_size, length, seed, step).astype(np.int32)
 
   def pick(arrays, indices, key):
     del key
@@ -55,4 +51,4 @@ def language(config: Config, text: texts.Text) -> Task:
 
   shape = jax.ShapeDtypeStruct((config.batch_size, length), jnp.int32)
   arrays = jnp.asarray(np.asarray(text.train))
-  return Task(model, arrays, order, pick, (shape, shape), loss, evaluate, x.size)
+  return Task(model, arrays, steps, feed, pick, (shape, shape), loss, evaluate, x.size)

@@ -100,8 +100,16 @@ class Arguments:
 
 
 def type_of(leaf: Any) -> jax.ShapeDtypeStruct:
-  """Shape and dtype of an array as a trace sees it: with its weak type and explicit sharding."""
-  return jax.eval_shape(lambda leaf: leaf, leaf)
+  """Shape and dtype of an array as a trace sees it: with its weak type, sharding and mesh."""
+  like = jax.eval_shape(lambda leaf: leaf, leaf)
+  own = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf).sharding
+  if like.sharding is not None or not isinstance(own, jax.sharding.NamedSharding):
+    return like
+  # `eval_shape` drops a mesh of Auto axes, at which a loss may look: Flax's dropout does.
+  if {*own.mesh.axis_types} != {jax.sharding.AxisType.Auto}:
+    return like
+  spec = jax.sharding.PartitionSpec(*[None] * like.ndim)
+  return like.update(sharding=jax.sharding.NamedSharding(own.mesh, spec))
 
 
 def classify(
