@@ -54,7 +54,10 @@ def main(folder: str = "results/equinox_digits", steps: int = 100, every: int = 
     return fop_optax.softmax_cross_entropy(logits, y)
 
   key_shapes = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH))
-  shapes = jax.ShapeDtypeStruct((BATCH, 8, 8, 1), jnp.float32), jax.ShapeDtypeStruct((BATCH,), int)
+  shapes = (
+    jax.ShapeDtypeStruct((BATCH, 8, 8, 1), jnp.float32),
+    jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+  )
   captured = fop_optax.capture(loss_fn, params, key_shapes, *shapes, micro_batches=2)
   rate = optax.warmup_cosine_decay_schedule(0.01, 0.1, steps // 10, steps)
   matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
@@ -74,7 +77,7 @@ def main(folder: str = "results/equinox_digits", steps: int = 100, every: int = 
   mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
   everywhere, by_batch = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
   params = jax.device_put(params, everywhere)
-  state = jax.device_put(State(jnp.zeros((), int), params, tx.init(params)), everywhere)
+  state = jax.device_put(State(jnp.zeros((), jnp.int32), params, tx.init(params)), everywhere)
   compiled = eqx.filter_jit(step, donate="all")
 
   with ocp.CheckpointManager(pathlib.Path(folder).absolute()) as manager:

@@ -50,7 +50,10 @@ def main(folder: str = "results/linen_digits", steps: int = 100, every: int = 20
     )  # fmt: skip
     return fop_optax.softmax_cross_entropy(logits, y), new["batch_stats"]
 
-  shapes = jax.ShapeDtypeStruct((BATCH, 8, 8, 1), jnp.float32), jax.ShapeDtypeStruct((BATCH,), int)
+  shapes = (
+    jax.ShapeDtypeStruct((BATCH, 8, 8, 1), jnp.float32),
+    jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+  )
   captured = fop_optax.capture(
     loss_fn, variables["params"], variables["batch_stats"], jax.random.key(0), *shapes,
     has_aux=True, batch_argnums=(2, 3), groups=2, micro_batches=2,
@@ -77,7 +80,7 @@ def main(folder: str = "results/linen_digits", steps: int = 100, every: int = 20
   everywhere, by_batch = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
   variables = jax.device_put(variables, everywhere)
   opt_state = tx.init(variables["params"])
-  state = State(jnp.zeros((), int), variables["params"], variables["batch_stats"], opt_state)
+  state = State(jnp.zeros((), jnp.int32), variables["params"], variables["batch_stats"], opt_state)
   state, compiled = jax.device_put(state, everywhere), jax.jit(step, donate_argnums=0)
 
   with ocp.CheckpointManager(pathlib.Path(folder).absolute()) as manager:

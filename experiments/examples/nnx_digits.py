@@ -53,7 +53,10 @@ def main(folder: str = "results/nnx_digits", steps: int = 100, every: int = 20) 
     logits = model(x, train=True, rngs=nnx.Rngs(dropout=key))
     return fop_optax.softmax_cross_entropy(logits, y), nnx.state(model, nnx.Not(nnx.Param))
 
-  shapes = jax.ShapeDtypeStruct((BATCH, 8, 8, 1), jnp.float32), jax.ShapeDtypeStruct((BATCH,), int)
+  shapes = (
+    jax.ShapeDtypeStruct((BATCH, 8, 8, 1), jnp.float32),
+    jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+  )
   captured = fop_optax.capture(
     loss_fn, params, rest, jax.random.key(0), *shapes,
     has_aux=True, batch_argnums=(2, 3), micro_batches=2,
@@ -78,7 +81,7 @@ def main(folder: str = "results/nnx_digits", steps: int = 100, every: int = 20) 
   mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
   everywhere, by_batch = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
   params, rest = jax.device_put((params, rest), everywhere)
-  state = jax.device_put(State(jnp.zeros((), int), params, rest, tx.init(params)), everywhere)
+  state = jax.device_put(State(jnp.zeros((), jnp.int32), params, rest, tx.init(params)), everywhere)
   compiled = jax.jit(step, donate_argnums=0)
 
   with ocp.CheckpointManager(pathlib.Path(folder).absolute()) as manager:
