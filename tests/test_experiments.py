@@ -288,7 +288,7 @@ def test_tfds_folders(name, shape):
 def test_compare_on_tfds_folders(name, tmp_path):
   done = run(
     *("compare", name, "--optimizers", "kfac", "--seeds", "1", "--epochs", "1"),
-    *("--hidden", "32", "--out", str(tmp_path)),
+    *("--model.hidden", "32", "--out", str(tmp_path)),
   )
   assert done.returncode == 0, done.stderr
   assert (tmp_path / name / "curves.png").exists()
