@@ -2,12 +2,13 @@
 
 A field that is None is left to the library. What a gradient must bring along stands beside the
 fields: `groups` is None where the mean gradient is enough, else that of `fop_optax.capture`, whose
-statistics come with it; `layers` says whether the optimizer is told the layers of the loss.
+statistics come with it.
 """
 
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
 import optax
 
 import fop_optax
@@ -161,8 +162,6 @@ class Fop(Kfac):
 
 def is_matrix(params: Any) -> Any:
   """Which leaves decay where biases and normalisations do not."""
-  import jax
-
   return jax.tree.map(lambda p: p.ndim > 1, params)
 
 

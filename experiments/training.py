@@ -59,7 +59,7 @@ def gradient_of(config: Config, hyper: Optimizer, task: Task) -> tuple[Any, Call
 
   Micro-batches are `capture`'s for all optimizers, so that they see the same batches.
   """
-  params, state = jax.eval_shape(lambda: task.model.init(0))
+  params, state = task.model.shapes
   key = jax.eval_shape(lambda: jax.random.key(0))
 
   def loss(params, batch, state, key):

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments import configs, data, networks, runs, tasks, training
+from experiments.data import text as texts
 
 ROOT = pathlib.Path(__file__).parents[1]
 FINAL = ("checkpoints", "4")
@@ -100,6 +101,14 @@ def test_data_that_are_fed_go_on_too(dataset, tmp_path, monkeypatch):
   next(rows)
   rows.close()
   assert list(map(same, train(tmp_path / "stopped"))) == list(map(same, whole))
+
+
+def test_fields_that_do_nothing_for_these_data_are_refused():
+  with pytest.raises(SystemExit, match=r"--augmentation, --imbalance: not for photographs"):
+    tasks.load(small(dataset="mock", side=16, augmentation=("flip",), imbalance=10.0))
+  text = texts.characters("abc" * 100)
+  with pytest.raises(SystemExit, match=r"--mixup: not for text"):
+    tasks.language(small(length=4, steps_per_epoch=2, mixup=0.1), text)
 
 
 def test_the_last_and_the_best_checkpoint_are_kept(tmp_path):

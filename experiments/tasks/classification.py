@@ -9,8 +9,7 @@ import optax
 
 from experiments.configs import Config
 from experiments.data import Data, augmentation, order
-from experiments.tasks.base import Task, check_batch
-import fop_optax
+from experiments.tasks.base import Task, check_batch, dtype_of, loss_of, softened
 
 EVAL_BATCH = 1000
 WHITENED = 5000  # images that a network may look at before training
@@ -28,8 +27,7 @@ def classification(config: Config, data: Data) -> Task:
   """A classifier; mixup, where it is asked for, mixes labels too."""
   shape, examples = data.train_images.shape[1:], len(data.train_labels)
   check_batch(config.batch_size, examples)
-  dtype = jnp.bfloat16 if config.precision == "bfloat16" else None
-  model = config.model.build(shape, data.classes, dtype)
+  model = config.model.build(shape, data.classes, dtype_of(config))
 
   def normalize(images):
     return (images.astype(jnp.float32) - data.mean) / data.std
@@ -45,17 +43,12 @@ def classification(config: Config, data: Data) -> Task:
     yield from order.epoch_batches(examples, config.batch_size, seed, epoch)[within:][:count]
 
   def pick(arrays, indices, key):
-    images, labels = normalize(arrays[0][indices]), jax.nn.one_hot(arrays[1][indices], data.classes)
-    for name, own in zip(config.augmentation, jax.random.split(key, 8), strict=False):
+    images, labels = (array[indices] for array in arrays)
+    images = normalize(images)
+    mixed, *keys = jax.random.split(key, 1 + len(config.augmentation))
+    for name, own in zip(config.augmentation, keys, strict=True):
       images = AUGMENTATIONS[name](own, images)
-    if config.mixup:
-      images, labels = augmentation.mixup(jax.random.fold_in(key, 8), images, labels, config.mixup)
-    smoothing = config.label_smoothing
-    return images, (1 - smoothing) * labels + smoothing / data.classes
-
-  def loss(params, state, batch, key):
-    logits, state = model.apply(params, state, batch[0], train=True, key=key)
-    return fop_optax.softmax_cross_entropy(logits, batch[1]), state
+    return softened(config, mixed, images, labels, data.classes)
 
   @jax.jit
   def score(params, state, images, labels):
@@ -86,7 +79,7 @@ def classification(config: Config, data: Data) -> Task:
       jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.float32),
       jax.ShapeDtypeStruct((config.batch_size, data.classes), jnp.float32),
     ),
-    loss=loss,
+    loss=loss_of(model),
     evaluate=evaluate,
     held_out=len(test[1]),
   )

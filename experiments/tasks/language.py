@@ -7,19 +7,19 @@ import optax
 
 from experiments.configs import Config
 from experiments.data import text as texts
-from experiments.tasks.base import Task
-import fop_optax
+from experiments.tasks.base import Task, check_unused, dtype_of, loss_of
 
 EVAL_BATCH = 64
 
 
 def language(config: Config, text: texts.Text) -> Task:
   """A language model; an epoch is `config.steps_per_epoch` steps, on windows drawn anew."""
-  dtype = jnp.bfloat16 if config.precision == "bfloat16" else None
+  images = ("augmentation", "mixup", "label_smoothing", "imbalance", "examples", "side")
+  check_unused(config, images, "text")
   length, steps = config.length, config.steps_per_epoch
   if not (length and steps):
     raise SystemExit(f"Text needs --length and --steps-per-epoch, not {length} and {steps}.")
-  model = config.model.build((length,), text.vocabulary, dtype)
+  model = config.model.build((length,), text.vocabulary, dtype_of(config))
 
   def feed(seed, first, count):
     for step in range(first, first + count):
@@ -28,10 +28,6 @@ def language(config: Config, text: texts.Text) -> Task:
   def pick(arrays, indices, key):
     del key
     return tuple(x.astype(jnp.int32) for x in texts.take(arrays, indices, length))
-
-  def loss(params, state, batch, key):
-    logits, state = model.apply(params, state, batch[0], train=True, key=key)
-    return fop_optax.softmax_cross_entropy(logits, batch[1]), state
 
   @jax.jit
   def score(params, state, x, y):
@@ -51,4 +47,4 @@ def language(config: Config, text: texts.Text) -> Task:
 
   shape = jax.ShapeDtypeStruct((config.batch_size, length), jnp.int32)
   arrays = jnp.asarray(np.asarray(text.train))
-  return Task(model, arrays, steps, feed, pick, (shape, shape), loss, evaluate, x.size)
+  return Task(model, arrays, steps, feed, pick, (shape, shape), loss_of(model), evaluate, x.size)

@@ -6,9 +6,8 @@ import numpy as np
 import optax
 
 from experiments.configs import Config
-from experiments.data import augmentation, mock, streaming
-from experiments.tasks.base import Task, check_batch
-import fop_optax
+from experiments.data import mock, streaming
+from experiments.tasks.base import Task, check_batch, check_unused, dtype_of, loss_of, softened
 
 EVAL_BATCH = 256
 MOCK = 512  # examples of the stand-in
@@ -19,11 +18,11 @@ def streamed(config: Config) -> Task:
 
   Crops and flips are made where images are decoded; mixup, in the step.
   """
+  check_unused(config, ("augmentation", "imbalance", "examples"), "photographs that are streamed")
   train, test = _records(config)
   check_batch(config.batch_size, len(train))
-  dtype = jnp.bfloat16 if config.precision == "bfloat16" else None
   shape, classes = (config.side, config.side, 3), train.classes
-  model = config.model.build(shape, classes, dtype)
+  model = config.model.build(shape, classes, dtype_of(config))
   mean, std = (np.asarray(x, np.float32) for x in (streaming.MEAN, streaming.STD))
   normalize = lambda images: (images.astype(jnp.float32) - mean) / std
 
@@ -39,15 +38,7 @@ def streamed(config: Config) -> Task:
 
   def pick(arrays, fed, key):
     del arrays
-    images, labels = normalize(fed["image"]), jax.nn.one_hot(fed["label"], classes)
-    if config.mixup:
-      images, labels = augmentation.mixup(key, images, labels, config.mixup)
-    smoothing = config.label_smoothing
-    return images, (1 - smoothing) * labels + smoothing / classes
-
-  def loss(params, state, batch, key):
-    logits, state = model.apply(params, state, batch[0], train=True, key=key)
-    return fop_optax.softmax_cross_entropy(logits, batch[1]), state
+    return softened(config, key, normalize(fed["image"]), fed["label"], classes)
 
   @jax.jit
   def score(params, state, images, labels):
@@ -69,7 +60,7 @@ def streamed(config: Config) -> Task:
     jax.ShapeDtypeStruct((config.batch_size, classes), jnp.float32),
   )
   steps = len(train) // config.batch_size
-  return Task(model, (), steps, feed, pick, shapes, loss, evaluate, len(test))
+  return Task(model, (), steps, feed, pick, shapes, loss_of(model), evaluate, len(test))
 
 
 def _records(config: Config) -> tuple[streaming.Records, streaming.Records]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from fop_optax import moments
 from fop_optax.curvature import factors, inverse
-from fop_optax.curvature.damping import Size, split_damping
+from fop_optax.curvature.damping import Size, split_damping, trace_of
 from fop_optax.layers import Factors
 
 
@@ -35,8 +35,8 @@ def statistics(V: jax.Array, diagonal: tuple[bool, bool]) -> Factors:
 def fold(average: Factors, new: Factors, finite: jax.Array, weight: jax.Array) -> Factors:
   """As `fop_optax.curvature.factors.fold`, of the averages of `L` and `R`."""
   A, G = average
-  L, R = factors.fold(Factors(A * _trace(G), G), new, finite, weight)
-  size = _trace(R)
+  L, R = factors.fold(Factors(A * trace_of(G), G), new, finite, weight)
+  size = trace_of(R)
   A = jnp.where(finite, L / jnp.where(size > 0, size, 1), A)
   return Factors(A, R)
 
@@ -46,10 +46,6 @@ def _split(A: Size, G: Size, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
   of_A, of_G = split_damping(A, G, damping)
   vector = A.dim == 1  # A is 1, and 0 before there was a gradient
   return jnp.where(vector, 1 - A.trace, of_A), jnp.where(vector, damping, of_G)
-
-
-def _trace(factor: jax.Array) -> jax.Array:
-  return jnp.trace(factor) if factor.ndim == 2 else jnp.sum(factor)
 
 
 SCALINGS = {
