@@ -38,12 +38,6 @@ def epoch_batches(size: int, batch: int, seed: int, epoch: int) -> np.ndarray:
   return permutation(size, seed, epoch)[: steps * batch].astype(np.int32).reshape(steps, batch)
 
 
-def batch_at(size: int, batch: int, seed: int, step: int) -> np.ndarray:
-  """The batch of step `step` of a run (from 0, over all epochs), int32 `[batch]`."""
-  epoch, within = divmod(step, steps_per_epoch(size, batch))
-  return epoch_batches(size, batch, seed, epoch)[within]
-
-
 @functools.lru_cache(maxsize=64)
 def _states(size: int, seed: int) -> list[dict]:
   """States of the generator before epochs 0, 1, ... as far as asked for; it grows."""
