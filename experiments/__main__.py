@@ -6,11 +6,11 @@ import functools
 import itertools
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 import tyro
 
 from experiments import comparison, configs, optimizers, report, runs, tasks, training
@@ -127,39 +127,41 @@ def tune(name: str, config: Config, grid: dict[str, dict[str, tuple[float, ...]]
   ]
   seeds = range(config.first_seed, config.first_seed + config.seeds)
   results: dict[str, list[tuple]] = {}
+  programs: dict[Any, training.Program] = {}
+
+  def build(own, hyper):
+    structure = training.structure_of(hyper)
+    if structure not in programs:
+      programs[structure] = training.build(own, hyper, task)
+    return programs[structure].of(hyper)
+
   with progress(len(points), f"tune {name}") as bar:
     for optimizer, values in points:
       hyper = dataclasses.replace(getattr(config, optimizer), **values)
       own = dataclasses.replace(config, **{optimizer: hyper})
-      build = functools.cache(functools.partial(training.build, own, hyper, task))
       label = "-".join(f"{key}={value:g}" for key, value in values.items())
       root = pathlib.Path(config.out) / name / "tune" / label
       paths = {seed: runs.folder_of(root, own, optimizer, seed) for seed in seeds}
       rows = [
         row
         for seed, path in paths.items()
-        for row in runs.train(path, own, optimizer, seed, task, build)
+        for row in runs.train(path, own, optimizer, seed, task, functools.partial(build, own, hyper))
       ]
       found = comparison.outcomes(comparison.curves(rows), comparison.target_of(config))
+      (line,) = comparison.summarize(found).itertuples()
       # A run that does not get there counts as one epoch beyond the budget.
       epochs = found.epochs.fillna(config.epochs + 1).mean()
-      (line,) = comparison.summarize(found).itertuples()
-      results.setdefault(optimizer, []).append((epochs, line.test_loss, values, line))
+      worse = line.test_loss if config.metric == "test_loss" else -line.test_accuracy
+      results.setdefault(optimizer, []).append((epochs, worse, values, line))
       bar.update(bar.task_ids[0], advance=1, note=f"{optimizer} {values}")
-  out = Table(title=f"{name}: {len(points)} points on {task.held_out:,} held-out training examples")
-  for heading in ("optimizer", "values", "epochs to target", "final loss", "final"):
-    out.add_column(heading, no_wrap=True)
-  for optimizer, trials in results.items():
-    for _, loss, values, line in sorted(trials, key=lambda trial: trial[:2]):
-      out.add_row(
-        optimizer,
-        " ".join(f"{key}={value:g}" for key, value in values.items()),
-        comparison.reached(line, "epochs", 1),
-        f"{loss:.4f}",
-        comparison.final(line, config.metric == "test_loss"),
-      )
-    out.add_section()
-  output().print(out)
+  ranked = {
+    optimizer: sorted(trials, key=lambda trial: trial[:2]) for optimizer, trials in results.items()
+  }
+  title = f"{name}: {len(points)} points on {task.held_out:,} held-out training examples"
+  console = output()
+  console.print(comparison.trials_table(ranked, config, title))
+  paths = comparison.save_trials(pathlib.Path(config.out) / name / "tune", ranked, config)
+  console.print("saved", ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
 
 
 def points_of(axes: dict[str, tuple[float, ...]], trials: int, seed: int) -> list[dict]:

@@ -22,6 +22,7 @@ DASHES = ("-", "--", "-.", (0, (4, 1)), ":", (0, (6, 1, 1, 1)), (0, (1, 1)), (0,
 Target = tuple[str, float]  # "test_accuracy" or "test_loss", and its value
 RUN = ["batch_size", "optimizer", "seed"]
 TO_TARGET = ["epochs", "steps", "seconds"]
+ENDS = ["test_accuracy", "test_loss"]
 
 
 def curves(rows: Iterable[Row]) -> pd.DataFrame:
@@ -42,7 +43,7 @@ def outcomes(epochs: pd.DataFrame, target: Target) -> pd.DataFrame:
   names = {"epoch": "epochs", "step": "steps"}
   there = there.rename(columns=names)[[*RUN, *TO_TARGET]]
   last["seconds_per_epoch"] = last.seconds / last.epoch
-  ends = last[[*RUN, "test_accuracy", "test_loss", "train_loss", "seconds_per_epoch"]]
+  ends = last[[*RUN, *ENDS, "train_loss", "seconds_per_epoch"]]
   return ends.merge(there, on=RUN, how="left")
 
 
@@ -57,7 +58,7 @@ def summarize(runs: pd.DataFrame, reference: str | None = None) -> pd.DataFrame:
     line = {"batch_size": size, "optimizer": name, "n": len(own)}
     line["reached"] = int(own.epochs.notna().sum())
     line["seconds_per_epoch"] = own.seconds_per_epoch.median()
-    for column in [*TO_TARGET, "test_accuracy", "test_loss"]:
+    for column in [*TO_TARGET, *ENDS]:
       line[column] = own[column].mean(skipna=False)
       line[f"{column}_std"] = own[column].std(skipna=False)
     lines.append(line)
@@ -144,6 +145,45 @@ def table(summary: pd.DataFrame, config: Config) -> Table:
   for row in rows:
     out.add_row(*row)
   return out
+
+
+# Of a trial: epochs to the target (one beyond the budget if it is not reached), what the order is by
+# where they are equal, the values, its line of `summarize`.
+Trial = tuple[float, float, dict[str, float], Any]
+
+
+def trials_table(ranked: dict[str, list[Trial]], config: Config, title: str) -> Table:
+  """The trials of a search, the best first."""
+  out = Table(title=title)
+  for heading in ("optimizer", "values", "epochs to target", "final loss", "final"):
+    out.add_column(heading, no_wrap=True)
+  for name, trials in ranked.items():
+    for _, _, values, line in trials:
+      out.add_row(
+        name,
+        " ".join(f"{key}={value:g}" for key, value in values.items()),
+        reached(line, "epochs", 1),
+        f"{line.test_loss:.4f}",
+        final(line, config.metric == "test_loss"),
+      )
+    out.add_section()
+  return out
+
+
+def save_trials(
+  folder: pathlib.Path, ranked: dict[str, list[Trial]], config: Config
+) -> list[pathlib.Path]:
+  """Writes all trials of each optimizer, the best first, as `OPTIMIZER-batch-SIZE.csv`."""
+  folder.mkdir(parents=True, exist_ok=True)
+  paths = []
+  for name, trials in ranked.items():
+    lines = [
+      {**values, **{key: getattr(line, key) for key in ("n", "reached", *TO_TARGET, *ENDS)}}
+      for _, _, values, line in trials
+    ]
+    paths.append(folder / f"{name}-batch-{config.batch_size}.csv")
+    pd.DataFrame(lines).to_csv(paths[-1], index=False)
+  return paths
 
 
 def save(

@@ -21,6 +21,7 @@ class Optimizer:
   """What all of them have."""
 
   learning_rate: float = 0.1  # peak of the schedule
+  rest: float = 1.0  # times the rates of what it is not given, where parameters are divided
 
   title: ClassVar[str]
   groups: ClassVar[int | None] = None
@@ -32,7 +33,9 @@ class Optimizer:
 
   def given(self, schedule: Schedule) -> dict[str, Any]:
     """The arguments that are not left to the library."""
-    values = dataclasses.asdict(self) | {"learning_rate": schedule}
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    values["learning_rate"] = schedule
+    del values["rest"]
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -49,8 +52,6 @@ class Sgd(Optimizer):
   def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
     del layers
     sgd = optax.sgd(schedule, momentum=self.momentum, nesterov=self.nesterov)
-    if self.weight_decay == 0:
-      return sgd
     return optax.chain(optax.add_decayed_weights(self.weight_decay, is_matrix), sgd)
 
 
@@ -106,6 +107,25 @@ class Soap(Optimizer):
 
 
 @dataclasses.dataclass(frozen=True)
+class SoapMuon(Soap):
+  """The polar factor of SOAP's direction (Vyas), each matrix as `capture` finds it."""
+
+  learning_rate: float = 0.03  # peak of the schedule
+
+  title: ClassVar[str] = "SOAP-Muon"
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    options = self.given(schedule)
+    del options["learning_rate"], options["weight_decay"]
+    return optax.chain(
+      fop_optax.scale_by_soap(layers=layers, **options),
+      fop_optax.orthogonalize(layers=layers),
+      optax.add_decayed_weights(self.weight_decay, is_matrix),
+      optax.scale_by_learning_rate(schedule),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Shampoo(Optimizer):
   """Shampoo with Adam's step length."""
 
@@ -136,6 +156,27 @@ class Kfac(Optimizer):
 
   def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
     return fop_optax.kfac(layers=layers, **self.given(schedule))
+
+
+@dataclasses.dataclass(frozen=True)
+class KfacPolar(Kfac):
+  """The polar factor of K-FAC's direction (ours), each matrix as `capture` finds it."""
+
+  learning_rate: float = 0.03  # peak of the schedule
+
+  title: ClassVar[str] = "K-FAC, polar"
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    options = self.given(schedule)
+    momentum, decay = options.pop("momentum"), options.pop("weight_decay", 0.0)
+    del options["learning_rate"]
+    return optax.chain(
+      fop_optax.scale_by_kfac(layers, **options),
+      optax.trace(momentum),
+      fop_optax.orthogonalize(layers=layers),
+      optax.add_decayed_weights(decay, is_matrix),
+      optax.scale_by_learning_rate(schedule),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +212,10 @@ TABLE: dict[str, type[Optimizer]] = {
   "adamw": AdamW,
   "muon": Muon,
   "soap": Soap,
+  "soap_muon": SoapMuon,
   "shampoo": Shampoo,
   "kfac": Kfac,
+  "kfac_polar": KfacPolar,
   "ekfac": Ekfac,
   "fop": Fop,
 }

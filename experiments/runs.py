@@ -265,7 +265,7 @@ def _epoch(state, epoch, seconds, config, name, seed, task, program):
   jax.block_until_ready((state, fed))
   clock, losses = time.perf_counter(), []
   while fed is not None:
-    state, own_losses = program.advance(state, task.arrays, fed, start)
+    state, own_losses = program.advance(state, task.arrays, fed, start, program.values)
     losses.append(own_losses)
     fed = next(feed, None)
   jax.block_until_ready(state)

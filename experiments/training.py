@@ -1,6 +1,11 @@
-"""One training step for every optimizer, and the program that takes many of them in one call."""
+"""One training step for every optimizer, and the program that takes many of them in one call.
+
+An optimizer's numbers (rate, damping, decay, ...) are arguments of the program: it is compiled once
+for all their values.
+"""
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import itertools
 import time
 from typing import Any, NamedTuple
@@ -10,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import parts
 from experiments.configs import Config
 from experiments.optimizers import Optimizer
 from experiments.tasks import Task
@@ -30,12 +36,32 @@ class Program(NamedTuple):
   """An optimizer's training, compiled."""
 
   init: Callable[[int], State]  # seed -> state
-  # state, arrays of the task, one of `calls`, seed -> state, losses [steps]; consumes the state
-  advance: Callable[[State, Any, jax.Array, jax.Array], tuple[State, jax.Array]]
+  # state, arrays of the task, one of `calls`, seed, values of `numbers_of`
+  # -> state, losses [steps]; consumes the state
+  advance: Callable[[State, Any, Any, jax.Array, dict[str, Any]], tuple[State, jax.Array]]
+  values: dict[str, Any]
   compile_seconds: float
 
+  def of(self, hyper: Optimizer) -> "Program":
+    """The same for another optimizer of `structure_of(hyper)`."""
+    return self._replace(values=numbers_of(hyper))
 
-def schedule_of(config: Config, peak: float, steps: int) -> optax.Schedule:
+
+def numbers_of(hyper: Optimizer) -> dict[str, Any]:
+  """The values of an optimizer that its program is fed with: all real numbers."""
+  fields = dataclasses.asdict(hyper)
+  return {name: np.float32(own) for name, own in fields.items() if isinstance(own, float)}
+
+
+def structure_of(hyper: Optimizer) -> tuple[Any, ...]:
+  """What its program is compiled for: everything else."""
+  fields = dataclasses.asdict(hyper)
+  return type(hyper), *(
+    (name, "a number" if isinstance(own, float) else own) for name, own in fields.items()
+  )
+
+
+def schedule_of(config: Config, peak: Any, steps: int) -> optax.Schedule:
   """A linear warm-up from a first step above zero, then what `config.schedule` says."""
   warmup = round(config.warmup * steps)
   rest = max(steps - warmup, 1)
@@ -91,15 +117,25 @@ def gradient_of(config: Config, hyper: Optimizer, task: Task) -> tuple[Any, Call
 def build(config: Config, hyper: Optimizer, task: Task) -> Program:
   """Compiles the training of one optimizer."""
   layers, gradient = gradient_of(config, hyper, task)
-  schedule = schedule_of(config, hyper.learning_rate, config.epochs * task.steps)
-  tx = optax.with_extra_args_support(hyper.make(schedule, layers))
+  steps = config.epochs * task.steps
+
+  def transformation(hyper):
+    schedule = lambda peak: schedule_of(config, peak, steps)
+    if config.parts is None:
+      tx = hyper.make(schedule(hyper.learning_rate), layers)
+    else:
+      tx = parts.divided(config.parts, hyper, layers, schedule, task.steps)
+    return optax.with_extra_args_support(tx)
+
+  start = jax.jit(transformation(hyper).init)
 
   def init(seed):
     params, model = task.model.init(seed)
     average = jax.tree.map(jnp.copy, params) if config.average else None
-    return State(jnp.zeros((), jnp.int32), params, model, jax.jit(tx.init)(params), average)
+    return State(jnp.zeros((), jnp.int32), params, model, start(params), average)
 
-  def step(state, fed, arrays, seed):
+  def step(state, fed, arrays, seed, values):
+    tx = transformation(dataclasses.replace(hyper, **values))
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     picked, drawn = jax.random.split(key)
     batch = task.pick(arrays, fed, picked)
@@ -112,21 +148,21 @@ def build(config: Config, hyper: Optimizer, task: Task) -> Program:
       average = optax.incremental_update(params, average, 1 - weight)
     return State(state.step + 1, params, model, optimizer, average), loss
 
-  def advance(state, arrays, fed, seed):
+  def advance(state, arrays, fed, seed, values):
     if not config.looped:
-      state, loss = step(state, jax.tree.map(lambda x: x[0], fed), arrays, seed)
+      state, loss = step(state, jax.tree.map(lambda x: x[0], fed), arrays, seed, values)
       return state, loss[None]
-    return jax.lax.scan(lambda state, own: step(state, own, arrays, seed), state, fed)
+    return jax.lax.scan(lambda state, own: step(state, own, arrays, seed, values), state, fed)
 
   begin = time.perf_counter()
   (fed,) = calls(config, task, 0, 0, task.steps if config.looped else 1)
-  args = task.arrays, fed, jnp.uint32(0)
+  args = task.arrays, fed, jnp.uint32(0), numbers_of(hyper)
   state = init(0)
   compiled = jax.jit(advance, donate_argnums=0).lower(state, *args).compile()
   # A first call sets up buffers and threads: it would be seen in the times of short steps.
   state, _ = jax.block_until_ready(compiled(state, *args))
   task.evaluate(state.params, state.model)
-  return Program(init, compiled, time.perf_counter() - begin)
+  return Program(init, compiled, numbers_of(hyper), time.perf_counter() - begin)
 
 
 def calls(config: Config, task: Task, seed: int, first: int, count: int) -> Iterator[Any]:

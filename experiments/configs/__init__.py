@@ -6,7 +6,20 @@ import pkgutil
 from typing import Literal
 
 from experiments.networks import AnyNetwork
-from experiments.optimizers import TABLE, AdamW, Ekfac, Fop, Kfac, Muon, Sgd, Shampoo, Soap
+from experiments.optimizers import (
+  TABLE,
+  AdamW,
+  Ekfac,
+  Fop,
+  Kfac,
+  KfacPolar,
+  Muon,
+  Sgd,
+  Shampoo,
+  Soap,
+  SoapMuon,
+)
+from experiments.parts import Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +52,8 @@ class Config:
   # Whether an epoch is one call of a compiled loop. That is for tiny networks, whose steps are
   # shorter than calls; on the CPU, XLA's convolutions in a loop take several times as long.
   looped: bool = False
+  # How parameters are divided between the optimizer that is compared and SGD; none: all are its.
+  parts: Parts | None = None
   micro_batches: int = 1  # pieces a batch is worked off in, for less memory
   trials: int = 0  # points that `tune` draws from the grid's box for each optimizer; 0: the grid
   seeds: int = 5  # runs of each optimizer; a seed is the same weights and batches for all
@@ -48,8 +63,10 @@ class Config:
   adamw: AdamW = AdamW()
   muon: Muon = Muon()
   soap: Soap = Soap()
+  soap_muon: SoapMuon = SoapMuon()
   shampoo: Shampoo = Shampoo()
   kfac: Kfac = Kfac()
+  kfac_polar: KfacPolar = KfacPolar()
   ekfac: Ekfac = Ekfac()
   fop: Fop = Fop()
   checkpoint_seconds: float = 60.0  # of training between two checkpoints, at the end of an epoch
@@ -78,8 +95,10 @@ GRID: dict[str, dict[str, tuple[float, ...]]] = {
   "adamw": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (1e-2, 1e-1)},
   "muon": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 1e-1)},
   "soap": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (1e-2, 1e-1)},
+  "soap_muon": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 1e-1)},
   "shampoo": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.0, 1e-1)},
   "kfac": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0, 1e-1)},
+  "kfac_polar": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 1e-1)},
   "ekfac": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0, 1e-1)},
   "fop": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0, 1e-1)},
 }

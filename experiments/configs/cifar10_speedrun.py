@@ -11,7 +11,10 @@ ends on two cores. Other batches: `--batch-sizes 2000 10000 25000 50000`.
 
 from experiments.configs import Config
 from experiments.networks import Speedrun
-from experiments.optimizers import Muon, Sgd
+from experiments.optimizers import Fop, Kfac, KfacPolar, Muon, Sgd, Soap, SoapMuon
+from experiments.parts import Parts
+
+RATE = 0.2  # of a filter's norm: Muon's 0.24 times the length of its direction
 
 CONFIG = Config(
   dataset="cifar10",
@@ -25,7 +28,25 @@ CONFIG = Config(
   label_smoothing=0.2,
   precision="bfloat16",
   seeds=25,
-  optimizers=("sgd", "muon", "soap", "kfac", "fop"),
-  sgd=Sgd(learning_rate=0.5, momentum=0.85, nesterov=True, weight_decay=5e-4),
-  muon=Muon(learning_rate=0.24, beta=0.6),
+  optimizers=("sgd", "muon", "soap", "soap_muon", "kfac", "kfac_polar", "fop"),
+  parts=Parts(),
+  sgd=Sgd(RATE, momentum=0.6, nesterov=True),
+  muon=Muon(RATE, beta=0.6),
+  soap=Soap(RATE, weight_decay=0.0, b1=0.6),
+  soap_muon=SoapMuon(RATE, weight_decay=0.0, b1=0.6),
+  kfac=Kfac(RATE, momentum=0.6),
+  kfac_polar=KfacPolar(RATE, momentum=0.6),
+  fop=Fop(RATE, momentum=0.6),
 )
+GRID = {
+  name: {"learning_rate": (0.05, 0.4), "rest": (0.5, 2.0), momentum: (0.6, 0.85)}
+  for name, momentum in {
+    "sgd": "momentum",
+    "muon": "beta",
+    "soap": "b1",
+    "soap_muon": "b1",
+    "kfac": "momentum",
+    "kfac_polar": "momentum",
+    "fop": "momentum",
+  }.items()
+}
