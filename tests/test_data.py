@@ -246,3 +246,11 @@ def test_epochs_are_the_shuffles_of_one_generator():
   assert not np.array_equal(order.permutation(103, 4, 0), shuffles[0])
   with pytest.raises(ValueError, match="A batch of 104 out of 103 examples"):
     order.epoch_batches(103, 104, 0, 0)
+
+
+def test_examples_are_mirrored_in_every_other_epoch():
+  first = order.mirrored(1000, 3, 0)
+  assert first.dtype == bool and 400 < first.sum() < 600
+  for epoch in (5, 2, 1, 4):
+    np.testing.assert_array_equal(order.mirrored(1000, 3, epoch), first ^ (epoch % 2 == 1))
+  assert 400 < (first ^ order.mirrored(1000, 4, 0)).sum() < 600

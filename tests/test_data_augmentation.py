@@ -38,6 +38,24 @@ def test_flip_is_of_whole_images_and_of_half_of_them():
   assert 16 < sum(flipped) < 48
 
 
+@pytest.mark.usefixtures("x64")
+def test_means_over_views():
+  rng = np.random.default_rng(1)
+  x, weights = rng.normal(size=(5, 32, 32, 3)), rng.normal(size=(32 * 32 * 3, 10))
+  logits = lambda images: jnp.tanh(images.reshape(len(images), -1) @ weights / 50)
+  padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+  shares = [(x, 0.5), (padded[:, 0:32, 0:32], 0.25), (padded[:, 2:34, 2:34], 0.25)]
+  both = lambda images: (logits(images) + logits(images[:, :, ::-1])) / 2
+  expected = {
+    "one": logits(x),
+    "mirrored": both(x),
+    "shifted": sum(share * both(view) for view, share in shares),
+  }
+  assert len({bytes(np.asarray(own)) for own in expected.values()}) == 3
+  for views, own in expected.items():
+    np.testing.assert_allclose(augmentation.mean_over_views(logits, x, views), own, rtol=1e-12)
+
+
 @pytest.mark.parametrize("fill", [0, (9, 8, 7), None])
 def test_crops_are_windows_of_the_padded_image(fill):
   padding = 3

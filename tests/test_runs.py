@@ -11,11 +11,14 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
 from experiments import configs, data, networks, runs, tasks, training
+from experiments.data import order
 from experiments.data import text as texts
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -103,12 +106,67 @@ def test_data_that_are_fed_go_on_too(dataset, tmp_path, monkeypatch):
   assert list(map(same, train(tmp_path / "stopped"))) == list(map(same, whole))
 
 
-def test_fields_that_do_nothing_for_these_data_are_refused():
+@pytest.mark.parametrize("looped", [False, True])
+def test_alternating_flips_go_on_too(looped, tmp_path):
+  config = small(augmentation=("shift", "alternating_flip"), views="shifted", looped=looped)
+  task = tasks.classification(config, data.load("digits"))
+  build = functools.cache(lambda: training.build(config, config.adamw, task))
+  train = lambda path: runs.train(path, config, "adamw", 1, task, build)
+  whole = list(train(tmp_path / "whole"))
+  assert whole[-1].train_loss < whole[0].train_loss
+  rows = train(tmp_path / "stopped")
+  next(rows)
+  rows.close()
+  assert list(map(same, train(tmp_path / "stopped"))) == list(map(same, whole))
+
+
+def test_alternating_flips_of_batches():
+  """Each image is seen mirrored or not in the first epoch, and the other way in each next one."""
+  digits = data.load("digits")
+  task = tasks.classification(small(augmentation=("alternating_flip",)), digits)
+  plain = (digits.train_images - digits.mean) / digits.std
+  for epoch in range(3):
+    mirrored = order.mirrored(len(plain), 7, epoch)
+    seen = list(task.feed(7, epoch * task.steps + 1, 2))  # from the middle of an epoch
+    batches = order.epoch_batches(len(plain), 256, 7, epoch)[1:3]
+    for fed, indices in zip(seen, batches, strict=True):
+      images, _ = task.pick(task.arrays, fed, jax.random.key(epoch))
+      flip = mirrored[indices, None, None, None]
+      expected = np.where(flip, plain[indices, :, ::-1], plain[indices])
+      np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("views", ["one", "mirrored", "shifted"])
+def test_evaluation_is_of_the_mean_logits(views):
+  digits = data.load("digits")
+  task = tasks.classification(small(views=views), digits)
+  params, state = task.model.init(0)
+  x = jnp.asarray((digits.test_images - digits.mean) / digits.std, jnp.float32)
+  logits = lambda images: task.model.apply(params, state, images, train=False)[0]
+  both = lambda images: (logits(images) + logits(images[:, :, ::-1])) / 2
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+  mean = {
+    "one": lambda: logits(x),
+    "mirrored": lambda: both(x),
+    "shifted": lambda: both(x) / 2 + both(padded[:, :8, :8]) / 4 + both(padded[:, 2:, 2:]) / 4,
+  }[views]()
+  losses = optax.softmax_cross_entropy_with_integer_labels(mean, digits.test_labels)
+  right = np.mean(mean.argmax(-1) == digits.test_labels)
+  found = task.evaluate(params, state)
+  np.testing.assert_allclose(found["test_loss"], losses.mean(), rtol=1e-5)
+  np.testing.assert_allclose(found["test_accuracy"], right)
+
+
+def test_fields_that_do_nothing_or_exclude_each_other_are_refused():
   with pytest.raises(SystemExit, match=r"--augmentation, --imbalance: not for photographs"):
     tasks.load(small(dataset="mock", side=16, augmentation=("flip",), imbalance=10.0))
+  with pytest.raises(SystemExit, match=r"--views: not for photographs"):
+    tasks.load(small(dataset="mock", side=16, views="mirrored"))
+  with pytest.raises(ValueError, match="should have one of flip and alternating_flip, once"):
+    small(augmentation=("flip", "alternating_flip"))
   text = texts.characters("abc" * 100)
-  with pytest.raises(SystemExit, match=r"--mixup: not for text"):
-    tasks.language(small(length=4, steps_per_epoch=2, mixup=0.1), text)
+  with pytest.raises(SystemExit, match=r"--views, --mixup: not for text"):
+    tasks.language(small(length=4, steps_per_epoch=2, mixup=0.1, views="shifted"), text)
 
 
 def test_the_last_and_the_best_checkpoint_are_kept(tmp_path):

@@ -34,7 +34,12 @@ class Config:
   metric: Literal["test_accuracy", "test_loss"] = "test_accuracy"  # what the target is of
   imbalance: float = 1.0  # of a long tail: the largest class over the smallest
   examples: int = 0  # training images that are used, drawn once; 0: all
-  augmentation: tuple[Literal["flip", "crop", "shift", "cutout"], ...] = ()  # in this order
+  # In this order. "flip" draws anew in each epoch; "alternating_flip" draws once for each image in
+  # which epochs it is mirrored, the even or the odd ones.
+  augmentation: tuple[Literal["flip", "alternating_flip", "crop", "shift", "cutout"], ...] = ()
+  # What the logits of a test image are a mean over: the image; it and its mirror image; these two
+  # and, each with half their weight, both shifted by one pixel up-left and down-right.
+  views: Literal["one", "mirrored", "shifted"] = "one"
   mixup: float = 0.0  # alpha of the Beta distribution; 0: none
   side: int = 0  # pixels of photographs that are streamed; 0: small images, that live on the device
   classes: tuple[str, ...] = ()  # of photographs, which are used; none: all
@@ -79,6 +84,10 @@ class Config:
     for name in ("batch_size", "epochs", "micro_batches", "seeds"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)} should be 1 or more")
+    if sum(name in ("flip", "alternating_flip") for name in self.augmentation) > 1:
+      raise ValueError(
+        f"augmentation={self.augmentation} should have one of flip and alternating_flip, once"
+      )
 
 
 # Fields that say where and how often a run is made, and not what it is.

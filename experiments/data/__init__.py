@@ -2,8 +2,9 @@
 
   images.py        small sets, decoded once: digits, MNIST, Fashion-MNIST, CIFAR, Caltech-101
   long_tail.py     long-tailed CIFAR-10 and CIFAR-100
-  augmentation.py  pad-crop, flip, cutout, mixup, random resized crop, inside the jitted step
-  order.py         which examples a step sees: a function of seed and step
+  augmentation.py  pad-crop, flip, cutout, mixup, random resized crop, inside the jitted step;
+                   means over views of an image, in evaluation
+  order.py         which examples a step sees, and which mirrored: a function of seed and step
   text.py          characters of tiny Shakespeare, and windows of a text
   byte_pairs.py    corpora of files, in byte pairs
   streaming.py     large sets, read by workers as they are trained on: ImageNet, ImageNet-100

@@ -3,9 +3,12 @@
 Images are `[n, height, width, channels]` in any dtype, which the result has too; sizes are in
 pixels. Each image has its own draw, and the same key gives the same draws. Before normalisation
 or after it is all one, but for what fills in: 0 is black before and the mean colour after.
+`mean_over_views` is for evaluation, and draws nothing.
 """
 
+from collections.abc import Callable
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +41,12 @@ def pad_crop(key: jax.Array, images: jax.Array, padding: int = 4, fill: ArrayLik
 
 def flip(key: jax.Array, images: jax.Array) -> jax.Array:
   """Left and right exchanged, in half of the images on average."""
-  flipped = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
-  return jnp.where(flipped, images[:, :, ::-1], images)
+  return mirror(images, jax.random.bernoulli(key, shape=(len(images),)))
+
+
+def mirror(images: jax.Array, which: jax.Array) -> jax.Array:
+  """Left and right exchanged, in the images where `which`, bool `[n]`, is true."""
+  return jnp.where(which[:, None, None, None], images[:, :, ::-1], images)
 
 
 def cutout(key: jax.Array, images: jax.Array, side: int, fill: ArrayLike = 0) -> jax.Array:
@@ -132,3 +139,33 @@ def random_resized_crop(
     limits = jnp.iinfo(images.dtype)
     crops = jnp.clip(jnp.round(crops), limits.min, limits.max)
   return crops.astype(images.dtype)
+
+
+def mean_over_views(
+  logits: Callable[[jax.Array], jax.Array],
+  images: jax.Array,
+  views: Literal["one", "mirrored", "shifted"],
+) -> jax.Array:
+  """The logits of each image, a mean over views of it: test-time augmentation.
+
+  As in Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv:2404.00498), and its
+  code.
+
+  Args:
+    logits: of a batch of images.
+    images: a batch.
+    views: "one", the image; "mirrored", the image and its mirror image; "shifted", these two with
+      half of the weight, and both of the image shifted by one pixel, up-left and down-right, with
+      the other half. What a shift uncovers is the image's reflection, its edge not twice.
+  """
+  if views == "one":
+    return logits(images)
+
+  def mirrored(own):
+    return 0.5 * logits(own) + 0.5 * logits(own[:, :, ::-1])
+
+  if views == "mirrored":
+    return mirrored(images)
+  padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+  shifted = 0.5 * mirrored(padded[:, :-2, :-2]) + 0.5 * mirrored(padded[:, 2:, 2:])
+  return 0.5 * mirrored(images) + 0.5 * shifted

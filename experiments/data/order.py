@@ -38,6 +38,15 @@ def epoch_batches(size: int, batch: int, seed: int, epoch: int) -> np.ndarray:
   return permutation(size, seed, epoch)[: steps * batch].astype(np.int32).reshape(steps, batch)
 
 
+def mirrored(size: int, seed: int, epoch: int) -> np.ndarray:
+  """Which examples `epoch` sees mirrored, bool `[size]`: half of them, and in the next the others.
+
+  Each example is drawn once; the draws of a seed have nothing to do with its shuffles.
+  """
+  drawn = np.random.default_rng((seed, 1)).integers(2, size=size, dtype=bool)
+  return drawn ^ bool(epoch % 2)
+
+
 @functools.lru_cache(maxsize=64)
 def _states(size: int, seed: int) -> list[dict]:
   """States of the generator before epochs 0, 1, ... as far as asked for; it grows."""

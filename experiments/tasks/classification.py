@@ -16,7 +16,7 @@ WHITENED = 5000  # images that a network may look at before training
 
 # Of normalised images: what fills in is the mean colour.
 AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-  "flip": augmentation.flip,
+  "flip": augmentation.flip,  # "alternating_flip" is fed: it follows from image and epoch
   "crop": augmentation.pad_crop,
   "shift": lambda key, images: augmentation.pad_crop(key, images, padding=2, fill=None),
   "cutout": lambda key, images: augmentation.cutout(key, images, images.shape[1] // 4),
@@ -37,22 +37,33 @@ def classification(config: Config, data: Data) -> Task:
     return params, config.model.prepare(state, normalize(data.train_images[:WHITENED]))
 
   steps = order.steps_per_epoch(examples, config.batch_size)
+  alternating = "alternating_flip" in config.augmentation
 
   def feed(seed, first, count):  # never beyond an epoch
     epoch, within = divmod(first, steps)
-    yield from order.epoch_batches(examples, config.batch_size, seed, epoch)[within:][:count]
+    batches = order.epoch_batches(examples, config.batch_size, seed, epoch)[within:][:count]
+    if alternating:
+      mirrored = order.mirrored(examples, seed, epoch)
+      yield from ((indices, mirrored[indices]) for indices in batches)
+    else:
+      yield from batches
 
-  def pick(arrays, indices, key):
+  def pick(arrays, fed, key):
+    indices, mirrored = fed if alternating else (fed, None)
     images, labels = (array[indices] for array in arrays)
     images = normalize(images)
     mixed, *keys = jax.random.split(key, 1 + len(config.augmentation))
     for name, own in zip(config.augmentation, keys, strict=True):
-      images = AUGMENTATIONS[name](own, images)
+      if name == "alternating_flip":
+        images = augmentation.mirror(images, mirrored)
+      else:
+        images = AUGMENTATIONS[name](own, images)
     return softened(config, mixed, images, labels, data.classes)
 
   @jax.jit
   def score(params, state, images, labels):
-    logits, _ = model.apply(params, state, normalize(images), train=False)
+    one = lambda own: model.apply(params, state, own, train=False)[0]
+    logits = augmentation.mean_over_views(one, normalize(images), config.views)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     above = logits > jnp.take_along_axis(logits, labels[:, None], axis=1)
     near = jnp.sum(above, axis=1) < 5

@@ -14,7 +14,7 @@ EVAL_BATCH = 64
 
 def language(config: Config, text: texts.Text) -> Task:
   """A language model; an epoch is `config.steps_per_epoch` steps, on windows drawn anew."""
-  images = ("augmentation", "mixup", "label_smoothing", "imbalance", "examples", "side")
+  images = ("augmentation", "views", "mixup", "label_smoothing", "imbalance", "examples", "side")
   check_unused(config, images, "text")
   length, steps = config.length, config.steps_per_epoch
   if not (length and steps):

@@ -18,7 +18,8 @@ def streamed(config: Config) -> Task:
 
   Crops and flips are made where images are decoded; mixup, in the step.
   """
-  check_unused(config, ("augmentation", "imbalance", "examples"), "photographs that are streamed")
+  small = ("augmentation", "views", "imbalance", "examples")
+  check_unused(config, small, "photographs that are streamed")
   train, test = _records(config)
   check_batch(config.batch_size, len(train))
   shape, classes = (config.side, config.side, 3), train.classes
