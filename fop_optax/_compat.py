@@ -59,7 +59,7 @@ def zip_variables(atoms: Sequence[Any], values: Sequence[Any]) -> list[tuple[Any
 
 def source_of(jaxpr: Jaxpr, equation: Equation) -> str:
   """The source line an equation comes from, as `file:line:column (function)`; empty if unknown."""
-  text = single(jaxpr, equation)[0].pretty_print(source_info=True)
+  text = single(jaxpr, equation)[0].pretty_print(source_info=True, use_color=False)
   text = text[text.rfind("\n{ lambda") + 1 :]  # what `let` defines above it has lines of its own
   line = next((line for line in text.splitlines() if " # " in line), "")
   return line.rpartition(" # ")[2].strip()

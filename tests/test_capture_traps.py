@@ -210,6 +210,14 @@ def test_strict_quotes_the_equation_and_its_source_line():
     fop_optax.capture(standardised, params, draw(N, D), jnp.arange(N) % C, strict=True)
 
 
+def test_source_lines_hold_no_colours_in_a_notebook(monkeypatch):
+  monkeypatch.setattr("jax._src.pretty_printer.CAN_USE_COLOR", True)
+  captured = fop_optax.capture(
+    standardised, {"w": W, "head": draw(D, C)}, draw(N, D), jnp.arange(N) % C
+  )
+  assert "test_capture_traps.py" in str(captured) and "\x1b" not in str(captured)
+
+
 def test_metrics_beside_the_loss_refuse_nothing():
   def loss(p, x, y):
     logits = x @ p["w"] + p["b"]
