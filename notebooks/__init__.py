@@ -1,0 +1,13 @@
+"""Notebooks. The sources are Python in jupytext's percent format; beside each stands the executed
+notebook, with its pictures:
+
+    python -m notebooks [NAME ...]     # executes sources anew, by default all of them
+
+`REPOSITORY` is where Colab finds them. Badges and install cells have it written out.
+"""
+
+import pathlib
+
+REPOSITORY = "OWNER/fop_optax"
+FOLDER = pathlib.Path(__file__).parent
+SOURCES = tuple(sorted(FOLDER.glob("[0-9][0-9]_*.py")))
