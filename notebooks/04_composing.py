@@ -10,12 +10,14 @@
 
 # %%
 import importlib.util
+import os
 import subprocess
 import sys
 
 if not all(map(importlib.util.find_spec, ("fop_optax", "experiments"))):  # as on Colab
   clone = "git clone --quiet --depth 1 https://github.com/OWNER/fop_optax fop_optax_clone"
-  subprocess.run(clone.split(), check=True)
+  if not os.path.exists("fop_optax_clone"):
+    subprocess.run(clone.split(), check=True)
   install = [sys.executable, "-m", "pip", "install", "--quiet", "./fop_optax_clone"]
   subprocess.run([*install, "matplotlib", "flax", "equinox"], check=True)
   sys.path.insert(0, "fop_optax_clone")

@@ -59,6 +59,14 @@ def test_notebook_is_tidy(source):
 
 
 @by_name
+def test_readme_links_to_the_notebook_and_to_colab(source):
+  readme = (source.parents[1] / "README.md").read_text(encoding="utf-8")
+  path = f"notebooks/{source.stem}.ipynb"
+  assert f"]({path})" in readme
+  assert f"]({COLAB}/{REPOSITORY}/blob/main/{path})" in readme
+
+
+@by_name
 def test_links_between_notebooks_are_there(source):
   links = re.findall(r"\]\(([^)#]+)[^)]*\)", source.read_text(encoding="utf-8"))
   for link in links:
