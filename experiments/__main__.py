@@ -145,7 +145,9 @@ def tune(name: str, config: Config, grid: dict[str, dict[str, tuple[float, ...]]
       rows = [
         row
         for seed, path in paths.items()
-        for row in runs.train(path, own, optimizer, seed, task, functools.partial(build, own, hyper))
+        for row in runs.train(
+          path, own, optimizer, seed, task, functools.partial(build, own, hyper)
+        )
       ]
       found = comparison.outcomes(comparison.curves(rows), comparison.target_of(config))
       (line,) = comparison.summarize(found).itertuples()

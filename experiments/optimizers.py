@@ -26,6 +26,7 @@ class Optimizer:
   title: ClassVar[str]
   groups: ClassVar[int | None] = None
   basis: ClassVar[bool] = False  # whether statistics are measured in the state's eigenbases
+  always: ClassVar[bool] = False  # whether statistics come at every step, not when they are due
 
   def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
     """The transformation, whose rate follows `schedule`."""
@@ -126,6 +127,18 @@ class SoapMuon(Soap):
 
 
 @dataclasses.dataclass(frozen=True)
+class FisherSoap(Soap):
+  """Adam in the eigenbasis of K-FAC's factors (ours): SOAP with those in place of its own."""
+
+  title: ClassVar[str] = "SOAP, Fisher basis"
+  groups: ClassVar[int | None] = 1
+  always: ClassVar[bool] = True
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    return fop_optax.soap(layers=layers, fisher=True, **self.given(schedule))
+
+
+@dataclasses.dataclass(frozen=True)
 class Shampoo(Optimizer):
   """Shampoo with Adam's step length."""
 
@@ -213,6 +226,7 @@ TABLE: dict[str, type[Optimizer]] = {
   "muon": Muon,
   "soap": Soap,
   "soap_muon": SoapMuon,
+  "soap_fisher": FisherSoap,
   "shampoo": Shampoo,
   "kfac": Kfac,
   "kfac_polar": KfacPolar,

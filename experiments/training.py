@@ -105,7 +105,7 @@ def gradient_of(config: Config, hyper: Optimizer, task: Task) -> tuple[Any, Call
     return *aux, grads, {}
 
   def with_statistics(state, batch, key):
-    more = {"refresh": fop_optax.refresh_due(state.optimizer)}
+    more = {"refresh": True if hyper.always else fop_optax.refresh_due(state.optimizer)}
     if hyper.basis:
       more["basis"] = fop_optax.bases(state.optimizer)
     aux, grads, stats = captured.value_and_grad(state.params, batch, state.model, key, **more)

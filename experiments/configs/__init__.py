@@ -10,6 +10,7 @@ from experiments.optimizers import (
   TABLE,
   AdamW,
   Ekfac,
+  FisherSoap,
   Fop,
   Kfac,
   KfacPolar,
@@ -69,6 +70,7 @@ class Config:
   muon: Muon = Muon()
   soap: Soap = Soap()
   soap_muon: SoapMuon = SoapMuon()
+  soap_fisher: FisherSoap = FisherSoap()
   shampoo: Shampoo = Shampoo()
   kfac: Kfac = Kfac()
   kfac_polar: KfacPolar = KfacPolar()
@@ -105,6 +107,7 @@ GRID: dict[str, dict[str, tuple[float, ...]]] = {
   "muon": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 1e-1)},
   "soap": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (1e-2, 1e-1)},
   "soap_muon": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 1e-1)},
+  "soap_fisher": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (1e-2, 1e-1)},
   "shampoo": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.0, 1e-1)},
   "kfac": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0, 1e-1)},
   "kfac_polar": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 1e-1)},
