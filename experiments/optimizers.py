@@ -32,6 +32,11 @@ class Optimizer:
     """The transformation, whose rate follows `schedule`."""
     raise NotImplementedError
 
+  def evaluated(self, params: Any, state: Any) -> Any:
+    """The parameters that count, of those that are trained and the optimizer's state."""
+    del state
+    return params
+
   def given(self, schedule: Schedule) -> dict[str, Any]:
     """The arguments that are not left to the library."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -153,6 +158,25 @@ class Shampoo(Optimizer):
 
 
 @dataclasses.dataclass(frozen=True)
+class Neumann(Optimizer):
+  """The Neumann optimizer, with the paper's values in steps."""
+
+  learning_rate: float = 0.1  # peak of the schedule
+  weight_decay: float = 0.0  # added to the gradient
+  num_sgd_steps: int | None = 100  # steps of plain SGD first; the paper: 5 epochs
+  reset_period: int | None = 200  # steps; the paper: 10 epochs
+
+  title: ClassVar[str] = "Neumann"
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    del layers
+    return fop_optax.neumann(steps_per_epoch=1, **self.given(schedule))
+
+  def evaluated(self, params: Any, state: Any) -> Any:
+    return fop_optax.neumann_eval_params(state, params)
+
+
+@dataclasses.dataclass(frozen=True)
 class Kfac(Optimizer):
   """K-FAC: the mean gradient, preconditioned."""
 
@@ -228,6 +252,7 @@ TABLE: dict[str, type[Optimizer]] = {
   "soap_muon": SoapMuon,
   "soap_fisher": FisherSoap,
   "shampoo": Shampoo,
+  "neumann": Neumann,
   "kfac": Kfac,
   "kfac_polar": KfacPolar,
   "ekfac": Ekfac,

@@ -15,6 +15,7 @@ from experiments.optimizers import (
   Kfac,
   KfacPolar,
   Muon,
+  Neumann,
   Sgd,
   Shampoo,
   Soap,
@@ -49,7 +50,8 @@ class Config:
   steps_per_epoch: int = 0  # of a text
   held_out: int = 50_000  # tokens at the start of the validation part that are evaluated on
   precision: Literal["float32", "bfloat16"] = "float32"  # that the model computes in
-  schedule: Literal["cosine", "linear", "exponential", "step", "constant"] = "cosine"
+  # Of the rate. "plateau" halves it where the loss of an epoch has not come down for two.
+  schedule: Literal["cosine", "linear", "exponential", "step", "plateau", "constant"] = "cosine"
   warmup: float = 0.1  # share of the steps in which the rate rises
   label_smoothing: float = 0.0  # share of a label that is spread over all classes
   batch_sizes: tuple[int, ...] = ()  # more than one to compare, in place of `batch_size`
@@ -72,10 +74,13 @@ class Config:
   soap_muon: SoapMuon = SoapMuon()
   soap_fisher: FisherSoap = FisherSoap()
   shampoo: Shampoo = Shampoo()
+  neumann: Neumann = Neumann()
   kfac: Kfac = Kfac()
   kfac_polar: KfacPolar = KfacPolar()
   ekfac: Ekfac = Ekfac()
   fop: Fop = Fop()
+  diagnostics: bool = False  # whether each epoch's curvature is kept, layer by layer
+  tensorboard: bool = False  # whether numbers are written for TensorBoard too
   checkpoint_seconds: float = 60.0  # of training between two checkpoints, at the end of an epoch
   data_dir: str | None = None  # where TFDS folders are; else $TFDS_DATA_DIR
   out: str = "results"  # folder for all that is written
@@ -95,7 +100,7 @@ class Config:
 # Fields that say where and how often a run is made, and not what it is.
 AROUND = (
   *("batch_sizes", "scale_rate", "trials", "seeds", "first_seed", "optimizers", "target"),
-  *("checkpoint_seconds", "data_dir", "workers", "out"),
+  *("checkpoint_seconds", "data_dir", "workers", "out", "diagnostics", "tensorboard"),
 )
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
@@ -109,6 +114,7 @@ GRID: dict[str, dict[str, tuple[float, ...]]] = {
   "soap_muon": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 1e-1)},
   "soap_fisher": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (1e-2, 1e-1)},
   "shampoo": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.0, 1e-1)},
+  "neumann": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 5e-4)},
   "kfac": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0, 1e-1)},
   "kfac_polar": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 1e-1)},
   "ekfac": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0, 1e-1)},
