@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import fop_optax
@@ -159,21 +160,31 @@ class Shampoo(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Neumann(Optimizer):
-  """The Neumann optimizer, with the paper's values in steps."""
+  """The Neumann optimizer."""
 
   learning_rate: float = 0.1  # peak of the schedule
   weight_decay: float = 0.0  # added to the gradient
-  num_sgd_steps: int | None = 100  # steps of plain SGD first; the paper: 5 epochs
-  reset_period: int | None = 200  # steps; the paper: 10 epochs
+  sgd_epochs: float = 5.0  # of plain SGD at first
+  reset_epochs: float = 10.0  # until the series starts anew, then twice as many, ...
+  steps_per_epoch: int = 0  # those of the run, which fills them in
 
   title: ClassVar[str] = "Neumann"
 
   def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
     del layers
-    return fop_optax.neumann(steps_per_epoch=1, **self.given(schedule))
+    return fop_optax.neumann(
+      schedule,
+      self.steps_per_epoch,
+      weight_decay=self.weight_decay,
+      num_sgd_steps=self._steps(self.sgd_epochs),
+      reset_period=self._steps(self.reset_epochs),
+    )
 
   def evaluated(self, params: Any, state: Any) -> Any:
     return fop_optax.neumann_eval_params(state, params)
+
+  def _steps(self, epochs: float) -> Any:
+    return jnp.maximum(jnp.round(epochs * self.steps_per_epoch), 1).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import optax
 
 from experiments import parts
 from experiments.configs import Config
-from experiments.optimizers import Optimizer
+from experiments.optimizers import Neumann, Optimizer
 from experiments.tasks import Task
 import fop_optax
 
@@ -70,6 +70,9 @@ def schedule_of(config: Config, peak: Any, steps: int) -> optax.Schedule:
   decay = {
     "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
     "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+    "staircase": lambda: optax.exponential_decay(
+      peak, round(config.stair_epochs * steps / config.epochs), config.stair, staircase=True
+    ),
     "constant": lambda: optax.constant_schedule(peak),
     "plateau": lambda: optax.constant_schedule(peak),  # what comes off it follows the losses
     # to a hundredth
@@ -117,8 +120,16 @@ def gradient_of(config: Config, hyper: Optimizer, task: Task) -> tuple[Any, Call
   return captured.layers, plain if hyper.groups is None else with_statistics
 
 
+def with_steps(hyper: Optimizer, task: Task) -> Optimizer:
+  """With the length of an epoch, of an optimizer that counts in them."""
+  return (
+    dataclasses.replace(hyper, steps_per_epoch=task.steps) if isinstance(hyper, Neumann) else hyper
+  )
+
+
 def build(config: Config, hyper: Optimizer, task: Task) -> Program:
   """Compiles the training of one optimizer."""
+  hyper = with_steps(hyper, task)
   layers, gradient = gradient_of(config, hyper, task)
   steps = config.epochs * task.steps
 

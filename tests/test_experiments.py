@@ -100,7 +100,7 @@ def test_tune_ranks_the_grid():
   [
     (["trian"], "unknown command 'trian'; did you mean 'train'"),
     (["compare", "cifar10_mlpp"], "unknown CONFIG 'cifar10_mlpp'; did you mean 'cifar10_mlp'"),
-    (["compare", "moon"], "unknown CONFIG 'moon': one of caltech101"),
+    (["compare", "moon"], "unknown CONFIG 'moon': one of c4_360m"),
     (["train", "--set", "batch_sise=3"], "batch-size"),
     (["compare", "--optimizers", "lion"], "unknown optimizers .'lion'.: any of sgd, adamw"),
     (["compare", "--epoch", "3"], "--epoch"),

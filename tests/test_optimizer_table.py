@@ -44,7 +44,7 @@ def test_a_program_compiled_for_other_numbers_takes_the_same_steps(name):
 
   layers, gradient = training.gradient_of(config, hyper, task)
   schedule = training.schedule_of(config, hyper.learning_rate, config.epochs * task.steps)
-  tx = optax.with_extra_args_support(hyper.make(schedule, layers))
+  tx = optax.with_extra_args_support(training.with_steps(hyper, task).make(schedule, layers))
 
   @jax.jit
   def step(state, fed):

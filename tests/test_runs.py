@@ -322,7 +322,7 @@ def test_on_a_plateau_the_rate_is_halved():
 def test_neumann_is_evaluated_at_what_it_returns():
   config = small(looped=False)
   task, _ = prepared()
-  hyper = optimizers.Neumann(0.05, num_sgd_steps=1, reset_period=50)
+  hyper = optimizers.Neumann(0.05, sgd_epochs=0.2, reset_epochs=10.0)
   program = training.build(config, hyper, task)
   state, start = program.init(0), np.uint32(0)
   for fed in training.calls(config, task, 0, 0, 4):

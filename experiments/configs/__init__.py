@@ -28,7 +28,7 @@ from experiments.parts import Parts
 class Config:
   """One experiment: data, model, budget, and each optimizer's hyperparameters."""
 
-  dataset: str  # "digits" (embedded), a TFDS image set, "shakespeare", or "mock"
+  dataset: str  # "digits" (embedded), a TFDS image set, "shakespeare", "byte_pairs", or "mock"
   model: AnyNetwork  # and its sizes
   batch_size: int  # examples a step; what is left of an epoch is dropped
   epochs: int  # passes over the training examples; of a text, of `steps_per_epoch` steps each
@@ -46,12 +46,20 @@ class Config:
   side: int = 0  # pixels of photographs that are streamed; 0: small images, that live on the device
   classes: tuple[str, ...] = ()  # of photographs, which are used; none: all
   workers: int | None = None  # processes that read and decode; by default as many as pay
+  files: tuple[str, ...] = ()  # of a corpus in byte pairs: text, JSON lines, either gzipped
+  vocabulary: int = 50_257  # to train on them
+  tokenizer: str | None = None  # a tokenizer.json in place of that
   length: int = 0  # tokens of an example of text
   steps_per_epoch: int = 0  # of a text
   held_out: int = 50_000  # tokens at the start of the validation part that are evaluated on
   precision: Literal["float32", "bfloat16"] = "float32"  # that the model computes in
-  # Of the rate. "plateau" halves it where the loss of an epoch has not come down for two.
-  schedule: Literal["cosine", "linear", "exponential", "step", "plateau", "constant"] = "cosine"
+  # Of the rate. "step": a tenth at half, a hundredth at three quarters; "staircase": `stair` times
+  # it every `stair_epochs`; "plateau": halved where an epoch's loss has not come down for two.
+  schedule: Literal[
+    "cosine", "linear", "exponential", "step", "staircase", "plateau", "constant"
+  ] = "cosine"
+  stair: float = 0.3
+  stair_epochs: float = 40.0
   warmup: float = 0.1  # share of the steps in which the rate rises
   label_smoothing: float = 0.0  # share of a label that is spread over all classes
   batch_sizes: tuple[int, ...] = ()  # more than one to compare, in place of `batch_size`
