@@ -41,3 +41,21 @@ def _triangular_gram(lower):
   corner = matmul(Q.T, R)
   first = _triangular_gram(P) + matmul(Q.T, Q)
   return jnp.block([[first, corner], [corner.T, _triangular_gram(R)]])
+
+
+def inverse_flops(n: int) -> float:
+  """FLOPs of `positive_inverse` of a matrix of side n: a product of `[m, k]` and `[k, n]` has 2mkn.
+
+  Cholesky has `n^3 / 3`, a triangular solve of n columns `n^3`; of the whole a third to two thirds
+  meet zeros.
+  """
+  return n**3 / 3 + _by_halves(n, _LEAF, n**3) + _by_halves(n, 2 * _LEAF, 2 * n**3)
+
+
+def _by_halves(n: int, leaf: int, whole: float) -> float:
+  if n <= leaf:
+    return whole
+  h = n // 2
+  return _by_halves(h, leaf, whole * (h / n) ** 3) + (
+    _by_halves(n - h, leaf, whole * ((n - h) / n) ** 3) + 2 * h * (n - h) * n
+  )
