@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +77,8 @@ def estimate(
   Bytes of the state are those that `tx.init(params)` will make, with default arguments. A step
   holds beside it the parameters, gradients and what is made of them, and at a refresh statistics of
   each group and new inverses next to the old: within 0.15 of XLA's own account of a compiled step,
-  whose state is donated, where the network itself takes little. Activations are gone when the
-  update begins: they add at most what they take.
+  whose state is donated, where layers have matrices and the network itself takes little. Its
+  activations are gone when the update begins: they add at most what they take.
 
   FLOPs are those of matrix products and factorisations, as the compiled program has them. A product
   of a layer's matrix :math:`[r, o]` with both of its inverses has :math:`2 r o (r + o)`; a step has
@@ -154,13 +154,11 @@ def estimate(
   wide = costs.largest_share([costs.cost(method, 0, block) for block in blocks], 1)
   products = method.products(layers)
   found = [costs.cost(method, products, block, itemsize) for block in blocks]
-  counted = not method.of_rows or rows is not None or isinstance(captured, Captured)
-  if counted and method.of_rows:
-    each, examples = _row_counts(captured, layers, rows)
-    columns = zip(found, layers, each, strict=True)
+  counts = _row_counts(captured, layers, rows) if method.of_rows else None
+  if counts:
     found = [
-      own._replace(statistics_flops=costs.statistics_flops(method, layer, n, examples))
-      for own, layer, n in columns
+      own._replace(statistics_flops=costs.statistics_flops(method, layer, n, counts.examples))
+      for own, layer, n in zip(found, layers, counts.rows, strict=True)
     ]
   share, parameters = costs.largest_share(found, devices), _bytes(leaves)
   state = state - wide.bytes + share.bytes
@@ -180,7 +178,7 @@ def estimate(
     refresh_bytes=parameters + state + refresh,
     ordinary_flops=share.ordinary_flops,
     refresh_flops=share.inverse_flops + sum(own.statistics_flops for own in found) / devices,
-    counted=counted,
+    counted=bool(counts) or not method.of_rows,
     savings=tuple(costs.savings(method, layers, leaves, itemsize, devices)),
   )
 
@@ -201,20 +199,24 @@ def _itemsize(dtype: Any) -> int | None:
   return jnp.dtype(dtype).itemsize
 
 
+class _Counts(NamedTuple):
+  rows: Sequence[int]  # of each layer
+  examples: int | None  # that they are of, where it is known
+
+
 def _row_counts(
   captured: Captured | Layers, layers: Layers, rows: int | Sequence[int] | None
-) -> tuple[Sequence[int], int | None]:
-  """Rows of each layer, and the number of examples that they are of, where it is known."""
+) -> _Counts | None:
+  """How many rows layers meet, where it is known."""
   if rows is None:
-    assert isinstance(captured, Captured)
-    return captured.rows, captured.examples
+    return _Counts(captured.rows, captured.examples) if isinstance(captured, Captured) else None
   each = [rows] * len(layers) if isinstance(rows, int) else list(rows)
   if len(each) != len(layers) or not all(isinstance(n, int) and n > 0 for n in each):
     raise ValueError(
       f"`estimate(rows={rows!r})` takes a whole number of at least 1, or one for each of the"
       f" {len(layers)} layers."
     )
-  return each, None
+  return _Counts(each, None)
 
 
 def _bytes(tree: Any) -> int:

@@ -1,5 +1,6 @@
 """`fop_optax.estimate` against states that are made, and programs that XLA compiles."""
 
+import math
 import time
 
 import hlo
@@ -159,6 +160,24 @@ def test_flops_are_those_of_the_compiled_step(case):
   assert own.refresh_flops == pytest.approx(refresh - ordinary, rel=bound)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["mlp", "transformer"])
+@pytest.mark.parametrize("optimizer", ["soap", "shampoo"])
+def test_flops_of_a_step_that_may_refresh(optimizer, network):
+  """The branches with most: SOAP's has its first bases, too."""
+  captured, params, batch = captured_of(network, optimizer, 8192)
+  own = fop_optax.estimate(captured, optimizer)
+  first = sum(
+    layer.blocks * (9 * d**3 + 2 * d * math.prod(layer.dims))
+    for layer in own.layers
+    for d, diagonal in zip(layer.dims, layer.diagonal, strict=True)
+    if optimizer == "soap" and not diagonal
+  )
+  without = hlo.flops(plain(NETWORKS[network]()[0], params, batch))
+  found = hlo.flops(compiled(captured, optimizer, params, batch, False)) - without
+  assert own.ordinary_flops + own.refresh_flops + first == pytest.approx(found, rel=1e-3)
+
+
 LIMITS = [(optimizer, limit) for optimizer in MAKERS for limit in ("300", "8192")]
 
 
@@ -230,6 +249,20 @@ def test_rows_are_those_of_the_batch_or_given():
   assert not unknown.counted
   assert "without second moments" in str(unknown)
   assert unknown.refresh_flops == sum(layer.inverse_flops for layer in own.layers)
+
+
+@pytest.mark.parametrize(
+  ("options", "rows"),
+  [
+    ({"groups": 2, "micro_batches": 2}, (128,) * 5 + (256,)),
+    ({"curvature_fraction": 0.5}, (64,) * 5 + (128,)),
+    # tables and tied weights keep their rows
+    ({"sharing": "reduce"}, (8,) * 4 + (128, 256)),
+  ],
+)
+def test_rows_are_those_of_the_statistics(options, rows):
+  loss, params, *batch = transformer()
+  assert fop_optax.capture(loss, params, *batch, **options).rows == rows
 
 
 def test_a_large_model_takes_no_time():
