@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 import tyro
 
-from experiments import comparison, configs, optimizers, report, runs, tasks, training
+from experiments import comparison, configs, inspection, optimizers, report, runs, tasks, training
 from experiments.configs import Config
 
 COMMANDS = ("train", "compare", "tune", "report", "list")
@@ -75,7 +75,8 @@ def train(name: str, config: Config) -> None:
       )
       bar.update(bar.task_ids[0], advance=1)
       bar.console.print(text, highlight=False) if bar.console.is_terminal else print(text)
-  output().print("saved", str(path), highlight=False, soft_wrap=True)
+  saved = [path, *inspection.draw(path)]
+  output().print("saved", ", ".join(map(str, saved)), highlight=False, soft_wrap=True)
 
 
 def compare(name: str, config: Config) -> None:
@@ -145,7 +146,9 @@ def tune(name: str, config: Config, grid: dict[str, dict[str, tuple[float, ...]]
       rows = [
         row
         for seed, path in paths.items()
-        for row in runs.train(path, own, optimizer, seed, task, functools.partial(build, own, hyper))
+        for row in runs.train(
+          path, own, optimizer, seed, task, functools.partial(build, own, hyper)
+        )
       ]
       found = comparison.outcomes(comparison.curves(rows), comparison.target_of(config))
       (line,) = comparison.summarize(found).itertuples()

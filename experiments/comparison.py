@@ -147,8 +147,8 @@ def table(summary: pd.DataFrame, config: Config) -> Table:
   return out
 
 
-# Of a trial: epochs to the target (one beyond the budget if it is not reached), what the order is by
-# where they are equal, the values, its line of `summarize`.
+# Of a trial: epochs to the target (one beyond the budget where it is not reached), how it ended
+# (less is better), its values, its line of `summarize`.
 Trial = tuple[float, float, dict[str, float], Any]
 
 

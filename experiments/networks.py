@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any, Literal
 
 from experiments import models
-from experiments.models import mlp, resnet, speedrun, t2t_vit, transformer, vit
+from experiments.models import inception, mlp, resnet, speedrun, t2t_vit, transformer, vit
 
 Dtype = Any
 
@@ -58,6 +58,23 @@ class ResNet(Network):
   def build(self, shape: Sequence[int], classes: int, dtype: Dtype = None) -> models.Model:
     del shape
     make = getattr(resnet, f"resnet{self.depth}")
+    return make(classes, width=self.width, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inception(Network):
+  """Inception-V3 or Inception-ResNet-V2, for images of 75 pixels at least."""
+
+  kind: Literal["v3", "resnet_v2"] = "v3"
+  width: float = 1.0  # times the channels of every layer
+
+  @property
+  def title(self) -> str:
+    return {"v3": "Inception-V3", "resnet_v2": "Inception-ResNet-V2"}[self.kind]
+
+  def build(self, shape: Sequence[int], classes: int, dtype: Dtype = None) -> models.Model:
+    del shape
+    make = getattr(inception, f"inception_{self.kind}")
     return make(classes, width=self.width, dtype=dtype)
 
 
@@ -117,6 +134,7 @@ class LanguageModel(Network):
 
   size: str = "0.2m"  # one of `experiments.models.transformer.SIZES`
   tied: bool = False  # whether the output matrix is the embedding
+  remat: bool = False  # whether activations of a block are computed anew in the backward pass
 
   @property
   def title(self) -> str:
@@ -124,7 +142,9 @@ class LanguageModel(Network):
 
   def build(self, shape: Sequence[int], classes: int, dtype: Dtype = None) -> models.Model:
     del shape
-    return transformer.language_model(self.size, vocabulary=classes, tied=self.tied, dtype=dtype)
+    return transformer.language_model(
+      self.size, vocabulary=classes, tied=self.tied, remat=self.remat, dtype=dtype
+    )
 
 
-AnyNetwork = Mlp | ResNet | Speedrun | ViT | T2tViT | LanguageModel
+AnyNetwork = Mlp | ResNet | Inception | Speedrun | ViT | T2tViT | LanguageModel

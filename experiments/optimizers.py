@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import fop_optax
@@ -26,10 +27,16 @@ class Optimizer:
   title: ClassVar[str]
   groups: ClassVar[int | None] = None
   basis: ClassVar[bool] = False  # whether statistics are measured in the state's eigenbases
+  always: ClassVar[bool] = False  # whether statistics come at every step, not when they are due
 
   def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
     """The transformation, whose rate follows `schedule`."""
     raise NotImplementedError
+
+  def evaluated(self, params: Any, state: Any) -> Any:
+    """The parameters that count, of those that are trained and the optimizer's state."""
+    del state
+    return params
 
   def given(self, schedule: Schedule) -> dict[str, Any]:
     """The arguments that are not left to the library."""
@@ -126,6 +133,18 @@ class SoapMuon(Soap):
 
 
 @dataclasses.dataclass(frozen=True)
+class FisherSoap(Soap):
+  """Adam in the eigenbasis of K-FAC's factors (ours): SOAP with those in place of its own."""
+
+  title: ClassVar[str] = "SOAP, Fisher basis"
+  groups: ClassVar[int | None] = 1
+  always: ClassVar[bool] = True
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    return fop_optax.soap(layers=layers, fisher=True, **self.given(schedule))
+
+
+@dataclasses.dataclass(frozen=True)
 class Shampoo(Optimizer):
   """Shampoo with Adam's step length."""
 
@@ -137,6 +156,35 @@ class Shampoo(Optimizer):
 
   def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
     return fop_optax.shampoo(layers=layers, **self.given(schedule))
+
+
+@dataclasses.dataclass(frozen=True)
+class Neumann(Optimizer):
+  """The Neumann optimizer."""
+
+  learning_rate: float = 0.1  # peak of the schedule
+  weight_decay: float = 0.0  # added to the gradient
+  sgd_epochs: float = 5.0  # of plain SGD at first
+  reset_epochs: float = 10.0  # until the series starts anew, then twice as many, ...
+  steps_per_epoch: int = 0  # those of the run, which fills them in
+
+  title: ClassVar[str] = "Neumann"
+
+  def make(self, schedule: Schedule, layers: Any) -> optax.GradientTransformation:
+    del layers
+    return fop_optax.neumann(
+      schedule,
+      self.steps_per_epoch,
+      weight_decay=self.weight_decay,
+      num_sgd_steps=self._steps(self.sgd_epochs),
+      reset_period=self._steps(self.reset_epochs),
+    )
+
+  def evaluated(self, params: Any, state: Any) -> Any:
+    return fop_optax.neumann_eval_params(state, params)
+
+  def _steps(self, epochs: float) -> Any:
+    return jnp.maximum(jnp.round(epochs * self.steps_per_epoch), 1).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +261,9 @@ TABLE: dict[str, type[Optimizer]] = {
   "muon": Muon,
   "soap": Soap,
   "soap_muon": SoapMuon,
+  "soap_fisher": FisherSoap,
   "shampoo": Shampoo,
+  "neumann": Neumann,
   "kfac": Kfac,
   "kfac_polar": KfacPolar,
   "ekfac": Ekfac,

@@ -1,4 +1,4 @@
-"""The speed runs' division of parameters: filters to the optimizer that is compared, SGD the rest."""
+"""The speed runs' division: filters for the optimizer that is compared, SGD for the rest."""
 
 from collections.abc import Callable
 import dataclasses
@@ -53,8 +53,9 @@ def divided(
     filters = hyper.make(schedule(hyper.learning_rate), layers)
 
   def sgd(rate, schedule):
-    decay = optax.add_decayed_weights(parts.weight_decay / rate)
-    return optax.chain(decay, optax.sgd(schedule(rate), momentum=parts.momentum, nesterov=True))
+    decay = optax.add_decayed_weights(parts.weight_decay)
+    step = optax.sgd(schedule(1.0), momentum=parts.momentum, nesterov=True)
+    return optax.chain(optax.scale(rate), decay, step)
 
   head, biases = hyper.rest * parts.head, hyper.rest * parts.biases
   whitening = round(parts.whitening_epochs * steps_per_epoch)
@@ -64,6 +65,4 @@ def divided(
     "biases": sgd(biases, schedule),
     "whitening": sgd(biases, lambda rate: optax.linear_schedule(rate, 0.0, whitening)),
   }
-  return optax.partition(
-    transforms, lambda params: jax.tree_util.tree_map_with_path(label, params)
-  )
+  return optax.partition(transforms, lambda params: jax.tree_util.tree_map_with_path(label, params))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from experiments import comparison, optimizers
+from experiments import comparison, inspection, optimizers
 from experiments.comparison import Target, cells, interval, of_optimizers, outcomes, summarize
 from experiments.runs import Log
 
@@ -32,6 +32,7 @@ class Comparison(NamedTuple):
   record: dict[str, Any]  # of one of them
   epochs: pd.DataFrame
   unfinished: int
+  layers: list[pathlib.Path]  # the `layers.jsonl` that there are
 
 
 def read(folder: pathlib.Path) -> list[Comparison]:
@@ -51,7 +52,8 @@ def read(folder: pathlib.Path) -> list[Comparison]:
     epochs = comparison.curves(row for log in own for row in log.rows())
     name = str(root.relative_to(folder)) if root != folder else root.name
     unfinished = sum(not log.done for log in own)
-    found.append(Comparison(name, own[0].record or {}, epochs, unfinished))
+    layers = [path for log in own if (path := log.path.with_name("layers.jsonl")).exists()]
+    found.append(Comparison(name, own[0].record or {}, epochs, unfinished, layers))
   if not found:
     raise SystemExit(
       f"{folder} holds no runs. Make some with `python -m experiments compare --out {folder}`."
@@ -87,6 +89,12 @@ def _section(own: Comparison) -> str:
     parts.append(_image(comparison.draw(part, target, title), f"curves, {title}"))
   if summary.batch_size.nunique() > 1:
     parts.append(_image(comparison.draw_batches(summary, target), "to the target, by batch size"))
+  for path in own.layers:
+    run = html.escape(" ".join(path.parts[-4:-1]))
+    frame = inspection.frame_of(path)
+    pictures = inspection.draw_maps(frame), inspection.draw_spectra(frame)
+    drawn = "".join(_image(figure, f"layers of {run}") for figure in pictures)
+    parts.append(f"<details><summary>Layers of {run}</summary>{drawn}</details>")
   if own.unfinished:
     parts.append(f"<p>{own.unfinished} of these runs are not finished.</p>")
   record = html.escape(json.dumps(own.record, indent=2))

@@ -1,10 +1,11 @@
 """One run on disk: its record, its numbers, its checkpoints; killed at any moment, it goes on.
 
 A folder holds `metrics.jsonl`, whose first line says what the run is (config, versions, commit,
-machine), each other one what an epoch came to, the last that it is done; and `checkpoints/`, the
-last and the best. Numbers are written before the checkpoint of their epoch: those of an epoch
-without one are taken back and come again, bit for bit, as data and random numbers follow from seed
-and step.
+machine), each other one what an epoch came to, the last that it is done; `checkpoints/`, the last
+and the best; where it is asked for `layers.jsonl` (`experiments.inspection`), and `tensorboard/`.
+One process at a time works on it. Numbers are written before the checkpoint of their epoch: those
+of an epoch without one are taken back and come again, bit for bit, as data and random numbers
+follow from seed and step.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from experiments import inspection
 from experiments.configs import AROUND, Config
 from experiments.optimizers import TABLE
 from experiments.tasks import Task
@@ -51,6 +53,7 @@ class Row(NamedTuple):
   test_loss: float
   test_accuracy: float
   test_top5: float | None = None
+  input_seconds: float | None = None  # of this epoch, in which batches were made or waited for
 
 
 def versions() -> dict[str, str]:
@@ -146,6 +149,37 @@ class Log:
     return [Row(**line) for line in self.lines if "epoch" in line]
 
 
+@contextlib.contextmanager
+def alone(path: pathlib.Path) -> Iterator[None]:
+  """Holds a folder for this process; however that ends, the system gives it free.
+
+  Raises:
+    SystemExit: if another process holds it.
+  """
+  try:
+    import fcntl
+  except ImportError:  # not POSIX
+    yield
+    return
+  with (path / ".lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise SystemExit(f"Another process is at work in {path}: wait for it, or stop it.") from error
+    yield
+
+
+def scalars_to(path: pathlib.Path) -> Any:
+  """A writer of TensorBoard's files."""
+  try:
+    from tensorboardX import SummaryWriter
+  except ImportError as error:
+    raise SystemExit(
+      "--tensorboard needs tensorboardX: pip install 'fop_optax[tensorboard]'."
+    ) from error
+  return SummaryWriter(str(path))
+
+
 def check_same(record: dict[str, Any], run: dict[str, Any], path: pathlib.Path) -> None:
   """Raises SystemExit if a folder holds another run, naming what differs."""
   had, now = dict(_flat(record["run"])), dict(_flat(run))
@@ -213,69 +247,97 @@ def train(
     SystemExit: if the folder holds a run of another configuration.
   """
   path.mkdir(parents=True, exist_ok=True)
-  log, run = Log(path / "metrics.jsonl"), identity(config, name, seed)
-  if log.record is None:
-    log.write({
-      "run": run,
-      "target": [config.metric, config.target],
-      "versions": versions(),
-      "commit": commit(),
-      "hardware": hardware(),
-      "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    })  # fmt: skip
-  else:
-    check_same(log.record, run, path)
-    say_if_older(log.record)
-  if log.done:
-    yield from log.rows()
-    return
-  program = build()
+  with alone(path):
+    log, run = Log(path / "metrics.jsonl"), identity(config, name, seed)
+    if log.record is None:
+      log.write({
+        "run": run,
+        "target": [config.metric, config.target],
+        "versions": versions(),
+        "commit": commit(),
+        "hardware": hardware(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+      })  # fmt: skip
+    else:
+      check_same(log.record, run, path)
+      say_if_older(log.record)
+    if log.done:
+      yield from log.rows()
+      return
+    yield from _rest(path, log, config, name, seed, task, build(), final)
+    log.write({"done": True, "peak_memory": peak_memory()})
+
+
+def _rest(path, log, config, name, seed, task, program, final) -> Iterator[Row]:
+  """The rows so far, and those of the epochs that are left."""
   with _checkpoints(path / "checkpoints", config.metric) as manager:
     state = program.init(seed)
     first = 1
     if (last := manager.latest_step()) is not None:
       state = manager.restore(last, args=ocp.args.StandardRestore(_abstract(state)))
       first = last + 1
-    kept = [line for line in log.lines if line.get("epoch", 0) < first]
-    if len(kept) < len(log.lines):
-      log.keep(kept)
+    layers = Log(path / "layers.jsonl")
+    for own in (log, layers):
+      kept = [line for line in own.lines if line.get("epoch", 0) < first]
+      if len(kept) < len(own.lines):
+        own.keep(kept)
     yield from log.rows()
+    writer = scalars_to(path / "tensorboard") if config.tensorboard else None
     seconds = log.rows()[-1].seconds if log.rows() else 0.0
     saved = seconds
     for epoch in range(first, config.epochs + 1):
       state, row = _epoch(state, epoch, seconds, config, name, seed, task, program)
+      if config.diagnostics:
+        for line in inspection.readings(state.optimizer, program.layers, epoch):
+          layers.write(line)
       log.write(row._asdict())
+      if writer is not None:
+        for key, value in row._asdict().items():
+          if isinstance(value, float):
+            writer.add_scalar(key, value, row.step)
+        writer.flush()
       seconds = row.seconds
       due = seconds - saved >= config.checkpoint_seconds or (final and epoch == config.epochs)
       if due:
         manager.save(epoch, args=ocp.args.StandardSave(state), metrics=row._asdict())
         saved = seconds
       yield row
-  log.write({"done": True, "peak_memory": peak_memory()})
+    if writer is not None:
+      writer.close()
 
 
 def _abstract(state: State) -> State:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def _epoch(state, epoch, seconds, config, name, seed, task, program):
+def train_epoch(
+  state: State, epoch: int, config: Config, seed: int, task: Task, program: Program
+) -> tuple[State, jax.Array, float, float]:
+  """The steps of one epoch: state, losses, seconds, and those of them that went into batches."""
   # The first is made before the clock starts, the others while the device is busy.
   feed = calls(config, task, seed, (epoch - 1) * task.steps, task.steps)
   fed, start = next(feed), jnp.uint32(seed)
   jax.block_until_ready((state, fed))
-  clock, losses = time.perf_counter(), []
+  clock, waited, losses = time.perf_counter(), 0.0, []
   while fed is not None:
-    state, own_losses = program.advance(state, task.arrays, fed, start, program.values)
-    losses.append(own_losses)
+    state, own = program.advance(state, task.arrays, fed, start, program.values)
+    losses.append(own)
+    begin = time.perf_counter()
     fed = next(feed, None)
+    waited += time.perf_counter() - begin
   jax.block_until_ready(state)
-  own = time.perf_counter() - clock
-  examples = task.steps * config.batch_size
-  params = state.params if state.average is None else state.average
+  seconds = time.perf_counter() - clock
+  return state, jnp.concatenate(losses), seconds, waited
+
+
+def _epoch(state, epoch, seconds, config, name, seed, task, program):
+  state, losses, own, waited = train_epoch(state, epoch, config, seed, task, program)
   numbers = {
-    "train_loss": float(jnp.concatenate(losses).mean()),
-    **task.evaluate(params, state.model),
+    "train_loss": float(losses.mean()),
+    **task.evaluate(program.evaluated(state), state.model),
+    "input_seconds": waited,
   }
+  examples = task.steps * config.batch_size
   row = Row(
     name, config.batch_size, seed, epoch, int(state.step), seconds + own, examples / own,
     **numbers,

@@ -17,7 +17,7 @@ import optax
 
 from experiments import parts
 from experiments.configs import Config
-from experiments.optimizers import Optimizer
+from experiments.optimizers import Neumann, Optimizer
 from experiments.tasks import Task
 import fop_optax
 
@@ -40,6 +40,8 @@ class Program(NamedTuple):
   # -> state, losses [steps]; consumes the state
   advance: Callable[[State, Any, Any, jax.Array, dict[str, Any]], tuple[State, jax.Array]]
   values: dict[str, Any]
+  evaluated: Callable[[State], Any]  # the parameters that an evaluation is of
+  layers: fop_optax.Layers
   compile_seconds: float
 
   def of(self, hyper: Optimizer) -> "Program":
@@ -68,7 +70,11 @@ def schedule_of(config: Config, peak: Any, steps: int) -> optax.Schedule:
   decay = {
     "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
     "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+    "staircase": lambda: optax.exponential_decay(
+      peak, round(config.stair_epochs * steps / config.epochs), config.stair, staircase=True
+    ),
     "constant": lambda: optax.constant_schedule(peak),
+    "plateau": lambda: optax.constant_schedule(peak),  # what comes off it follows the losses
     # to a hundredth
     "exponential": lambda: optax.exponential_decay(peak, rest, 0.01),
     # a tenth at half, a hundredth at three quarters
@@ -105,7 +111,7 @@ def gradient_of(config: Config, hyper: Optimizer, task: Task) -> tuple[Any, Call
     return *aux, grads, {}
 
   def with_statistics(state, batch, key):
-    more = {"refresh": fop_optax.refresh_due(state.optimizer)}
+    more = {"refresh": True if hyper.always else fop_optax.refresh_due(state.optimizer)}
     if hyper.basis:
       more["basis"] = fop_optax.bases(state.optimizer)
     aux, grads, stats = captured.value_and_grad(state.params, batch, state.model, key, **more)
@@ -114,8 +120,16 @@ def gradient_of(config: Config, hyper: Optimizer, task: Task) -> tuple[Any, Call
   return captured.layers, plain if hyper.groups is None else with_statistics
 
 
+def with_steps(hyper: Optimizer, task: Task) -> Optimizer:
+  """With the length of an epoch, of an optimizer that counts in them."""
+  return (
+    dataclasses.replace(hyper, steps_per_epoch=task.steps) if isinstance(hyper, Neumann) else hyper
+  )
+
+
 def build(config: Config, hyper: Optimizer, task: Task) -> Program:
   """Compiles the training of one optimizer."""
+  hyper = with_steps(hyper, task)
   layers, gradient = gradient_of(config, hyper, task)
   steps = config.epochs * task.steps
 
@@ -125,6 +139,10 @@ def build(config: Config, hyper: Optimizer, task: Task) -> Program:
       tx = hyper.make(schedule(hyper.learning_rate), layers)
     else:
       tx = parts.divided(config.parts, hyper, layers, schedule, task.steps)
+    if config.schedule == "plateau":
+      tx = optax.chain(
+        tx, optax.contrib.reduce_on_plateau(0.5, patience=2, accumulation_size=task.steps)
+      )
     return optax.with_extra_args_support(tx)
 
   start = jax.jit(transformation(hyper).init)
@@ -140,13 +158,18 @@ def build(config: Config, hyper: Optimizer, task: Task) -> Program:
     picked, drawn = jax.random.split(key)
     batch = task.pick(arrays, fed, picked)
     loss, model, grads, extra = gradient(state, batch, drawn)
-    updates, optimizer = tx.update(grads, state.optimizer, state.params, **extra)
+    updates, optimizer = tx.update(grads, state.optimizer, state.params, value=loss, **extra)
     params = optax.apply_updates(state.params, updates)
     average = state.average
     if average is not None:  # as long as there are few, the plain mean of all
       weight = jnp.minimum(config.average, state.step / (state.step + 1))
       average = optax.incremental_update(params, average, 1 - weight)
     return State(state.step + 1, params, model, optimizer, average), loss
+
+  def evaluated(state):
+    if state.average is not None:
+      return state.average
+    return hyper.evaluated(state.params, state.optimizer)
 
   def advance(state, arrays, fed, seed, values):
     if not config.looped:
@@ -162,7 +185,8 @@ def build(config: Config, hyper: Optimizer, task: Task) -> Program:
   # A first call sets up buffers and threads: it would be seen in the times of short steps.
   state, _ = jax.block_until_ready(compiled(state, *args))
   task.evaluate(state.params, state.model)
-  return Program(init, compiled, numbers_of(hyper), time.perf_counter() - begin)
+  seconds = time.perf_counter() - begin
+  return Program(init, compiled, numbers_of(hyper), evaluated, layers, seconds)
 
 
 def calls(config: Config, task: Task, seed: int, first: int, count: int) -> Iterator[Any]:

@@ -8,6 +8,9 @@ from fop_optax.diagnostics import diagnostics as diagnostics
 from fop_optax.dimensions import DimensionNumbers as DimensionNumbers
 from fop_optax.dimensions import LayerDimensionNumbers as LayerDimensionNumbers
 from fop_optax.dimensions import dimension_numbers as dimension_numbers
+from fop_optax.estimate import Estimate as Estimate
+from fop_optax.estimate import LayerEstimate as LayerEstimate
+from fop_optax.estimate import estimate as estimate
 from fop_optax.layers import Layer as Layer
 from fop_optax.layers import Layers as Layers
 from fop_optax.layers import Stats as Stats

@@ -22,7 +22,7 @@ STATES = (ScaleByKfacState, ScaleByFopState, *STACKED, ScaleByNeumannState)
 
 
 def diagnostics(
-  opt_state: Any, layers: Layers | None = None, condition: bool = False
+  opt_state: Any, layers: Layers | None = None, condition: bool = False, spectra: bool = False
 ) -> dict[str, Any]:
   """Numbers of the last step and events so far.
 
@@ -31,6 +31,7 @@ def diagnostics(
     layers: `captured.layers`, for the names of layers; needed under `jax.jit`. Without it layers
       are named by their number. Per-example optimizers have none: theirs are the leaves of params.
     condition: whether to work out condition numbers, an eigendecomposition of each factor.
+    spectra: whether to work out all eigenvalues of the factors, likewise.
 
   Returns:
     `count` (steps taken); of the steps that were skipped `nonfinite_losses`, `nonfinite_gradients`
@@ -47,7 +48,9 @@ def diagnostics(
     - FOP: `beta` and `s` (one a contrast), `eta`, `rho2` (how far FOP is from K-FAC) and
       `residual` (of orthogonality), as in `fop_optax.projection`;
     - with `condition`: `condition_A` and `condition_G` of the running factors, and `condition` of
-      the damped Fisher block that they give with that damping.
+      the damped Fisher block that they give with that damping;
+    - with `spectra`: `spectrum_A` and `spectrum_G`, the eigenvalues of the running factors, the
+      largest first.
 
     SOAP and Shampoo know no layers: they have `stacks`, for the shape of the tensors in each
     `inverses` and `failed_inverses`, the bases or roots stored and refused, one entry a tensor, and
@@ -89,9 +92,16 @@ def diagnostics(
   if condition:
     numbers |= _conditions(curvature)
   owner = _owners(curvature, layers)
+  name_of = lambda layer: layers[layer].path if layers is not None else f"layer {layer}"
   for layer in dict.fromkeys(owner[owner >= 0].tolist()):
-    name = layers[layer].path if layers is not None else f"layer {layer}"
-    out[name] = {key: value[owner == layer] for key, value in numbers.items()}
+    out[name_of(layer)] = {key: value[owner == layer] for key, value in numbers.items()}
+  if spectra:
+    start = 0
+    for stack in curvature.stacks:
+      own, start = owner[start : start + stack.blocks], start + stack.blocks
+      for side, factor in zip(("A", "G"), stack.factors, strict=True):
+        for layer in dict.fromkeys(own[own >= 0].tolist()):
+          out[name_of(layer)][f"spectrum_{side}"] = _spectrum(factor[own == layer])
   return {**curvature.steps._asdict(), "layers": out}
 
 
@@ -138,9 +148,15 @@ def _stack_conditions(stack: StackState, used: UsedDamping) -> dict[str, jax.Arr
 
 
 def _extremes(factor):
-  """Smallest and largest eigenvalue of each matrix of a stack, at least 0."""
+  """Smallest and largest eigenvalue of each matrix of a stack."""
+  values = _spectrum(factor)
+  return values[..., -1], values[..., 0]
+
+
+def _spectrum(factor):
+  """Eigenvalues of each matrix of a stack, the largest first, at least 0."""
   values = jax.vmap(eigvalsh)(factor) if factor.ndim == 3 else factor
-  return jnp.maximum(jnp.min(values, -1), 0), jnp.maximum(jnp.max(values, -1), 0)
+  return -jnp.sort(-jnp.maximum(values, 0), axis=-1)
 
 
 def _find(opt_state: Any) -> Any:

@@ -100,11 +100,12 @@ def test_tune_ranks_the_grid():
   [
     (["trian"], "unknown command 'trian'; did you mean 'train'"),
     (["compare", "cifar10_mlpp"], "unknown CONFIG 'cifar10_mlpp'; did you mean 'cifar10_mlp'"),
-    (["compare", "moon"], "unknown CONFIG 'moon': one of caltech101"),
+    (["compare", "moon"], "unknown CONFIG 'moon': one of c4_360m"),
     (["train", "--set", "batch_sise=3"], "batch-size"),
     (["compare", "--optimizers", "lion"], "unknown optimizers .'lion'.: any of sgd, adamw"),
     (["compare", "--epoch", "3"], "--epoch"),
     (["compare", "--batch-size", "5000"], "larger than the 1437 training examples"),
+    (["train", "c4_360m"], "--dataset byte_pairs needs --files"),
   ],
 )
 def test_bad_command_lines(args, message, capsys):
@@ -206,6 +207,14 @@ def test_schedules(name):
   assert np.all(np.diff(values[10:]) <= 1e-7)
   last = {"cosine": 1.5e-4, "linear": 5.56e-3, "exponential": 5.3e-3, "step": 5e-3, "constant": 0.5}
   np.testing.assert_allclose(values[-1], last[name], rtol=0.05)
+
+
+def test_a_staircase():
+  """Neumann's: 0.3 times the rate every so many epochs, after a warm-up."""
+  config, _ = configs.load("imagenet_resnet50_neumann")
+  rate = training.schedule_of(dataclasses.replace(config, epochs=90, warmup=0.0), 0.5, 900)
+  values = np.array([rate(step) for step in (0, 399, 400, 799, 800, 899)])
+  np.testing.assert_allclose(values, 0.5 * 0.3 ** np.array([0, 0, 1, 1, 2, 2]), rtol=1e-6)
 
 
 def test_points_of_a_search():
@@ -311,6 +320,7 @@ BENCHMARKS = {
     ["--blocks", "1", "--forms", "scanned", "--rounds", "1"],
     "1 scanned .* kfac, every 10 .* fop, every 10",
   ),
+  "loop": (["digits_mlp", "--optimizers", "sgd"], "digits_mlp, sgd .* step .* loop .* input"),
   "curvature_fraction": (["--batch", "256", "--fractions", "1", "0.5"], "1/1 .* 1.0000 .* 1/2"),
 }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -17,9 +18,20 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import configs, data, networks, runs, tasks, training
+from experiments import (
+  configs,
+  data,
+  inspection,
+  networks,
+  optimizers,
+  report,
+  runs,
+  tasks,
+  training,
+)
 from experiments.data import order
 from experiments.data import text as texts
+import fop_optax
 
 ROOT = pathlib.Path(__file__).parents[1]
 FINAL = ("checkpoints", "4")
@@ -45,7 +57,7 @@ def train(path, config, **options):
 
 def same(row):
   """All of a row but times."""
-  return row._replace(seconds=0, examples_per_second=0)
+  return row._replace(seconds=0, examples_per_second=0, input_seconds=0)
 
 
 def final_arrays(path):
@@ -235,3 +247,88 @@ def test_killed_processes(tmp_path):
   assert end == 40
   for a, b in zip(got, want, strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_two_processes_do_not_work_on_one_run(tmp_path):
+  rows = train(tmp_path, small())
+  next(rows)
+  with pytest.raises(SystemExit, match="Another process is at work in .*: wait for it, or stop it"):
+    next(train(tmp_path, small()))
+  rows.close()
+  assert len(list(train(tmp_path, small()))) == 4
+
+
+def test_layers_of_a_run_go_on_too(tmp_path):
+  """A line a layer and epoch, none twice; and their pictures, in the report as well."""
+  config = small(diagnostics=True)
+  task, _ = prepared()
+  program = training.build(config, config.fop, task)
+  path = runs.folder_of(tmp_path / "own", config, "fop", 0)
+  for stop in (2, 9):
+    own = runs.train(path, config, "fop", 0, task, lambda: program, final=True)
+    list(itertools.islice(own, stop))
+    own.close()
+  frame = inspection.frame_of(path / "layers.jsonl")
+  assert frame.groupby("layer").epoch.apply(list).tolist() == [[1, 2, 3, 4]] * 2
+  assert np.isfinite(frame[["beta", "eta", "rho2", "condition"]].to_numpy()).all()
+  for line in frame.itertuples():
+    for values in (line.spectrum_A, line.spectrum_G):
+      assert values == sorted(values, reverse=True) and values[-1] >= 0
+    high, low = line.spectrum_A[0], line.spectrum_A[-1]
+    if low > 0:
+      np.testing.assert_allclose(line.condition_A, high / low, rtol=1e-3)
+  for picture in inspection.draw(path):
+    assert picture.read_bytes().startswith(b"\x89PNG")
+  page = report.write(tmp_path).read_text()
+  assert "Layers of fop batch-256 seed-0" in page
+  assert page.count("data:image/png;base64,") == 3
+  # without curvature there are none
+  assert inspection.readings(optax.adam(1e-3).init({"w": np.ones(2)}), program.layers, 1) == []
+
+
+def test_tensorboard_has_the_numbers(tmp_path):
+  pytest.importorskip("tensorboardX")
+  config = small(tensorboard=True)
+  list(train(tmp_path, config))
+  (file,) = (tmp_path / "tensorboard").iterdir()
+  content = file.read_bytes()
+  for key in (b"train_loss", b"test_accuracy", b"examples_per_second"):
+    assert content.count(key) == config.epochs
+
+
+def test_tensorboard_says_what_it_needs(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with pytest.raises(SystemExit, match=r"pip install 'fop_optax\[tensorboard\]'"):
+    list(train(tmp_path, small(tensorboard=True)))
+
+
+def test_on_a_plateau_the_rate_is_halved():
+  """Patience is two epochs; a rate of zero makes every epoch as bad as the first."""
+  config = small(schedule="plateau", warmup=0.0, epochs=8, looped=True)
+  task, _ = prepared()
+  program = training.build(config, dataclasses.replace(config.sgd, learning_rate=0.0), task)
+  state, start = program.init(0), np.uint32(0)
+  scales = []
+  for fed in training.calls(config, task, 0, 0, task.steps):
+    for _ in range(8):
+      state, _ = program.advance(state, task.arrays, fed, start, program.values)
+      scales.append(float(optax.tree.get(state.optimizer, "scale")))
+  # the first epoch is the best, then a halving for every two without a better one; dropout's noise
+  # may make one better
+  assert scales[0] == 1.0 and scales[-1] < 1.0
+  assert set(scales) <= {0.5**i for i in range(5)} and scales == sorted(scales, reverse=True)
+
+
+def test_neumann_is_evaluated_at_what_it_returns():
+  config = small(looped=False)
+  task, _ = prepared()
+  hyper = optimizers.Neumann(0.05, sgd_epochs=0.2, reset_epochs=10.0)
+  program = training.build(config, hyper, task)
+  state, start = program.init(0), np.uint32(0)
+  for fed in training.calls(config, task, 0, 0, 4):
+    state, _ = program.advance(state, task.arrays, fed, start, program.values)
+  want = fop_optax.neumann_eval_params(state.optimizer, state.params)
+  got = program.evaluated(state)
+  for a, b, trained in zip(*map(jax.tree.leaves, (got, want, state.params)), strict=True):
+    np.testing.assert_array_equal(a, b)
+    assert np.any(a != trained)

@@ -181,6 +181,21 @@ def test_merged_axes():
   assert merged_from_right((1, 1), 1024, 1) == (1,)
 
 
+def test_a_layer_without_matrices_has_the_grafted_step():
+  """Both of its sides are beyond `max_dim`."""
+  params, x = {"w": jnp.ones((5, 4))}, jnp.asarray(np.random.default_rng(0).normal(size=(8, 5)))
+  loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["w"]) ** 2)
+  layers = fop_optax.capture(loss, params, x, max_dim=3).layers
+  txs = fop_optax.scale_by_shampoo(layers=layers), optax.scale_by_adam(0.9, 0.999, eps=1e-10)
+  states = [tx.init(params) for tx in txs]
+  for step in range(12):  # roots are due after ten
+    grads = jax.grad(loss)(params, x + step)
+    ours, adam = (tx.update(grads, own) for tx, own in zip(txs, states, strict=True))
+    states = [ours[1], adam[1]]
+  norms = [jnp.linalg.norm(updates["w"]) for updates in (ours[0], adam[0])]
+  np.testing.assert_allclose(*norms, rtol=1e-5)
+
+
 def test_a_root_that_fails_leaves_the_last_and_is_counted():
   """Newton's iteration stalls on what is not positive; directions stay finite."""
   G = jnp.asarray(np.random.default_rng(3).normal(size=(3, 3)))

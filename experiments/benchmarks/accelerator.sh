@@ -27,8 +27,10 @@ tests() {
   tail -n 2 "$out/tests.txt"
 }
 
-# Autotuning every fusion and Triton product takes minutes of compilation on networks of this size.
+# Autotuning every fusion and Triton product takes minutes of compilation on networks of this size,
+# and so does checking each convolution that is tried (level 2 does not).
 quick="--xla_gpu_enable_triton_gemm=false --xla_gpu_experimental_enable_fusion_autotuner=false"
+quick+=" --xla_gpu_autotune_level=2"
 
 for part in $parts; do
   case $part in
@@ -39,11 +41,11 @@ for part in $parts; do
       run 40 linear_algebra_wide.txt linear_algebra --sides 769 4608 --rounds 3 \
         --parts products inverses --compile-threads "$threads" ;;
     step_cost)
-      XLA_FLAGS=$quick run 140 step_cost.txt step_cost --cases resnet18-2048 --optimizers fop \
-        --kinds ordinary refresh --rounds 5 --compile-threads "$threads" --out "$out/step_cost.csv" ;;
+      XLA_FLAGS=$quick run 240 step_cost.txt step_cost --cases resnet18-2048 \
+        --optimizers kfac fop --kinds ordinary refresh --rounds 5 --compile-threads "$threads" --out "$out/step_cost.csv" ;;
     profile) XLA_FLAGS=$quick run 60 profile.txt profile resnet18-2048 fop refresh ;;
     update_cost)
-      XLA_FLAGS=$quick run 100 update_cost.txt update_cost --cases gpt2-16-step --rounds 5 \
+      XLA_FLAGS=$quick run 300 update_cost.txt update_cost --cases gpt2-16-step --rounds 5 \
         --methods SOAP Muon --compile-threads "$threads" --out "$out/update_cost.csv" ;;
   esac
 done

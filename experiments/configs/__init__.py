@@ -10,10 +10,12 @@ from experiments.optimizers import (
   TABLE,
   AdamW,
   Ekfac,
+  FisherSoap,
   Fop,
   Kfac,
   KfacPolar,
   Muon,
+  Neumann,
   Sgd,
   Shampoo,
   Soap,
@@ -26,7 +28,7 @@ from experiments.parts import Parts
 class Config:
   """One experiment: data, model, budget, and each optimizer's hyperparameters."""
 
-  dataset: str  # "digits" (embedded), a TFDS image set, "shakespeare", or "mock"
+  dataset: str  # "digits" (embedded), a TFDS image set, "shakespeare", "byte_pairs", or "mock"
   model: AnyNetwork  # and its sizes
   batch_size: int  # examples a step; what is left of an epoch is dropped
   epochs: int  # passes over the training examples; of a text, of `steps_per_epoch` steps each
@@ -44,11 +46,20 @@ class Config:
   side: int = 0  # pixels of photographs that are streamed; 0: small images, that live on the device
   classes: tuple[str, ...] = ()  # of photographs, which are used; none: all
   workers: int | None = None  # processes that read and decode; by default as many as pay
+  files: tuple[str, ...] = ()  # of a corpus in byte pairs: text, JSON lines, either gzipped
+  vocabulary: int = 50_257  # to train on them
+  tokenizer: str | None = None  # a tokenizer.json in place of that
   length: int = 0  # tokens of an example of text
   steps_per_epoch: int = 0  # of a text
   held_out: int = 50_000  # tokens at the start of the validation part that are evaluated on
   precision: Literal["float32", "bfloat16"] = "float32"  # that the model computes in
-  schedule: Literal["cosine", "linear", "exponential", "step", "constant"] = "cosine"
+  # Of the rate. "step": a tenth at half, a hundredth at three quarters; "staircase": `stair` times
+  # it every `stair_epochs`; "plateau": halved where an epoch's loss has not come down for two.
+  schedule: Literal[
+    "cosine", "linear", "exponential", "step", "staircase", "plateau", "constant"
+  ] = "cosine"
+  stair: float = 0.3
+  stair_epochs: float = 40.0
   warmup: float = 0.1  # share of the steps in which the rate rises
   label_smoothing: float = 0.0  # share of a label that is spread over all classes
   batch_sizes: tuple[int, ...] = ()  # more than one to compare, in place of `batch_size`
@@ -69,11 +80,15 @@ class Config:
   muon: Muon = Muon()
   soap: Soap = Soap()
   soap_muon: SoapMuon = SoapMuon()
+  soap_fisher: FisherSoap = FisherSoap()
   shampoo: Shampoo = Shampoo()
+  neumann: Neumann = Neumann()
   kfac: Kfac = Kfac()
   kfac_polar: KfacPolar = KfacPolar()
   ekfac: Ekfac = Ekfac()
   fop: Fop = Fop()
+  diagnostics: bool = False  # whether each epoch's curvature is kept, layer by layer
+  tensorboard: bool = False  # whether numbers are written for TensorBoard too
   checkpoint_seconds: float = 60.0  # of training between two checkpoints, at the end of an epoch
   data_dir: str | None = None  # where TFDS folders are; else $TFDS_DATA_DIR
   out: str = "results"  # folder for all that is written
@@ -93,7 +108,7 @@ class Config:
 # Fields that say where and how often a run is made, and not what it is.
 AROUND = (
   *("batch_sizes", "scale_rate", "trials", "seeds", "first_seed", "optimizers", "target"),
-  *("checkpoint_seconds", "data_dir", "workers", "out"),
+  *("checkpoint_seconds", "data_dir", "workers", "out", "diagnostics", "tensorboard"),
 )
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
@@ -105,7 +120,9 @@ GRID: dict[str, dict[str, tuple[float, ...]]] = {
   "muon": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 1e-1)},
   "soap": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (1e-2, 1e-1)},
   "soap_muon": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 1e-1)},
+  "soap_fisher": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (1e-2, 1e-1)},
   "shampoo": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.0, 1e-1)},
+  "neumann": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 5e-4)},
   "kfac": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0, 1e-1)},
   "kfac_polar": {"learning_rate": (0.01, 0.03, 0.1, 0.3), "weight_decay": (0.0, 1e-1)},
   "ekfac": {"learning_rate": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0, 1e-1)},

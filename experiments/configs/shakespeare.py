@@ -20,6 +20,6 @@ CONFIG = Config(
   metric="test_loss",
   target=2.0,
   seeds=3,
-  optimizers=("adamw", "muon", "soap", "shampoo", "kfac", "ekfac", "fop"),
+  optimizers=("adamw", "muon", "soap", "soap_fisher", "shampoo", "kfac", "ekfac", "fop"),
   adamw=AdamW(learning_rate=1e-2),
 )

@@ -1,20 +1,30 @@
 """What is learnt: batches that the compiled step picks by itself, a loss, and an evaluation."""
 
 from experiments.configs import Config
-from experiments.data import images, long_tailed
+from experiments.data import byte_pairs, images, long_tailed
 from experiments.data import text as texts
 from experiments.tasks.base import Task as Task
 from experiments.tasks.classification import classification
 from experiments.tasks.language import language
 from experiments.tasks.streaming import streamed
 
-TEXTS = {"shakespeare": texts.shakespeare}
+
+def _corpus(config: Config) -> texts.Text:
+  if not config.files:
+    raise SystemExit("--dataset byte_pairs needs --files, those of the corpus.")
+  return byte_pairs.byte_pairs(config.files, config.vocabulary, config.tokenizer)
+
+
+TEXTS = {
+  "shakespeare": lambda config: texts.shakespeare(config.data_dir),
+  "byte_pairs": _corpus,
+}
 
 
 def load(config: Config, tuning: bool = False) -> Task:
   """The task of a configuration; for tuning on a part held out of the training examples."""
   if config.dataset in TEXTS:
-    text = TEXTS[config.dataset](config.data_dir)
+    text = TEXTS[config.dataset](config)
     return language(config, texts.held_out(text) if tuning else text)
   if config.side:
     if tuning:

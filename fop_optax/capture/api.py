@@ -14,7 +14,7 @@ from fop_optax.capture.captured import Captured, Spec
 from fop_optax.capture.examples.assumptions import analyse
 from fop_optax.capture.fisher import FISHERS, check_marked
 from fop_optax.capture.resolve import resolve
-from fop_optax.capture.sharing import SHARINGS, reducible
+from fop_optax.capture.sharing import SHARINGS, reducible, rows_of
 from fop_optax.capture.trace import Signature, growing, raw_numbers, terms_of, trace_twice
 from fop_optax.layers import Layers
 
@@ -183,7 +183,7 @@ def capture(
   notes = [*resolved.notes, *examples.notes(groups, micro_batches)]
   if fisher == "empirical" and terms_per_example is None and not traced.found.marks:
     notes += examples.terms_note()
-  rows = examples.rows(uses)
+  rows, reduced = examples.rows(uses), frozenset()
   measured = second_moments.measurable(resolved, uses, rows, chunks.size)
   notes += layer_table.unmeasured_note(
     [layer.path for index, layer in enumerate(layers) if index not in measured]
@@ -200,6 +200,8 @@ def capture(
     layers=layers,
     fallbacks=fallbacks,
     notes=tuple(notes),
+    rows=rows_of(resolved, reduced, chunks),
+    examples=chunks.count * chunks.size // every,
     _spec=spec,
     _terms=examples.terms,
     _aux_roles=roles,

@@ -55,11 +55,15 @@ class Captured:
     layers: the layers, static and hashable: all that an optimizer needs.
     fallbacks: path of each parameter in no layer -> why.
     notes: what else was found, a sentence each; they stand below the table.
+    rows: for each layer, of how many rows its statistics are, of the batch at the time of capture.
+    examples: and of how many examples.
   """
 
   layers: Layers
   fallbacks: Mapping[str, str]
   notes: tuple[str, ...]
+  rows: tuple[int, ...]
+  examples: int
   _spec: Spec
   _terms: int  # R as the loss had it at the time of capture
   _aux_roles: tuple[auxiliary.Role, ...]

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax import _compat, moments
+from fop_optax.capture.batch import Chunks
 from fop_optax.capture.examples.values import Piece
 from fop_optax.capture.kinds.convolution import Convolution
 from fop_optax.capture.kinds.dense import Dense
@@ -52,6 +53,15 @@ def reducible(
   # of a tied weight both places or none
   layers = {place.layer for place in of_place if place not in whole}
   return frozenset(place for place in several if place.layer not in layers)
+
+
+def rows_of(resolved: Resolved, reduced: frozenset[Place], chunks: Chunks) -> tuple[int, ...]:
+  """For each layer, how many rows its second moments are of, of a batch cut into these chunks."""
+  out = [0] * len(resolved.layers)
+  for place, rows in resolved.rows.items():
+    batch = chunks.size if place in reduced else rows.batch
+    out[place.layer] += chunks.count * (batch // chunks.every + rows.fixed)
+  return tuple(out)
 
 
 def _is_product(use: Use) -> bool:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from fop_optax.curvature.modes import along, second_moment
 from fop_optax.curvature.precondition import Side, matmul
-from fop_optax.curvature.stacks import Stack, by_block, by_side, per_stack
+from fop_optax.curvature.stacks import Stack, by_block, by_side, per_stack, stored
 from fop_optax.factorizations import eigh, orthonormal
 
 KL_START = 0.1  # of the eigenvalues, in the authors' code
@@ -182,9 +182,5 @@ def _stored(own: Eigenbases, found: Sequence[Followed | None], due: Any) -> Eige
   if not sides:
     return own
   sound = functools.reduce(jnp.logical_and, [side.sound for side in sides])
-  bases = tuple(
-    old if old is None or new is None else jnp.where(sound[:, None, None], new.basis, old)
-    for old, new in zip(own.bases, found, strict=True)
-  )
-  made = sound if due is None else sound & due
-  return own._replace(bases=bases, made=own.made + made, failed=own.failed + ~sound)
+  bases, made, failed = stored(own.bases, [side and side.basis for side in found], sound, due)
+  return own._replace(bases=bases, made=own.made + made, failed=own.failed + failed)

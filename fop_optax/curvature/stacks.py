@@ -187,6 +187,26 @@ def by_block(
   return jax.lax.map(one, (due, *arrays))
 
 
+def stored(
+  old: Any, new: Any, sound: jax.Array, due: jax.Array | None
+) -> tuple[Any, jax.Array, jax.Array]:
+  """What was made anew of each block, where it is `sound` and was `due` (None: all were).
+
+  `old` and `new` are like tuples of arrays with the blocks first, or None where there is nothing to
+  take the place of. Returns what is kept, and of each block whether it is new and whether it
+  failed.
+  """
+  made = sound if due is None else sound & due
+
+  def keep(old, new):
+    if old is None or new is None:
+      return old
+    return jnp.where(made.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+  kept = tuple(keep(a, b) for a, b in zip(old, new, strict=True))
+  return kept, made, ~sound
+
+
 def per_stack(flat: Any, blocks: Sequence[int]) -> list[Any]:
   """Numbers of all blocks (or None), stack by stack of so many."""
   ends = list(itertools.accumulate(blocks))

@@ -33,7 +33,7 @@ class TensorState(Protocol):
     ...
 
 
-class Projection(NamedTuple):
+class OfContrast(NamedTuple):
   """What FOP found of each block at the last step: see `fop_optax.projection`."""
 
   eta: jax.Array  # shape=(blocks,)
@@ -41,9 +41,9 @@ class Projection(NamedTuple):
   residual: jax.Array  # shape=(blocks,)
 
 
-def no_projection(blocks: int, dtype: Any) -> Projection:
+def of_no_contrast(blocks: int, dtype: Any) -> OfContrast:
   """Before the first step."""
-  return Projection(*(jnp.zeros(blocks, dtype) for _ in Projection._fields))
+  return OfContrast(*(jnp.zeros(blocks, dtype) for _ in OfContrast._fields))
 
 
 # count, state of each stack, its gradients [blocks, *dims] and, where they are asked for,

@@ -11,13 +11,13 @@ import optax
 from fop_optax.curvature.modes import rotate, second_moment, unrotate
 from fop_optax.curvature.precondition import Side
 from fop_optax.curvature.roots import eigh_root, newton_root
-from fop_optax.curvature.stacks import Stack, by_block, by_side, per_stack
+from fop_optax.curvature.stacks import Stack, by_block, by_side, per_stack, stored
 from fop_optax.curvature.steps import Steps, whole_period
 from fop_optax.dimensions import Dimensions
 from fop_optax.factorizations import eigh
 from fop_optax.layers import Layers
 from fop_optax.optimizers import by_tensor, common
-from fop_optax.optimizers.by_tensor import Projection
+from fop_optax.optimizers.by_tensor import OfContrast
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.grafting import correction, folded, grafted
 from fop_optax.optimizers.shampoo_options import Exponents, ShampooOptions
@@ -36,7 +36,7 @@ class ShampooStack(NamedTuple):
   powers: (
     tuple[Side, ...] | None
   )  # with `contrast`: the inverses of the roots, the metric's factors
-  projection: Projection | None  # of FOP in this metric, where it has `contrast`
+  projection: OfContrast | None  # of FOP in this metric, where it has `contrast`
   made: jax.Array  # int32 [blocks]: roots stored
   failed: jax.Array  # int32 [blocks]: roots refused because they were not finite
 
@@ -77,7 +77,7 @@ def _start(options: ShampooOptions, stack: Stack, dtype: Any) -> ShampooStack:
     eigenvalues=like() if options.eigenvalue_correction else None,
     graft=like() if options.graft.b2 is not None else None,
     powers=sides(lambda d: square(d) + jnp.eye(d, dtype=dtype)) if options.has_powers else None,
-    projection=by_tensor.no_projection(stack.blocks, dtype) if options.contrast else None,
+    projection=by_tensor.of_no_contrast(stack.blocks, dtype) if options.contrast else None,
     made=jnp.zeros(stack.blocks, jnp.int32),
     failed=jnp.zeros(stack.blocks, jnp.int32),
   )
@@ -166,17 +166,11 @@ def _stored(s: ShampooStack, found: Sequence["Root | None"], due: Any) -> Shampo
   if not finite:
     return s
   sound = functools.reduce(jnp.logical_and, finite)
-  made = sound if due is None else sound & due
-  stored = made[:, None, None]
-
-  def keep(old, new):
-    return old if old is None or new is None else jnp.where(stored, new, old)
-
-  roots = tuple(keep(old, new and new.root) for old, new in zip(s.roots, found, strict=True))
+  roots, made, failed = stored(s.roots, [new and new.root for new in found], sound, due)
   powers = s.powers
   if powers is not None:
-    powers = tuple(keep(old, new and new.power) for old, new in zip(powers, found, strict=True))
-  return s._replace(roots=roots, powers=powers, made=s.made + made, failed=s.failed + ~sound)
+    powers, *_ = stored(powers, [new and new.power for new in found], sound, due)
+  return s._replace(roots=roots, powers=powers, made=s.made + made, failed=s.failed + failed)
 
 
 def _direction(options: ShampooOptions, t, start, s: ShampooStack, gradient, contrasts):
@@ -206,7 +200,7 @@ def _direction(options: ShampooOptions, t, start, s: ShampooStack, gradient, con
     r = fop_direction(gradient, contrasts, solve, multiply)
     beta, along = (x.reshape(-1, *[1] * gradient.ndim) for x in (r.beta, r.s))
     combined = r.eta * (gradient + jnp.sum(beta * (contrasts - along * gradient), axis=0))
-    projection = Projection(r.eta, r.rho2, r.residual)
+    projection = OfContrast(r.eta, r.rho2, r.residual)
   momentum = b3 * s.mu + (1 - b3) * combined
   if options.correct_bias:
     momentum /= 1 - b3 * b1 ** (t - 1)

@@ -91,7 +91,7 @@ class ShampooOptions:
   def exponent(self, factors: Sequence[Side], mode: int) -> float:
     """The exponent of an axis; 1/2k where nothing is given, with k axes preconditioned."""
     given = self.given_exponent(len(factors), mode)
-    return 0.5 / sum(f is not None for f in factors) if given is None else float(given)
+    return 0.5 / max(sum(f is not None for f in factors), 1) if given is None else float(given)
 
   def tensors(self, tree: Any) -> Tensors:
     """The blocks of a tree, and which of their axes are preconditioned."""

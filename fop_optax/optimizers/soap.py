@@ -22,7 +22,7 @@ from fop_optax.curvature.steps import Steps, whole_period
 from fop_optax.dimensions import Dimensions
 from fop_optax.layers import Layers
 from fop_optax.optimizers import by_tensor, common
-from fop_optax.optimizers.by_tensor import Projection
+from fop_optax.optimizers.by_tensor import OfContrast
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.soap_options import SoapOptions
 from fop_optax.optimizers.whole_steps import whole_steps
@@ -35,7 +35,7 @@ class SoapStack(NamedTuple):
   mu: jax.Array  # first moment, in the bases
   nu: tuple[jax.Array, ...]  # second moment, in the bases; factorized: of its rows, of its columns
   bases: Eigenbases
-  projection: Projection | None  # of FOP in this metric, where it has `contrast`
+  projection: OfContrast | None  # of FOP in this metric, where it has `contrast`
 
   @property
   def dims(self):
@@ -71,7 +71,7 @@ def _start(options: SoapOptions, stack: Stack, dtype: Any) -> SoapStack:
     stack, dtype, options.statistics_dtype, options.start == "identity", options.kl
   )
   mu = jnp.zeros(shape, options.mu_dtype or dtype)
-  projection = by_tensor.no_projection(stack.blocks, dtype) if options.contrast else None
+  projection = by_tensor.of_no_contrast(stack.blocks, dtype) if options.contrast else None
   return SoapStack(mu, tuple(jnp.zeros(own, dtype) for own in nu), bases, projection)
 
 
@@ -142,7 +142,7 @@ def _adam(options: SoapOptions, count, beta, s: SoapStack, gradient, contrasts, 
   if contrasts is not None:
     turned = jax.vmap(lambda c: rotate(s.bases.bases, c))(contrasts)
     found = fop_direction(rotated, turned, lambda V: V / root, lambda V: V * root)
-    combined, projection = found.direction * root, Projection(found.eta, found.rho2, found.residual)
+    combined, projection = found.direction * root, OfContrast(found.eta, found.rho2, found.residual)
   mu = b1 * s.mu.astype(s.dtype) + (1 - b1) * combined
   direction = unrotate(s.bases.bases, mu / root)
   if options.normalize_grads:
