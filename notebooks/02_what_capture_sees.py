@@ -171,6 +171,16 @@ for layer, factors in zip(captured.layers, stats.factors, strict=True):
   )
 
 # %% [markdown]
+# What an optimizer will take is known before anything is allocated:
+
+# %%
+estimate = fop_optax.estimate(captured, "kfac")
+print(estimate)
+state = fop_optax.kfac(0.1, captured.layers).init(params)
+made = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+print(f"\nstate: {estimate.state_bytes:,} bytes estimated, {made:,} made")
+
+# %% [markdown]
 # For a weight that is shared, A is the mean over all rows that meet it: here 2 uses x 16 positions
 # of each example. Let us see by hand.
 
@@ -304,6 +314,7 @@ for name, own in numbers["layers"].items():
 # %% [markdown]
 # `folds` is 24 in 60 steps: statistics came at each of the first twenty steps and then at every
 # tenth. `condition` is that of the damped block: the same gradient makes a step so many times
-# longer in the flattest direction than in the steepest.
+# longer in the flattest direction than in the steepest. With `spectra=True` there are all
+# eigenvalues of the running factors.
 #
 # Next: [the geometry of FOP](03_geometry_of_fop.ipynb).
