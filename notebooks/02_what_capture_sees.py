@@ -102,9 +102,9 @@ print(captured)
 # ## A parameter that falls back, and how to write it so that it is found
 #
 # Three parameters are in no layer. The table says why, and where: the numbers are the line and the
-# column in the cell. `scale` and `gain` are vectors that multiply; they are few, and Adam serves
-# them well. `middle` is a matrix, though. It is multiplied by the gain *before* the product. The
-# same function, written with the gain after the product, has a plain weight:
+# column in the cell. `scale` and `gain` are vectors that multiply: few numbers, which may be left
+# to Adam. `middle` is a matrix, though. It is multiplied by the gain *before* the product. The same
+# function, written with the gain after the product, has a plain weight:
 
 
 # %%

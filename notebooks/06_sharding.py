@@ -4,7 +4,7 @@
 # A batch is cut into eight shards, one for each device of a mesh. You see that loss, gradient and
 # statistics are those of one device, what travels between the devices, how `shard_map` is written,
 # and how micro-batches save memory. The eight devices are virtual ones on the CPU, so nothing here
-# gets quicker; programs are the same on eight accelerators.
+# gets quicker; the code is that for eight accelerators.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/fop_optax/blob/main/notebooks/06_sharding.ipynb)
 
