@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 import contextvars
 import dataclasses
 import functools
-import heapq
 import math
 from typing import Any, NamedTuple
 
@@ -126,25 +125,38 @@ class Owners(NamedTuple):
 def plan_owners(stacks: tuple[Stack, ...], devices: int) -> Owners:
   """Owners of the blocks of all stacks: the longest first, each to who has least to do.
 
-  Among devices of equal load it goes to the one with the fewest entries, then to the first.
+  That bounds the load. Blocks are then dealt once more: each to a device that stays within this
+  bound and, if there is one, has a slot of the block's shape that others fill already; among those
+  to who has least to do, then the fewest entries, then to the first.
   """
+  first = _deal(stacks, devices, None)
+  again = _deal(stacks, devices, max(first.loads))
+  return again if max(again.loads) <= max(first.loads) else first
+
+
+def _deal(stacks: Sequence[Stack], devices: int, bound: int | None) -> Owners:
+  """To who has least to do, or within `bound` to who needs no new slot."""
   sides = [list(zip(stack.dims, stack.diagonal, strict=True)) for stack in stacks]
   time, entries = (
     [sum(d if diagonal else d**power for d, diagonal in own) for own in sides] for power in (3, 2)
   )
-  blocks = [
-    (-time[k], -entries[k], k, b) for k, own in enumerate(stacks) for b in range(own.blocks)
-  ]
-  heap = [(0, 0, device) for device in range(devices)]
   owned: list[list[list[int]]] = [[[] for _ in range(devices)] for _ in stacks]
-  for *_, k, b in sorted(blocks):
-    load, size, device = heap[0]
-    heapq.heapreplace(heap, (load + time[k], size + entries[k], device))
-    owned[k][device].append(b)
-  slots = tuple(max(map(len, own)) for own in owned)
+  loads, sizes, slots = [0] * devices, [0] * devices, [0] * len(stacks)
+  for k in sorted(range(len(stacks)), key=lambda k: (-time[k], -entries[k])):
+    for b in range(stacks[k].blocks):
+
+      def rank(device, k=k):
+        new_slot = len(owned[k][device]) == slots[k]
+        beyond = bound is not None and loads[device] + time[k] > bound
+        return beyond, new_slot and bound is not None, loads[device], sizes[device]
+
+      device = min(range(devices), key=rank)
+      loads[device] += time[k]
+      sizes[device] += entries[k]
+      owned[k][device].append(b)
+      slots[k] = max(slots[k], len(owned[k][device]))
   places = tuple(tuple(_places(own, most)) for own, most in zip(owned, slots, strict=True))
-  loads = {device: load for load, _, device in heap}
-  return Owners(slots, places, tuple(loads[device] for device in range(devices)))
+  return Owners(tuple(slots), places, tuple(loads))
 
 
 def _places(owned: Sequence[Sequence[int]], slots: int) -> list[int]:
@@ -174,21 +186,16 @@ class Share(NamedTuple):
 
   def stack(self, index: int, tree: Any) -> Any:
     """Of arrays of all blocks of a stack those of its blocks."""
+    return jax.tree.map(lambda x: _take(x, self.within(index)), tree)
+
+  def within(self, index: int) -> jax.Array:
+    """Which of the blocks of a stack are in its slots; past the last of them in an empty one."""
     first = sum(self.slots[:index])
-    own = self.block[first : first + self.slots[index]] - self.starts[index]
-    return jax.tree.map(lambda x: _take(x, own), tree)
+    return self.block[first : first + self.slots[index]] - self.starts[index]
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
   return x.at[index].get(mode="fill", fill_value=0)
-
-
-class Gathered(NamedTuple):
-  """What all devices have worked out, in the order of blocks."""
-
-  stacks: list[jax.Array]  # [blocks, ...] of each
-  numbers: Any  # of all blocks
-  total: jax.Array  # of a number of each device the sum
 
 
 class Exchange(NamedTuple):
@@ -206,23 +213,46 @@ class Exchange(NamedTuple):
   def share(self) -> Share:
     """That of this device, inside `jax.shard_map`."""
     devices, blocks = self.sharding.devices, self.starts[-1]
-    # for each device the slots of all its stacks
     table = jnp.full(devices * sum(self.slots), blocks, jnp.int32)
     table = table.at[self._rows()].set(jnp.arange(blocks, dtype=jnp.int32))
     own = table.reshape(devices, -1)[jax.lax.axis_index(self.sharding.axes)]
     return Share(own, self.slots, self.starts, len(table) == blocks)
 
-  def gather(self, stacks: Sequence[jax.Array], numbers: Any, number: jax.Array) -> Gathered:
-    """All of it on every device, by one gather for each dtype there is, inside `jax.shard_map`."""
+  def collect(
+    self, stacks: Sequence[jax.Array], numbers: Any, number: jax.Array
+  ) -> tuple[list[jax.Array], Any, jax.Array]:
+    """On every device arrays of all blocks of each stack, numbers of all blocks, and a sum.
+
+    Inside `jax.shard_map`, from what each device has for its slots: by one operation for each dtype
+    there is. A gather moves empty slots too; where that is more it is a sum, in which each device
+    has zeros for the blocks of others and which moves everything twice.
+    """
     flat, treedef = jax.tree.flatten(numbers)
-    found = self._flat([*stacks, *flat, number])
-    rows = self._rows()
-    columns = zip(found, self.places, strict=False)
-    return Gathered(
-      [x.reshape(-1, *x.shape[2:])[place] for x, place in columns],
-      treedef.unflatten([x.reshape(-1, *x.shape[2:])[rows] for x in found[len(stacks) : -1]]),
-      jnp.sum(found[-1]),
-    )
+    arrays = [*stacks, *flat]
+    entries = [math.prod(x.shape[1:]) for x in arrays]
+    blocks = [*map(len, self.places), *[self.starts[-1]] * len(flat)]
+    gathered = self.sharding.devices * sum(x.size for x in arrays)
+    summed = 2 * sum(n * own for n, own in zip(blocks, entries, strict=True))
+    *found, total = (self._gather if gathered <= summed else self._sum)(arrays, number)
+    return found[: len(stacks)], treedef.unflatten(found[len(stacks) :]), total
+
+  def _gather(self, arrays, number):
+    rows = [*self.places, *[self._rows()] * (len(arrays) - len(self.places))]
+    collect = lambda x: jax.lax.all_gather(x, self.sharding.axes)
+    *found, each = _by_dtype(collect, [*arrays, number])
+    ordered = [x.reshape(-1, *x.shape[2:])[own] for x, own in zip(found, rows, strict=True)]
+    return [*ordered, jnp.sum(each)]
+
+  def _sum(self, arrays, number):
+    share, stacks = self.share(), len(self.places)
+    rows = [*map(share.within, range(stacks)), *[share.block] * (len(arrays) - stacks)]
+    blocks = [*map(len, self.places), *[self.starts[-1]] * (len(arrays) - stacks)]
+    whole = [
+      jnp.zeros((n, *x.shape[1:]), x.dtype).at[own].set(x, mode="drop")
+      for x, own, n in zip(arrays, rows, blocks, strict=True)
+    ]
+    collect = lambda x: jax.lax.psum(x, self.sharding.axes)[None]
+    return [x[0] for x in _by_dtype(collect, [*whole, number])]
 
   def _rows(self) -> jax.Array:
     """Of each block its place among the slots of all stacks, device after device."""
@@ -234,21 +264,23 @@ class Exchange(NamedTuple):
       ]
     )
 
-  def _flat(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Each array with an axis of devices before its own."""
-    by_dtype: dict[Any, list[int]] = {}
-    for index, x in enumerate(arrays):
-      by_dtype.setdefault(x.dtype, []).append(index)
-    out = list(arrays)
-    for members in by_dtype.values():
-      own = jnp.concatenate([arrays[index].reshape(-1) for index in members])
-      found = jax.lax.all_gather(own, self.sharding.axes)
-      start = 0
-      for index in members:
-        x = arrays[index]
-        out[index] = found[:, start : start + x.size].reshape(len(found), *x.shape)
-        start += x.size
-    return out
+
+def _by_dtype(
+  function: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]
+) -> list[jax.Array]:
+  """`function` of all arrays of a dtype as one vector, which makes an axis before it, split."""
+  members: dict[Any, list[int]] = {}
+  for index, x in enumerate(arrays):
+    members.setdefault(x.dtype, []).append(index)
+  out = list(arrays)
+  for own in members.values():
+    found = function(jnp.concatenate([arrays[index].reshape(-1) for index in own]))
+    start = 0
+    for index in own:
+      x = arrays[index]
+      out[index] = found[:, start : start + x.size].reshape(len(found), *x.shape)
+      start += x.size
+  return out
 
 
 def on_owners(

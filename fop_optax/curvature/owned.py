@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fop_optax.curvature.damping import Damping
 from fop_optax.curvature.inverse import Inversions, UsedDamping
-from fop_optax.curvature.stacks import Stack, per_stack
+from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.state import (
   CurvatureOptions,
   CurvatureState,
@@ -56,7 +56,7 @@ def advance_owned(
   """`advance`, and what `method` makes of the gradients, by the owners of the blocks.
 
   What differs between devices are the matrices of the state. Statistics and gradients come in on
-  every device; directions and numbers go out on every device, by one gather.
+  every device; directions and numbers go out on every device, by one gather or sum.
   """
   assert options.sharding is not None
   sharding, blocks = options.sharding, state.blocks
@@ -69,35 +69,24 @@ def advance_owned(
   def step(owned, whole):
     blocks, places, stats, turn, matrices, contrasts, value = whole
     exchange = Exchange(sharding, places, slots)
-    share = exchange.share()
-    before = blocks.inversions
+    share, before = exchange.share(), blocks.inversions
     kept = tuple(StackState(*matrices) for matrices in owned)
-    now, kept = renew(blocks, kept, stacks, stats, turn, options, share)
+    blocks, kept = renew(blocks, kept, stacks, stats, turn, options, share)
     mine = gradients._replace(
       matrices=[share.stack(k, V) for k, V in enumerate(matrices)],
       contrasts=[share.stack(k, C) for k, C in enumerate(contrasts)],
       value=value,
     )
-    own = now.inversions
-    used = [
-      jax.tree.map(lambda x, dtype=stack.dtype: x.astype(dtype), tree)
-      for tree, stack in zip(per_stack(own.damping, slots), kept, strict=True)
-    ]
-    found = method(kept, used, mine)
-    # Counts travel as what was added to them: exact in the dtype of the other numbers.
-    dtype = jax.tree.leaves(own.damping)[0].dtype
-    was = share.numbers(before)
-    added = own.made - was.made, own.failed - was.failed
-    numbers = jax.tree.map(lambda x: x.astype(dtype), (added, own.damping, found.numbers))
-    got = exchange.gather(found.directions, numbers, found.norm2.astype(dtype))
-    (made, failed), used, numbers = got.numbers
-    count = lambda old, new: old + new.astype(old.dtype)
-    inversions = Inversions(count(before.made, made), count(before.failed, failed), used)
-    after = [(own.factors, own.inverse) for own in kept]
-    return after, (
-      now._replace(inversions=inversions),
-      Directions(got.stacks, got.total, numbers),
+    used = state._replace(blocks=blocks, stacks=kept).damping
+    directions, norm2, numbers = method(kept, used, mine)
+    told = _told(share.numbers(before), blocks.inversions)
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(told.damping[0].dtype), tree)
+    directions, (told, numbers), norm2 = exchange.collect(
+      directions, wide((told, numbers)), wide(norm2)
     )
+    blocks = blocks._replace(inversions=_heard(before, told))
+    after = [(own.factors, own.inverse) for own in kept]
+    return after, (blocks, Directions(directions, norm2, numbers))
 
   after, (blocks, found) = on_owners(
     sharding,
@@ -108,3 +97,19 @@ def advance_owned(
   rows = zip(state.stacks, after, strict=True)
   kept = tuple(own._replace(factors=factors, inverse=inverse) for own, (factors, inverse) in rows)
   return counted(state, finite, options)._replace(blocks=blocks, stacks=kept), found
+
+
+def _told(before: Inversions, after: Inversions) -> Inversions:
+  """What a device tells of the inversions of its blocks; of counts what was added to them.
+
+  That is exact in the dtype of other numbers.
+  """
+  made, failed = after.made - before.made, after.failed - before.failed
+  return Inversions(made, failed, after.damping)
+
+
+def _heard(before: Inversions, told: Inversions) -> Inversions:
+  """The inversions of all blocks after what was told of them."""
+  add = lambda count, more: count + more.astype(count.dtype)
+  made, failed = add(before.made, told.made), add(before.failed, told.failed)
+  return Inversions(made, failed, told.damping)

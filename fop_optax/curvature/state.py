@@ -27,7 +27,7 @@ from fop_optax.curvature.stacks import (
 )
 from fop_optax.curvature.steps import Finite, Period, Steps, no_steps, whole_period
 from fop_optax.layers import Factors, Layers, Stats, side_shapes
-from fop_optax.sharding import Sharding, Share, note, placed, plan_owners, whole
+from fop_optax.sharding import Sharding, Share, check_not_manual, note, placed, plan_owners, whole
 
 
 class StackState(NamedTuple):
@@ -173,6 +173,7 @@ def _empty_stacks(
 
   if options.sharding is None or not stacks:
     return make()
+  check_not_manual(options.sharding)
   note(options.sharding)
   states = placed(make, jax.tree.map(options.sharding.owned, jax.eval_shape(make)))
   places = plan_owners(tuple(stacks), options.sharding.devices).places
