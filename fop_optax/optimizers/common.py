@@ -363,20 +363,21 @@ def check_state(
 ) -> None:
   """Checks that a state was made for these layers and owners, leading axes and all."""
   had = [tuple(tuple(x.shape) for x in s.factors) for s in state.stacks]
-  owned = any(s.place is not None for s in state.stacks)
   need = factor_shapes(stacks, sharding)
-  if had != need or (had and owned != (sharding is not None)):
-    raise ValueError(
-      "The optimizer's state is of another model, another mask or"
-      f" {'other devices' if owned or sharding else 'another mesh'}: its factors have shapes {had},"
-      f" but these layers need {need}. Make a state with `tx.init(params)`"
-      + (
-        ", or of one of other devices with `fop_optax.to_owners(fop_optax.to_blocks(opt_state),"
-        " sharding)`."
-        if owned or sharding
-        else "."
-      )
+  owned = any(s.place is not None for s in state.stacks)
+  if had == need and owned == (sharding is not None and bool(stacks)):
+    return
+  others = ""
+  if owned or sharding is not None:
+    others = (
+      f" It is {'dealt to owners' if owned else 'in the order of blocks'}, and this optimizer has"
+      f" {f'{sharding.devices} owners' if sharding else 'no `sharding`'}: of other devices take"
+      " `fop_optax.to_owners(fop_optax.to_blocks(opt_state), sharding)`."
     )
+  raise ValueError(
+    f"The optimizer's state is of another model or another mask: its factors have shapes {had},"
+    f" but these layers need {need}. Make a state with `tx.init(params)`.{others}"
+  )
 
 
 def _resolution(stack: Stack, layers: Layers, leaves: Sequence[Any]) -> float:
