@@ -87,7 +87,7 @@ class Sharding:
 
   def _named(self, array, *axes):
     if self.explicit:  # as JAX spells it after a step
-      axes += (None,) * (array.ndim - len(axes))
+      axes += (None,) * (jnp.ndim(array) - len(axes))
     return NamedSharding(self.mesh, PartitionSpec(*axes))
 
 

@@ -311,23 +311,27 @@ def test_the_largest_load_is_near_the_least_possible(stacks, devices):
   assert max(plan_owners(stacks, devices).loads) <= (4 / 3) * best
 
 
-def test_shardings_of_a_state():
+@KINDS
+def test_shardings_of_a_state(kind):
   """As `init` places it, eagerly and traced, and as steps leave it; also within wrappers."""
-  mesh = mesh_of()
-  params = put(mesh, inputs()[0])
-  kfac = make("kfac", Sharding(mesh))
+  mesh = mesh_of(kind)
+  params, kfac = put(mesh, inputs()[0]), make("kfac", Sharding(mesh))
   chain = optax.chain(optax.clip(1.0), optax.masked(kfac, True))
   for tx in (kfac, chain, optax.MultiSteps(kfac, 2)):
     shardings = fop_optax.state_shardings(tx, jax.eval_shape(lambda: params))
-    stacks = sum(own.spec == PartitionSpec("data") for own in jax.tree.leaves(shardings))
-    assert stacks == 4 * len(plan_stacks(captured_of("kfac").layers))
+    owned = sum("data" in own.spec for own in jax.tree.leaves(shardings))
+    assert owned == 4 * len(plan_stacks(captured_of("kfac").layers))
     for state in (jax.device_put(tx.init(params), shardings), jax.jit(tx.init)(params)):
       (own,), (wanted,) = states(state), states(shardings)
-      same_places(own.stacks, wanted.stacks)
+      assert jax.tree.all(jax.tree.map(equivalent, own.stacks, wanted.stacks))
   shardings = fop_optax.state_shardings(kfac, params)
   same_places(kfac.init(params), shardings)
   step = jax.jit(step_of("kfac", kfac), out_shardings=(None, shardings, None))
   same_places(step(params, kfac.init(params), *batch(mesh, 0))[1], shardings)
+
+
+def equivalent(x, sharding):
+  return x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
 def same_places(tree, shardings):
@@ -456,3 +460,58 @@ def test_inside_shard_map_is_refused():
   spec = PartitionSpec()
   with pytest.raises(ValueError, match=r"inside a `jax.shard_map` over 'data'.*under `jax.jit`"):
     jax.eval_shape(jax.shard_map(tx.init, mesh=mesh, in_specs=spec, out_specs=spec), inputs()[0])
+
+
+@pytest.mark.slow
+def test_orbax(tmp_path):
+  """On the same devices as it is; for others in the order of blocks."""
+  ocp = pytest.importorskip("orbax.checkpoint")
+  mesh, other = mesh_of(), mesh_of(n=4)
+  tx, plain = make("kfac", Sharding(mesh)), make("kfac")
+  params = put(mesh, inputs()[0])
+  step = jax.jit(step_of("kfac", tx, True))
+  params, state, _ = step(params, tx.init(params), *batch(mesh, 0))
+  blocks = fop_optax.to_blocks(state)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "owned", state)
+    checkpointer.save(tmp_path / "blocks", blocks)
+    checkpointer.wait_until_finished()
+    like = jax.tree.map(
+      lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
+      jax.eval_shape(tx.init, params),
+      fop_optax.state_shardings(tx, params),
+    )
+    restored = checkpointer.restore(tmp_path / "owned", like)
+    same(restored, state, 0)
+    same_places(restored, fop_optax.state_shardings(tx, params))
+    like = jax.eval_shape(plain.init, inputs()[0])
+    whole = NamedSharding(other, PartitionSpec())
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), like)
+    restored = checkpointer.restore(tmp_path / "blocks", like)
+  owned = fop_optax.to_owners(restored, Sharding(other))
+  after = jax.jit(step_of("kfac", make("kfac", Sharding(other)), True))
+  params = jax.device_get(params)
+  expected = jax.jit(step_of("kfac", plain, True))(params, jax.device_get(blocks), *batch(None, 1))
+  same(after(put(other, params), owned, *batch(other, 1))[0], expected[0])
+
+
+@pytest.mark.slow
+def test_a_frozen_layer_and_two_dtypes():
+  """A stack that is masked has one block of one entry; each dtype is collected by itself."""
+  params, x, y = inputs()
+  params = params | {"wide": params["wide"].astype("float32")}
+  captured = fop_optax.capture(loss, params, x[0], y[0], groups=2, max_dim=16)
+  labels = {name: "frozen" if name == "head" else "fop" for name in params}
+
+  def step(sharding, params, x, y):
+    fop = fop_optax.fop(0.1, captured.layers, sharding=sharding)
+    tx = optax.partition({"fop": fop, "frozen": optax.set_to_zero()}, labels)
+    _, grads, stats = captured.value_and_grad(params, x, y)
+    return tx.update(grads, tx.init(params), params, stats=stats)
+
+  mesh = mesh_of()
+  own = jax.jit(functools.partial(step, Sharding(mesh)))
+  updates, state = own(put(mesh, params), *batch(mesh, 0))
+  expected, plain = jax.jit(functools.partial(step, None))(params, *batch(None, 0))
+  same(updates, expected, 1e-6)
+  same(fop_optax.to_blocks(state), plain, 1e-4)

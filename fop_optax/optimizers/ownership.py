@@ -36,16 +36,15 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
     ValueError: if nothing in `tx` has a `sharding`, or two have different ones.
 
   Example:
-    >>> import fop_optax, jax.numpy as jnp
+    >>> import fop_optax, jax, jax.numpy as jnp
     >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
     >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
     >>> captured = fop_optax.capture(loss, params, x)
     >>> sharding = fop_optax.Sharding(jax.make_mesh((1,), ("data",)))
     >>> tx = fop_optax.scale_by_kfac(captured.layers, sharding=sharding)
     >>> shardings = fop_optax.state_shardings(tx, params)
-    >>> print({own.spec for own in jax.tree.leaves(shardings)} == {
-    ...   jax.P(), jax.P("data")})
-    True
+    >>> print(sum("data" in own.spec for own in jax.tree.leaves(shardings)))  # A, G, inverses
+    4
   """
   state, found = noted(tx.init, params)
   if len(set(found)) != 1:
