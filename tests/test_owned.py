@@ -315,19 +315,20 @@ def test_the_largest_load_is_near_the_least_possible(stacks, devices):
 def test_shardings_of_a_state(kind):
   """As `init` places it, eagerly and traced, and as steps leave it; also within wrappers."""
   mesh = mesh_of(kind)
-  params, kfac = put(mesh, inputs()[0]), make("kfac", Sharding(mesh))
-  chain = optax.chain(optax.clip(1.0), optax.masked(kfac, True))
-  for tx in (kfac, chain, optax.MultiSteps(kfac, 2)):
-    shardings = fop_optax.state_shardings(tx, jax.eval_shape(lambda: params))
-    owned = sum("data" in own.spec for own in jax.tree.leaves(shardings))
-    assert owned == 4 * len(plan_stacks(captured_of("kfac").layers))
-    for state in (jax.device_put(tx.init(params), shardings), jax.jit(tx.init)(params)):
-      (own,), (wanted,) = states(state), states(shardings)
-      assert jax.tree.all(jax.tree.map(equivalent, own.stacks, wanted.stacks))
-  shardings = fop_optax.state_shardings(kfac, params)
-  same_places(kfac.init(params), shardings)
-  step = jax.jit(step_of("kfac", kfac), out_shardings=(None, shardings, None))
-  same_places(step(params, kfac.init(params), *batch(mesh, 0))[1], shardings)
+  with jax.set_mesh(mesh):
+    params, kfac = put(mesh, inputs()[0]), make("kfac", Sharding(mesh))
+    chain = optax.chain(optax.clip(1.0), optax.masked(kfac, True))
+    for tx in (kfac, chain, optax.MultiSteps(kfac, 2)):
+      shardings = fop_optax.state_shardings(tx, jax.eval_shape(lambda: params))
+      owned = sum("data" in own.spec for own in jax.tree.leaves(shardings))
+      assert owned == 4 * len(plan_stacks(captured_of("kfac").layers))
+      for state in (jax.device_put(tx.init(params), shardings), jax.jit(tx.init)(params)):
+        (own,), (wanted,) = states(state), states(shardings)
+        assert jax.tree.all(jax.tree.map(equivalent, own.stacks, wanted.stacks))
+    shardings = fop_optax.state_shardings(kfac, params)
+    same_places(kfac.init(params), shardings)
+    step = jax.jit(step_of("kfac", kfac), out_shardings=(None, shardings, None))
+    same_places(step(params, kfac.init(params), *batch(mesh, 0))[1], shardings)
 
 
 def equivalent(x, sharding):
@@ -391,6 +392,7 @@ def test_diagnostics():
   assert not fop_optax.refresh_due(state)
 
 
+@pytest.mark.slow
 def test_donated_state():
   """No two arrays that `init` makes share a buffer; compiled once."""
   mesh = mesh_of()

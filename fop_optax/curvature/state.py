@@ -209,7 +209,7 @@ class Turn(NamedTuple):
 
   finite: Finite
   refresh: jax.Array  # bool, shape=(): whether there are statistics to fold in
-  place: jax.Array  # int32, shape=(): of the step within the period of inverses
+  phase: jax.Array  # int32, shape=(): of the step within the period of inverses
   inverse_period: jax.Array  # int32, shape=()
   decay: jax.typing.ArrayLike
   damping: Damping
@@ -240,8 +240,8 @@ def turn_of(
 ) -> Turn:
   """The turn of the step to come."""
   _, period = options.periods(state.steps.count)
-  refresh, place = stats.refresh & finite.both, state.steps.count % period
-  return Turn(finite, refresh, place, period, options.decay, damping)
+  refresh, phase = stats.refresh & finite.both, state.steps.count % period
+  return Turn(finite, refresh, phase, period, options.decay, damping)
 
 
 def counted(state: CurvatureState, finite: Finite, options: CurvatureOptions) -> CurvatureState:
@@ -271,9 +271,9 @@ def renew(
   due = turn.refresh
   if options.stagger:  # block i has its turn, and those that have no inverse yet
     own = jnp.arange(len(blocks.folds)) % turn.inverse_period
-    due = (blocks.waiting | (turn.place == own)) & turn.finite.both
+    due = (blocks.waiting | (turn.phase == own)) & turn.finite.both
   elif options.inverse_update_period is not None:
-    due = (jnp.any(blocks.waiting) | (turn.place == 0)) & turn.finite.both
+    due = (jnp.any(blocks.waiting) | (turn.phase == 0)) & turn.finite.both
   return _remade(blocks, kept, due, turn.damping, options.scaling, share)
 
 
