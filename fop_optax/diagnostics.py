@@ -8,7 +8,7 @@ import numpy as np
 
 from fop_optax.curvature.inverse import EigenvalueInverse, SplitDamping, UsedDamping
 from fop_optax.curvature.stacks import plan_stacks
-from fop_optax.curvature.state import BlockNumbers, CurvatureState, StackState
+from fop_optax.curvature.state import BlockNumbers, CurvatureState, StackState, in_order
 from fop_optax.factorizations import eigvalsh
 from fop_optax.layers import Layers
 from fop_optax.optimizers.fop import ScaleByFopState
@@ -90,7 +90,7 @@ def diagnostics(
   if isinstance(state, ScaleByFopState):
     numbers |= state.projection._asdict()
   if condition:
-    numbers |= _conditions(curvature)
+    numbers |= _conditions(in_order(curvature))
   owner = _owners(curvature, layers)
   name_of = lambda layer: layers[layer].path if layers is not None else f"layer {layer}"
   for layer in dict.fromkeys(owner[owner >= 0].tolist()):
@@ -188,7 +188,8 @@ def _owners(curvature: CurvatureState, layers: Layers | None) -> np.ndarray:
   if layers is None:
     raise ValueError("`diagnostics` under `jax.jit` needs `layers`: pass `captured.layers`.")
   plan = plan_stacks(layers)
-  shapes = [tuple(x.shape for x in stack.factors) for stack in curvature.stacks]
+  stacks = jax.eval_shape(in_order, curvature).stacks
+  shapes = [tuple(x.shape for x in stack.factors) for stack in stacks]
   if shapes != [stack.factor_shapes for stack in plan]:
     raise ValueError(
       "`diagnostics` cannot tell under `jax.jit` which of the layers are masked (or `layers` are of"
