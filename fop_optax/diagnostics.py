@@ -1,5 +1,6 @@
 """Read-outs of an optimizer's state: what each layer did, and what went wrong."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -96,12 +97,8 @@ def diagnostics(
   for layer in dict.fromkeys(owner[owner >= 0].tolist()):
     out[name_of(layer)] = {key: value[owner == layer] for key, value in numbers.items()}
   if spectra:
-    start = 0
-    for stack in curvature.stacks:
-      own, start = owner[start : start + stack.blocks], start + stack.blocks
-      for side, factor in zip(("A", "G"), stack.factors, strict=True):
-        for layer in dict.fromkeys(own[own >= 0].tolist()):
-          out[name_of(layer)][f"spectrum_{side}"] = _spectrum(factor[own == layer])
+    for layer, own in _spectra(in_order(curvature), owner):
+      out[name_of(layer)] |= own
   return {**curvature.steps._asdict(), "layers": out}
 
 
@@ -127,6 +124,18 @@ def _numbers(blocks: BlockNumbers) -> dict[str, jax.Array]:
     "failed_inverses": inversions.failed,
     **inversions.damping._asdict(),
   }
+
+
+def _spectra(
+  curvature: CurvatureState, owner: np.ndarray
+) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+  """The eigenvalues of both factors of each layer."""
+  start = 0
+  for stack in curvature.stacks:
+    own, start = owner[start : start + stack.blocks], start + stack.blocks
+    spectra = [_spectrum(factor) for factor in stack.factors]
+    for layer in dict.fromkeys(own[own >= 0].tolist()):
+      yield layer, {f"spectrum_{s}": x[own == layer] for s, x in zip("AG", spectra, strict=True)}
 
 
 def _conditions(curvature: CurvatureState) -> dict[str, jax.Array]:

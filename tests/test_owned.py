@@ -386,7 +386,7 @@ def test_diagnostics():
   layers, mesh = captured_of("fop").layers, mesh_of()
   expected = train("fop", make("fop"), refresh=(None,))[1]
   state = train("fop", make("fop", Sharding(mesh)), mesh, refresh=(None,))[1]
-  read = lambda state: fop_optax.diagnostics(state, layers, condition=True)
+  read = lambda state: fop_optax.diagnostics(state, layers, condition=True, spectra=True)
   same(read(state), read(expected), 1e-6)
   same(jax.jit(read)(state), read(expected), 1e-6)
   assert not fop_optax.refresh_due(state)
