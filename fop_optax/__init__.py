@@ -40,6 +40,9 @@ from fop_optax.optimizers.neumann import neumann as neumann
 from fop_optax.optimizers.neumann import neumann_eval_params as neumann_eval_params
 from fop_optax.optimizers.neumann import scale_by_neumann as scale_by_neumann
 from fop_optax.optimizers.orthogonalize import orthogonalize as orthogonalize
+from fop_optax.optimizers.ownership import state_shardings as state_shardings
+from fop_optax.optimizers.ownership import to_blocks as to_blocks
+from fop_optax.optimizers.ownership import to_owners as to_owners
 from fop_optax.optimizers.refresh import WarmupPeriod as WarmupPeriod
 from fop_optax.optimizers.refresh import refresh_due as refresh_due
 from fop_optax.optimizers.shampoo import ScaleByShampooState as ScaleByShampooState
@@ -50,3 +53,4 @@ from fop_optax.optimizers.soap import scale_by_soap as scale_by_soap
 from fop_optax.optimizers.soap import soap as soap
 from fop_optax.projection import FopDirection as FopDirection
 from fop_optax.projection import fop_direction as fop_direction
+from fop_optax.sharding import Sharding as Sharding

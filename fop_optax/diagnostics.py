@@ -1,5 +1,6 @@
 """Read-outs of an optimizer's state: what each layer did, and what went wrong."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from fop_optax.curvature.inverse import EigenvalueInverse, SplitDamping, UsedDamping
 from fop_optax.curvature.stacks import plan_stacks
-from fop_optax.curvature.state import BlockNumbers, CurvatureState, StackState
+from fop_optax.curvature.state import BlockNumbers, CurvatureState, StackState, in_order
 from fop_optax.factorizations import eigvalsh
 from fop_optax.layers import Layers
 from fop_optax.optimizers.fop import ScaleByFopState
@@ -90,18 +91,14 @@ def diagnostics(
   if isinstance(state, ScaleByFopState):
     numbers |= state.projection._asdict()
   if condition:
-    numbers |= _conditions(curvature)
+    numbers |= _conditions(in_order(curvature))
   owner = _owners(curvature, layers)
   name_of = lambda layer: layers[layer].path if layers is not None else f"layer {layer}"
   for layer in dict.fromkeys(owner[owner >= 0].tolist()):
     out[name_of(layer)] = {key: value[owner == layer] for key, value in numbers.items()}
   if spectra:
-    start = 0
-    for stack in curvature.stacks:
-      own, start = owner[start : start + stack.blocks], start + stack.blocks
-      for side, factor in zip(("A", "G"), stack.factors, strict=True):
-        for layer in dict.fromkeys(own[own >= 0].tolist()):
-          out[name_of(layer)][f"spectrum_{side}"] = _spectrum(factor[own == layer])
+    for layer, own in _spectra(in_order(curvature), owner):
+      out[name_of(layer)] |= own
   return {**curvature.steps._asdict(), "layers": out}
 
 
@@ -127,6 +124,18 @@ def _numbers(blocks: BlockNumbers) -> dict[str, jax.Array]:
     "failed_inverses": inversions.failed,
     **inversions.damping._asdict(),
   }
+
+
+def _spectra(
+  curvature: CurvatureState, owner: np.ndarray
+) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+  """The eigenvalues of both factors of each layer."""
+  start = 0
+  for stack in curvature.stacks:
+    own, start = owner[start : start + stack.blocks], start + stack.blocks
+    spectra = [_spectrum(factor) for factor in stack.factors]
+    for layer in dict.fromkeys(own[own >= 0].tolist()):
+      yield layer, {f"spectrum_{s}": x[own == layer] for s, x in zip("AG", spectra, strict=True)}
 
 
 def _conditions(curvature: CurvatureState) -> dict[str, jax.Array]:
@@ -188,7 +197,8 @@ def _owners(curvature: CurvatureState, layers: Layers | None) -> np.ndarray:
   if layers is None:
     raise ValueError("`diagnostics` under `jax.jit` needs `layers`: pass `captured.layers`.")
   plan = plan_stacks(layers)
-  shapes = [tuple(x.shape for x in stack.factors) for stack in curvature.stacks]
+  stacks = jax.eval_shape(in_order, curvature).stacks
+  shapes = [tuple(x.shape for x in stack.factors) for stack in stacks]
   if shapes != [stack.factor_shapes for stack in plan]:
     raise ValueError(
       "`diagnostics` cannot tell under `jax.jit` which of the layers are masked (or `layers` are of"

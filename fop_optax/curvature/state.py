@@ -26,14 +26,19 @@ from fop_optax.curvature.stacks import (
   stack_squares,
 )
 from fop_optax.curvature.steps import Finite, Period, Steps, no_steps, whole_period
-from fop_optax.layers import Factors, Layers, Stats
+from fop_optax.layers import Factors, Layers, Stats, side_shapes
+from fop_optax.sharding import Sharding, Share, check_not_manual, note, placed, plan_owners, whole
 
 
 class StackState(NamedTuple):
-  """Matrices of one stack of blocks; every array has the blocks as its leading axis."""
+  """Matrices of one stack of blocks; every array has the blocks as its leading axis.
+
+  Where the blocks have owners it has their slots, and `place` says where each block is.
+  """
 
   factors: Factors  # running averages
   inverse: Inverse
+  place: jax.Array | None = None  # int32, shape=(blocks,); None: in order
 
   @property
   def dtype(self):
@@ -41,7 +46,7 @@ class StackState(NamedTuple):
 
   @property
   def blocks(self) -> int:
-    return len(self.factors.A)
+    return len(self.factors.A if self.place is None else self.place)
 
 
 class BlockNumbers(NamedTuple):
@@ -98,6 +103,18 @@ class CurvatureState(NamedTuple):
     )
 
 
+def in_order(state: CurvatureState) -> CurvatureState:
+  """Of a state whose blocks have owners: with the matrices of the blocks in their order."""
+
+  def ordered(own: StackState) -> StackState:
+    if own.place is None:
+      return own
+    of_blocks = lambda x: whole(x)[own.place]
+    return StackState(*jax.tree.map(of_blocks, (own.factors, own.inverse)))
+
+  return state._replace(stacks=tuple(map(ordered, state.stacks)))
+
+
 class CurvatureOptions(NamedTuple):
   """When and how a step updates the curvature."""
 
@@ -107,6 +124,7 @@ class CurvatureOptions(NamedTuple):
   curvature_update_period: Period
   inverse_update_period: Period | None
   stagger: bool
+  sharding: Sharding | None = None  # over which devices blocks have owners
 
   def periods(self, count: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Both periods at a step; an inverse period of None is that of the statistics."""
@@ -124,14 +142,13 @@ def init_curvature(
   Arithmetic is in the widest dtype of a stack's parameters and in float32 at least. No two arrays
   are one buffer, so that a state can be donated.
   """
-  states, owners = [], []
+  dtypes, owners = [], []
   for stack in stacks:
     members = [leaf for i in stack.layers for leaf in layers[i].leaves]
-    dtypes = [dtype_of(leaves[leaf]) for leaf in members] if leaves is not None else []
-    dtype = jnp.result_type(jnp.float32, *dtypes)
-    factors = Factors(*(jnp.zeros(shape, dtype) for shape in stack.factor_shapes))
-    states.append(StackState(factors, jax.vmap(options.scaling.empty)(factors)))
+    own = [dtype_of(leaves[leaf]) for leaf in members] if leaves is not None else []
+    dtypes.append(jnp.result_type(jnp.float32, *own))
     owners += [index for i in stack.layers for index in [i] * layers[i].stack] or [-1]
+  states = _empty_stacks(stacks, dtypes, options)
   dtype = jnp.result_type(jnp.float32, *(own.dtype for own in states))
   numbers = BlockNumbers(
     layer=jnp.asarray(owners, jnp.int32),
@@ -139,7 +156,42 @@ def init_curvature(
     nonfinite=jnp.zeros(len(owners), jnp.int32),
     inversions=init_inversions(len(owners), options.scaling, dtype),
   )
-  return empty_curvature(options.periods(0), numbers if states else None, tuple(states))
+  return empty_curvature(options.periods(0), numbers if states else None, states)
+
+
+def _empty_stacks(
+  stacks: Sequence[Stack], dtypes: Sequence[Any], options: CurvatureOptions
+) -> tuple[StackState, ...]:
+  shapes = factor_shapes(stacks, options.sharding)
+
+  def make():
+    factors = [
+      Factors(*(jnp.zeros(shape, dtype) for shape in own))
+      for own, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    return tuple(StackState(own, jax.vmap(options.scaling.empty)(own)) for own in factors)
+
+  if options.sharding is None or not stacks:
+    return make()
+  check_not_manual(options.sharding)
+  note(options.sharding)
+  states = placed(make, jax.tree.map(options.sharding.owned, jax.eval_shape(make)))
+  places = plan_owners(tuple(stacks), options.sharding.devices).places
+  return tuple(
+    own._replace(place=jnp.asarray(place, jnp.int32))
+    for own, place in zip(states, places, strict=True)
+  )
+
+
+def factor_shapes(
+  stacks: Sequence[Stack], sharding: Sharding | None
+) -> list[tuple[tuple[int, ...], ...]]:
+  """Shapes of the factors of each stack: of its blocks, or of the slots of all owners."""
+  if sharding is None:
+    return [stack.factor_shapes for stack in stacks]
+  slots = plan_owners(tuple(stacks), sharding.devices).slots
+  rows = [sharding.devices * own for own in slots]
+  return [side_shapes(n, own.dims, own.diagonal) for n, own in zip(rows, stacks, strict=True)]
 
 
 def empty_curvature(
@@ -150,6 +202,17 @@ def empty_curvature(
   """State before any step."""
   curvature, inverse = map(jnp.copy, periods)
   return CurvatureState(no_steps(), curvature, inverse, blocks, stacks)
+
+
+class Turn(NamedTuple):
+  """What a step has to do."""
+
+  finite: Finite
+  refresh: jax.Array  # bool, shape=(): whether there are statistics to fold in
+  phase: jax.Array  # int32, shape=(): of the step within the period of inverses
+  inverse_period: jax.Array  # int32, shape=()
+  decay: jax.typing.ArrayLike
+  damping: Damping
 
 
 def advance(
@@ -165,25 +228,53 @@ def advance(
   A step whose loss or gradient is not `finite` is counted and changes nothing else; the count
   stands still, so that a refresh that fell on it is made up for by the next.
   """
-  _, inverse_period = options.periods(state.steps.count)
-  refresh, turn = stats.refresh & finite.both, state.steps.count % inverse_period
+  turn = turn_of(state, stats, finite, damping, options)
   blocks, kept = state.blocks, state.stacks
   if blocks is not None:
-    blocks, kept = _folded(blocks, kept, stacks, stats, refresh, options)
-    due = refresh
-    if options.stagger:  # block i has its turn, and those that have no inverse yet
-      own = jnp.arange(len(blocks.folds)) % inverse_period
-      due = (blocks.waiting | (turn == own)) & finite.both
-    elif options.inverse_update_period is not None:
-      due = (jnp.any(blocks.waiting) | (turn == 0)) & finite.both
-    blocks, kept = _remade(blocks, kept, due, damping, options.scaling)
+    blocks, kept = renew(blocks, kept, stacks, stats, turn, options)
+  return counted(state, finite, options)._replace(blocks=blocks, stacks=kept)
 
+
+def turn_of(
+  state: CurvatureState, stats: Stats, finite: Finite, damping: Damping, options: CurvatureOptions
+) -> Turn:
+  """The turn of the step to come."""
+  _, period = options.periods(state.steps.count)
+  refresh, phase = stats.refresh & finite.both, state.steps.count % period
+  return Turn(finite, refresh, phase, period, options.decay, damping)
+
+
+def counted(state: CurvatureState, finite: Finite, options: CurvatureOptions) -> CurvatureState:
+  """After a step with such a loss and gradient, with the matrices of before."""
   steps = state.steps.counted(finite)
   curvature_period, inverse_period = options.periods(steps.count)
-  return CurvatureState(steps, curvature_period, inverse_period, blocks, kept)
+  return CurvatureState(steps, curvature_period, inverse_period, state.blocks, state.stacks)
 
 
 Kept = tuple[BlockNumbers, tuple[StackState, ...]]
+
+
+def renew(
+  blocks: BlockNumbers,
+  kept: tuple[StackState, ...],
+  stacks: Sequence[Stack],
+  stats: Stats,
+  turn: Turn,
+  options: CurvatureOptions,
+  share: Share | None = None,
+) -> Kept:
+  """Statistics folded in, inverses remade: of all blocks, or of the `share` that one device owns.
+
+  Of a share `kept` has the matrices, and what comes back of `blocks.inversions` is of it alone.
+  """
+  blocks, kept = _folded(blocks, kept, stacks, stats, turn, options, share)
+  due = turn.refresh
+  if options.stagger:  # block i has its turn, and those that have no inverse yet
+    own = jnp.arange(len(blocks.folds)) % turn.inverse_period
+    due = (blocks.waiting | (turn.phase == own)) & turn.finite.both
+  elif options.inverse_update_period is not None:
+    due = (jnp.any(blocks.waiting) | (turn.phase == 0)) & turn.finite.both
+  return _remade(blocks, kept, due, turn.damping, options.scaling, share)
 
 
 def _folded(
@@ -191,40 +282,45 @@ def _folded(
   kept: tuple[StackState, ...],
   stacks: Sequence[Stack],
   stats: Stats,
-  refresh: jax.Array,
+  turn: Turn,
   options: CurvatureOptions,
+  share: Share | None,
 ) -> Kept:
-  """With statistics in the running factors, and in EKFAC's second moments, if `refresh`."""
+  """With statistics in the running factors, and in EKFAC's second moments, if there are some."""
   sizes, dtypes = [own.blocks for own in kept], [own.dtype for own in kept]
   # where there was a basis to measure them in
   known = blocks.inversions.made > 0
+  mine = (lambda numbers: numbers) if share is None else share.numbers
 
   def fold_all(folds, nonfinite, averages, S):
-    new, new_S, sound = _statistics(stats, stacks, dtypes, S)
+    new, new_S, sound = _statistics(stats, stacks, dtypes, S, share)
     folds = folds + sound
-    weight = old_weight(folds, jnp.asarray(options.decay), jnp.result_type(*dtypes))
-    numbers = per_stack((sound, weight), sizes), per_stack((sound & known, weight), sizes)
-    averages = tuple(map(functools.partial(_fold, options.fold), averages, new, numbers[0]))
-    return folds, nonfinite + ~sound, averages, tuple(map(_averaged, S, new_S, numbers[1]))
+    weight = old_weight(folds, jnp.asarray(turn.decay), jnp.result_type(*dtypes))
+    folded = per_stack(mine((sound, weight)), sizes)
+    measured = per_stack(mine((sound & known, weight)), sizes)
+    averages = tuple(map(functools.partial(_fold, options.fold), averages, new, folded))
+    return folds, nonfinite + ~sound, averages, tuple(map(_averaged, S, new_S, measured))
 
   inverses = [own.inverse for own in kept]
   S = tuple(own.S if isinstance(own, EigenvalueInverse) else None for own in inverses)
   folds, nonfinite, averages, S = jax.lax.cond(
-    refresh,
+    turn.refresh,
     fold_all,
     lambda *same: same,
     *(blocks.folds, blocks.nonfinite, tuple(own.factors for own in kept), S),
   )
   blocks = blocks._replace(folds=folds, nonfinite=nonfinite)
-  return blocks, tuple(map(StackState, averages, map(_with_S, inverses, S)))
+  rows = zip(kept, averages, map(_with_S, inverses, S), strict=True)
+  return blocks, tuple(own._replace(factors=a, inverse=i) for own, a, i in rows)
 
 
-def _statistics(stats, stacks, dtypes, S):
-  """Factors and second moments (or None) stack by stack, and which blocks' are finite."""
+def _statistics(stats, stacks, dtypes, S, share):
+  """Factors and second moments (or None) stack by stack, and which blocks' are finite: of all."""
+  mine = (lambda index, tree: tree) if share is None else share.stack
   new, traces = [], []
-  for stack, dtype in zip(stacks, dtypes, strict=True):
+  for index, (stack, dtype) in enumerate(zip(stacks, dtypes, strict=True)):
     factors, own = stack_factors(stack, stats.factors, dtype)
-    new.append(factors)
+    new.append(mine(index, factors))
     traces.append(own)
   tell = [jnp.concatenate(side) for side in zip(*traces, strict=True)]
   if S[0] is None:
@@ -234,7 +330,8 @@ def _statistics(stats, stacks, dtypes, S):
     for stack, dtype in zip(stacks, dtypes, strict=True)
   ]
   tell.append(jnp.concatenate([gap for _, gap in squares]))
-  return new, [own for own, _ in squares], jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0)
+  squares_of = [mine(index, own) for index, (own, _) in enumerate(squares)]
+  return new, squares_of, jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0)
 
 
 def _fold(function, average, new, numbers):
@@ -260,15 +357,22 @@ def _remade(
   due: jax.Array,
   damping: Damping,
   scaling: Scaling,
+  share: Share | None,
 ) -> Kept:
   """With the inverses that are `due`: one for all, or one a block."""
   factors = [own.factors for own in kept]
+  known, before = blocks.folds > 0, blocks.inversions
+  if share is not None:
+    due, known, before = share.numbers((due, known, before))
+    due = due if share.filled is None else due & share.filled
   each = due if due.ndim else None
-  known = blocks.folds > 0
   inverses, inversions = jax.lax.cond(
     jnp.any(due),
     lambda old, before: remake(old, before, factors, known, damping, scaling, each),
     lambda *same: same,
-    *(tuple(own.inverse for own in kept), blocks.inversions),
+    *(tuple(own.inverse for own in kept), before),
   )
-  return blocks._replace(inversions=inversions), tuple(map(StackState, factors, inverses))
+  blocks = blocks._replace(inversions=inversions)
+  return blocks, tuple(
+    own._replace(inverse=inverse) for own, inverse in zip(kept, inverses, strict=True)
+  )

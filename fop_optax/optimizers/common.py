@@ -13,6 +13,7 @@ from fop_optax import _compat
 from fop_optax.curvature import factors, per_example_factors
 from fop_optax.curvature.damping import Damping
 from fop_optax.curvature.inverse import SCALINGS, Scaling
+from fop_optax.curvature.owned import Directions, Method, StackedGradients, advance_owned
 from fop_optax.curvature.stacks import (
   Stack,
   dtype_of,
@@ -24,6 +25,7 @@ from fop_optax.curvature.state import (
   CurvatureOptions,
   CurvatureState,
   advance,
+  factor_shapes,
   init_curvature,
 )
 from fop_optax.curvature.steps import Finite
@@ -31,6 +33,7 @@ from fop_optax.layers import Layers, Stats, is_masked
 from fop_optax.optimizers.bases import check_second_moments
 from fop_optax.optimizers.refresh import WarmupPeriod
 from fop_optax.optimizers.whole_steps import all_finite, whole_steps
+from fop_optax.sharding import Sharding
 
 # Defaults, chosen over many workloads: `python -m experiments.benchmarks.defaults`.
 RELATIVE_DAMPING = 1.0
@@ -56,6 +59,7 @@ class Options:
   norm_constraint: ScalarOrSchedule | None
   learning_rate: ScalarOrSchedule
   momentum: Scalar | None = None
+  sharding: Sharding | None = None
   per_example: bool = False  # whether statistics are those of `curvature.per_example_factors`
 
   def __post_init__(self):
@@ -73,6 +77,7 @@ class Options:
     check("norm_constraint", self.norm_constraint, lambda x: x > 0, "above 0")
     check("learning_rate", self.learning_rate, lambda x: x >= 0, "at least 0")
     check("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+    check_sharding(self.sharding, self.scaling)
 
   def damping_at(self, count: jax.Array) -> Damping:
     """Damping at a step: what was given, and the default where nothing was."""
@@ -92,6 +97,7 @@ class Options:
       self.curvature_update_period,
       self.inverse_update_period,
       self.stagger,
+      self.sharding,
     )
 
   @property
@@ -109,6 +115,20 @@ def check_layers(layers: Any) -> Layers:
   if not layers:
     raise ValueError("`layers` is empty: the loss has no layer to precondition.")
   return layers
+
+
+def check_sharding(sharding: Any, scaling: str) -> None:
+  """Checks over which devices curvature is dealt."""
+  if sharding is not None and not isinstance(sharding, Sharding):
+    raise TypeError(
+      f"`sharding` is a {type(sharding).__name__}: pass `fop_optax.Sharding(mesh)`, or None for"
+      " curvature that every device has."
+    )
+  if sharding is not None and scaling == "eigenvalue":
+    raise ValueError(
+      '`scaling="eigenvalue"` measures in bases that every device needs: it takes no `sharding`.'
+      ' Use `scaling="factored"` or `"exact"` with it.'
+    )
 
 
 def check(name: str, value: Any, valid: Callable[[Any], bool], wanted: str) -> None:
@@ -150,12 +170,10 @@ def value_at(value: ScalarOrSchedule, count: jax.Array) -> jax.Array:
 
 
 class Step(NamedTuple):
-  """One step under way: the gradient by stack, the curvature after it."""
+  """One step under way: the curvature after it, and what the method makes of the gradient."""
 
   stacks: tuple[Stack, ...]
-  matrices: list[jax.Array]  # one a stack: [blocks, rows, outputs]
-  contrasts: list[jax.Array]  # one a stack: [blocks, groups - 1, rows, outputs]; none for K-FAC
-  resolutions: list[float]  # one a stack: machine epsilon of its gradients
+  found: Directions
   curvature: CurvatureState
   updates: Any
   leaves: list[Any]
@@ -178,14 +196,17 @@ def begin(
   stats: Stats,
   contrasts: bool,
   fallback_finite: jax.Array,
+  method: Method,
+  value: jax.Array | None = None,
 ) -> Step:
-  """Checks what came in, stacks the gradient and lets the curvature take its step.
+  """Checks what came in, stacks the gradient, lets the curvature and then `method` take a step.
 
-  `fallback_finite` says whether the gradients that are in no layer are finite.
+  `fallback_finite` says whether the gradients that are in no layer are finite; `value` is handed
+  to the method.
   """
   leaves = layers.leaves(updates, "The gradient")
   stacks = plan_stacks(layers, leaves)
-  check_state(stacks, state)
+  check_state(stacks, state, options.sharding)
   dtypes = [s.dtype for s in state.stacks]
   gather = lambda leaves: [
     stack_matrices(stack, layers, leaves, dtype)
@@ -199,22 +220,23 @@ def begin(
   gradients = all_finite([tree[leaf] for tree in [leaves, *trees] for leaf in own])
   finite = Finite(jnp.isfinite(stats.loss), gradients & fallback_finite)
   damping = options.damping_at(state.steps.count)
-  curvature = advance(state, stacks, stats, finite, damping, options.curvature)
-  resolutions = [_resolution(stack, layers, leaves) for stack in stacks]
-  return Step(stacks, matrices, others, resolutions, curvature, updates, leaves)
+  gradients = StackedGradients(
+    matrices, others, [_resolution(stack, layers, leaves) for stack in stacks], value
+  )
+  if options.sharding is None or not stacks:
+    curvature = advance(state, stacks, stats, finite, damping, options.curvature)
+    found = method(curvature.stacks, curvature.damping, gradients)
+  else:
+    curvature, found = advance_owned(
+      state, stacks, stats, finite, damping, options.curvature, gradients, method
+    )
+  return Step(stacks, found, curvature, updates, leaves)
 
 
-def finish(
-  options: Options,
-  layers: Layers,
-  step: Step,
-  directions: list[jax.Array],
-  norm2: jax.Array,
-  count: jax.Array,
-) -> Any:
+def finish(options: Options, layers: Layers, step: Step, count: jax.Array) -> Any:
   """The directions as a tree like the gradient, within the norm constraint."""
-  scale = constrain(options, norm2, count)
-  directions = [scale.astype(d.dtype) * d for d in directions]
+  scale = constrain(options, step.found.norm2, count)
+  directions = [scale.astype(d.dtype) * d for d in step.found.directions]
   leaves = unstack(step.stacks, layers, directions, step.leaves)
   return layers.tree(step.updates, leaves)
 
@@ -336,15 +358,26 @@ def check_factors(layers: Layers, stats: Any) -> None:
     )
 
 
-def check_state(stacks: Sequence[Stack], state: CurvatureState) -> None:
-  """Checks that a state was made for these layers, leading axes and all."""
+def check_state(
+  stacks: Sequence[Stack], state: CurvatureState, sharding: Sharding | None = None
+) -> None:
+  """Checks that a state was made for these layers and owners, leading axes and all."""
   had = [tuple(tuple(x.shape) for x in s.factors) for s in state.stacks]
-  if had != [stack.factor_shapes for stack in stacks]:
-    raise ValueError(
-      f"The optimizer's state is of another model or another mask: its factors have shapes {had},"
-      f" but these layers need {[stack.factor_shapes for stack in stacks]}. Make a state with"
-      " `tx.init(params)`."
+  need = factor_shapes(stacks, sharding)
+  owned = any(s.place is not None for s in state.stacks)
+  if had == need and owned == (sharding is not None and bool(stacks)):
+    return
+  others = ""
+  if owned or sharding is not None:
+    others = (
+      f" It is {'dealt to owners' if owned else 'in the order of blocks'}, and this optimizer has"
+      f" {f'{sharding.devices} owners' if sharding else 'no `sharding`'}: of other devices take"
+      " `fop_optax.to_owners(fop_optax.to_blocks(opt_state), sharding)`."
     )
+  raise ValueError(
+    f"The optimizer's state is of another model or another mask: its factors have shapes {had},"
+    f" but these layers need {need}. Make a state with `tx.init(params)`.{others}"
+  )
 
 
 def _resolution(stack: Stack, layers: Layers, leaves: Sequence[Any]) -> float:

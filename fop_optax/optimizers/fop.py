@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from fop_optax.curvature.inverse import Scaling, UsedDamping
+from fop_optax.curvature.owned import Directions
 from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import common
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 from fop_optax.projection import Gradients, check_total_gradient, fop_directions, tree_of
+from fop_optax.sharding import Sharding
 
 METRICS = ("fisher", "damped", "inverse")
 
@@ -91,6 +93,7 @@ def scale_by_fop(
   norm_constraint: ScalarOrSchedule | None = None,
   learning_rate: ScalarOrSchedule = 1.0,
   fallback: optax.GradientTransformation | None = None,
+  sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Turns gradients into FOP's direction; no rate and no sign.
 
@@ -108,6 +111,7 @@ def scale_by_fop(
     stagger=stagger,
     norm_constraint=norm_constraint,
     learning_rate=learning_rate,
+    sharding=sharding,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
   inner = project(options, fop_options, common.check_layers(layers))
@@ -122,6 +126,28 @@ def project(
   scaling = options.curvature.scaling
   tree = tree_of(layers.groups) if fop_options.contrast_tree else None
 
+  def method(stacks, damping, gradients):
+    if not stacks:  # everything is masked
+      return Directions([], jnp.zeros(()))
+    directions, numbers = fop_directions(
+      list(
+        map(
+          functools.partial(_gradients, scaling, fop_options.projection_metric),
+          stacks,
+          damping,
+          gradients.matrices,
+          gradients.contrasts,
+          gradients.resolutions,
+        )
+      ),
+      total_gradient=fop_options.total_gradient,
+      adaptive_step=fop_options.adaptive_step,
+      beta=gradients.value,
+      tree=tree,
+    )
+    projection = Projection(*numbers[: len(Projection._fields)])
+    return Directions(directions, jnp.sum(numbers.norm2), projection)
+
   def init(params: optax.Params) -> Any:
     stacks, curvature = common.init(options, layers, params)
     blocks = sum(stack.blocks for stack in stacks)
@@ -131,28 +157,14 @@ def project(
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
   def apply(updates, state, stats, fallback_finite):
     count = state.curvature.steps.count
-    step = common.begin(options, layers, updates, state.curvature, stats, True, fallback_finite)
-    if not step.stacks:  # everything is masked
-      return updates, state._replace(curvature=step.curvature)
     beta = None if fop_options.beta is None else common.value_at(fop_options.beta, count)
-    gradients = map(
-      functools.partial(_gradients, scaling, fop_options.projection_metric),
-      step.curvature.stacks,
-      step.curvature.damping,
-      step.matrices,
-      step.contrasts,
-      step.resolutions,
+    step = common.begin(
+      options, layers, updates, state.curvature, stats, True, fallback_finite, method, beta
     )
-    directions, numbers = fop_directions(
-      list(gradients),
-      total_gradient=fop_options.total_gradient,
-      adaptive_step=fop_options.adaptive_step,
-      beta=beta,
-      tree=tree,
-    )
-    updates = common.finish(options, layers, step, directions, jnp.sum(numbers.norm2), count)
-    projection = Projection(*numbers[: len(Projection._fields)])
-    return updates, ScaleByFopState(step.curvature, projection)
+    if not step.stacks:
+      return updates, state._replace(curvature=step.curvature)
+    updates = common.finish(options, layers, step, count)
+    return updates, ScaleByFopState(step.curvature, step.found.numbers)
 
   def update(
     updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
@@ -174,7 +186,7 @@ def _gradients(
   resolution: float,
 ) -> Gradients:
   """The gradients of a stack with the metric and the inverses of its blocks."""
-  factors, inverse = state
+  factors, inverse = state.factors, state.inverse
   solve = functools.partial(jax.vmap(scaling.solve), inverse, damping)
   multiply, fisher_norm = {
     "fisher": (
@@ -210,6 +222,7 @@ def fop(
   contrast_tree: bool = False,
   norm_constraint: ScalarOrSchedule | None = common.NORM_CONSTRAINT,
   fallback: optax.GradientTransformation | None = None,
+  sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""FOP: natural gradient plus what the difference of two half-batch gradients tells.
 
@@ -259,6 +272,7 @@ def fop(
       metric, eta in it.
     fallback: a complete optimizer for leaves that are in no layer; by default Adam at 0.03 of
       `learning_rate`, with `weight_decay` and `mask`.
+    sharding: over which devices blocks of curvature have owners; None: every device has all of it.
 
   Returns:
     A transformation whose `update` takes `stats=`.
@@ -303,6 +317,7 @@ def fop(
     norm_constraint=norm_constraint,
     learning_rate=learning_rate,
     momentum=momentum,
+    sharding=sharding,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
   inner = project(options, fop_options, common.check_layers(layers))

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fop_optax.curvature.owned import Directions
 from fop_optax.curvature.state import CurvatureState
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import common
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
+from fop_optax.sharding import Sharding
 
 
 class ScaleByKfacState(NamedTuple):
@@ -31,6 +33,7 @@ def scale_by_kfac(
   norm_constraint: ScalarOrSchedule | None = None,
   learning_rate: ScalarOrSchedule = 1.0,
   fallback: optax.GradientTransformation | None = None,
+  sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Rescales gradients by K-FAC's inverse; no rate and no sign.
 
@@ -48,6 +51,7 @@ def scale_by_kfac(
     stagger=stagger,
     norm_constraint=norm_constraint,
     learning_rate=learning_rate,
+    sharding=sharding,
   )
   inner = precondition(options, common.check_layers(layers))
   return common.by_layer(layers, inner, fallback or common.wide_adam())
@@ -57,21 +61,26 @@ def precondition(options: Options, layers: Layers) -> optax.GradientTransformati
   """K-FAC on the leaves that are in layers; the others have to be masked."""
   solve = jax.vmap(options.curvature.scaling.solve)
 
+  def method(stacks, damping, gradients):
+    columns = stacks, damping, gradients.matrices
+    directions = [solve(s.inverse, used, V) for s, used, V in zip(*columns, strict=True)]
+    # d' M d = V' M^-1 V
+    norm2 = sum(
+      (jnp.sum(V * d) for V, d in zip(gradients.matrices, directions, strict=True)),
+      start=jnp.zeros(()),
+    )
+    return Directions(directions, norm2)
+
   def init(params: optax.Params) -> Any:
     _, curvature = common.init(options, layers, params)
     return ScaleByKfacState(curvature)
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
   def apply(updates, state, stats, fallback_finite):
-    step = common.begin(options, layers, updates, state.curvature, stats, False, fallback_finite)
-    columns = step.curvature.stacks, step.curvature.damping, step.matrices
-    directions = [solve(s.inverse, damping, V) for s, damping, V in zip(*columns, strict=True)]
-    # d' M d = V' M^-1 V
-    norm2 = sum(
-      (jnp.sum(V * d) for V, d in zip(step.matrices, directions, strict=True)), start=jnp.zeros(())
+    step = common.begin(
+      options, layers, updates, state.curvature, stats, False, fallback_finite, method
     )
-    count = state.curvature.steps.count
-    updates = common.finish(options, layers, step, directions, norm2, count)
+    updates = common.finish(options, layers, step, state.curvature.steps.count)
     return updates, ScaleByKfacState(step.curvature)
 
   def update(
@@ -101,6 +110,7 @@ def kfac(
   stagger: bool = False,
   norm_constraint: ScalarOrSchedule | None = common.NORM_CONSTRAINT,
   fallback: optax.GradientTransformation | None = None,
+  sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""K-FAC: natural gradient with Kronecker-factored curvature.
 
@@ -167,6 +177,10 @@ def kfac(
       it predicts. Without decay and fallback, which have no part in it. None: no bound.
     fallback: a complete optimizer for leaves that are in no layer, applied as it is; by default
       Adam at 0.03 of `learning_rate`, with `weight_decay` and `mask` as above.
+    sharding: :class:`fop_optax.Sharding`: each block of curvature is kept, inverted and applied by
+      one device of its mesh, the directions gathered once a step. For batches sharded over the
+      mesh and replicated parameters, with `scaling` factored or exact; updates are equal to
+      rounding. None: every device has all of it.
 
   Returns:
     A transformation whose `update` takes `stats=`.
@@ -174,7 +188,7 @@ def kfac(
   Raises:
     ValueError: for hyperparameters out of range; in `init` and `update` for trees, statistics or
       states that are not of these layers, and layers that are masked in part.
-    TypeError: if `layers` or `stats` are of another type.
+    TypeError: if `layers`, `stats` or `sharding` are of another type.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp, optax
@@ -215,6 +229,7 @@ def kfac(
     norm_constraint=norm_constraint,
     learning_rate=learning_rate,
     momentum=momentum,
+    sharding=sharding,
   )
   inner = precondition(options, common.check_layers(layers))
   return common.by_layer(

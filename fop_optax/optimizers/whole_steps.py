@@ -71,7 +71,8 @@ def _gap(array: jax.Array) -> jax.Array:
 def placed_like(params: Any, state: Any) -> Any:
   """`state` on the mesh of `params`, replicated where it is not on it already.
 
-  There it is after a step: as it is from the start, the step is compiled once.
+  There it is after a step: as it is from the start, and as JAX spells it then, the step is
+  compiled once.
   """
   concrete = lambda x: isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
   on_mesh = lambda x: concrete(x) and isinstance(x.sharding, jax.sharding.NamedSharding)
@@ -80,11 +81,14 @@ def placed_like(params: Any, state: Any) -> Any:
     return state
 
   def place(leaf):
-    if not concrete(leaf) or on_mesh(leaf):
+    if not concrete(leaf):
       return leaf
-    explicit = jax.sharding.AxisType.Explicit in meshes[0].axis_types
-    spec = [None] * leaf.ndim if explicit else []  # as JAX spells it after a step
-    sharding = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec(*spec))
+    mesh, spec = (leaf.sharding.mesh, leaf.sharding.spec) if on_mesh(leaf) else (meshes[0], ())
+    explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
+    if on_mesh(leaf) and not explicit:
+      return leaf
+    spec = [*spec, *[None] * (leaf.ndim - len(spec))] if explicit else []
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     return jax.device_put(leaf, sharding)
 
   return jax.tree.map(place, state)

@@ -1,0 +1,115 @@
+"""One step of curvature whose blocks have owners: each device works on its slots alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fop_optax.curvature.damping import Damping
+from fop_optax.curvature.inverse import Inversions, UsedDamping
+from fop_optax.curvature.stacks import Stack
+from fop_optax.curvature.state import (
+  CurvatureOptions,
+  CurvatureState,
+  StackState,
+  counted,
+  renew,
+  turn_of,
+)
+from fop_optax.curvature.steps import Finite
+from fop_optax.layers import Stats
+from fop_optax.sharding import Exchange, on_owners, plan_owners
+
+
+class StackedGradients(NamedTuple):
+  """The gradient of a step, stack by stack."""
+
+  matrices: list[jax.Array]  # [blocks, rows, outputs]
+  contrasts: list[jax.Array]  # [blocks, groups - 1, rows, outputs]; none for K-FAC
+  resolutions: list[float]  # machine epsilon of the gradients
+  value: jax.Array | None = None  # what else the method takes
+
+
+class Directions(NamedTuple):
+  """What a method makes of it."""
+
+  directions: list[jax.Array]  # [blocks, rows, outputs]
+  norm2: jax.Array  # shape=(): the sum of d' M d
+  numbers: Any = None  # of all blocks
+
+
+# stacks, the damping of their inverses, gradients -> directions
+Method = Callable[[Sequence[StackState], list[UsedDamping], StackedGradients], Directions]
+
+
+def advance_owned(
+  state: CurvatureState,
+  stacks: Sequence[Stack],
+  stats: Stats,
+  finite: Finite,
+  damping: Damping,
+  options: CurvatureOptions,
+  gradients: StackedGradients,
+  method: Method,
+) -> tuple[CurvatureState, Directions]:
+  """`advance`, and what `method` makes of the gradients, by the owners of the blocks.
+
+  What differs between devices are the matrices of the state. Statistics and gradients come in on
+  every device; directions and numbers go out on every device, by one gather or sum.
+  """
+  assert options.sharding is not None
+  sharding, blocks = options.sharding, state.blocks
+  slots = plan_owners(tuple(stacks), sharding.devices).slots
+  turn = turn_of(state, stats, finite, damping, options)
+  turn = turn._replace(decay=jnp.asarray(options.decay))
+  stats = stats._replace(contrasts=())
+  places = tuple(own.place for own in state.stacks)
+
+  def step(owned, whole):
+    blocks, places, stats, turn, matrices, contrasts, value = whole
+    exchange = Exchange(sharding, places, slots)
+    share, before = exchange.share(), blocks.inversions
+    kept = tuple(StackState(*matrices) for matrices in owned)
+    blocks, kept = renew(blocks, kept, stacks, stats, turn, options, share)
+    mine = gradients._replace(
+      matrices=[share.stack(k, V) for k, V in enumerate(matrices)],
+      contrasts=[share.stack(k, C) for k, C in enumerate(contrasts)],
+      value=value,
+    )
+    used = state._replace(blocks=blocks, stacks=kept).damping
+    directions, norm2, numbers = method(kept, used, mine)
+    told = _told(share.numbers(before), blocks.inversions)
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(told.damping[0].dtype), tree)
+    directions, (told, numbers), norm2 = exchange.collect(
+      directions, wide((told, numbers)), wide(norm2)
+    )
+    blocks = blocks._replace(inversions=_heard(before, told))
+    after = [(own.factors, own.inverse) for own in kept]
+    return after, (blocks, Directions(directions, norm2, numbers))
+
+  after, (blocks, found) = on_owners(
+    sharding,
+    step,
+    [(own.factors, own.inverse) for own in state.stacks],
+    (blocks, places, stats, turn, gradients.matrices, gradients.contrasts, gradients.value),
+  )
+  rows = zip(state.stacks, after, strict=True)
+  kept = tuple(own._replace(factors=factors, inverse=inverse) for own, (factors, inverse) in rows)
+  return counted(state, finite, options)._replace(blocks=blocks, stacks=kept), found
+
+
+def _told(before: Inversions, after: Inversions) -> Inversions:
+  """What a device tells of the inversions of its blocks; of counts what was added to them.
+
+  That is exact in the dtype of other numbers.
+  """
+  made, failed = after.made - before.made, after.failed - before.failed
+  return Inversions(made, failed, after.damping)
+
+
+def _heard(before: Inversions, told: Inversions) -> Inversions:
+  """The inversions of all blocks after what was told of them."""
+  add = lambda count, more: count + more.astype(count.dtype)
+  made, failed = add(before.made, told.made), add(before.failed, told.failed)
+  return Inversions(made, failed, told.damping)

@@ -1,0 +1,349 @@
+"""Curvature owned over a mesh: which device keeps, inverts and applies which blocks.
+
+Inverting replicated curvature costs each of `n` devices what it costs one. Here each block, its `A`
+and its `G` together, has one owner. The owners of the blocks of all stacks follow from their sides
+alone, by the longest processing time first on `d_A^3 + d_G^3` (Graham, 1969: at most `4/3 - 1/3n`
+of the least possible largest load).
+
+Blocks of one stack that a device owns are in its *slots*: the arrays of a stack are `[n * slots,
+...]`, the device's own along the leading axis, `slots` the most that one of them owns. A slot that
+stays empty has zeros, which nobody inverts.
+"""
+
+from collections.abc import Callable, Sequence
+import contextvars
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from fop_optax.curvature.stacks import Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+  """Over which devices the blocks of curvature are dealt: static and hashable.
+
+  Attributes:
+    mesh: the mesh on which parameters are replicated and batches sharded.
+    axes: names of those of its axes over which blocks have owners; along the others the owners'
+      arrays are replicated. One name may stand for itself.
+
+  Raises:
+    TypeError: if the mesh is none.
+    ValueError: if it has no such axes, or one is named twice.
+
+  Example:
+    >>> import fop_optax, jax
+    >>> sharding = fop_optax.Sharding(jax.make_mesh((1,), ("data",)), axes=("data",))
+    >>> print(sharding.devices)
+    1
+  """
+
+  mesh: Mesh
+  axes: tuple[str, ...] = ("data",)
+
+  def __post_init__(self):
+    if not isinstance(self.mesh, Mesh):
+      raise TypeError(
+        f"`Sharding(mesh)` takes a `jax.sharding.Mesh`, not a {type(self.mesh).__name__}: write"
+        ' `fop_optax.Sharding(jax.make_mesh((jax.device_count(),), ("data",)))`.'
+      )
+    axes = (self.axes,) if isinstance(self.axes, str) else tuple(self.axes)
+    object.__setattr__(self, "axes", axes)
+    unknown = [axis for axis in axes if axis not in self.mesh.axis_names]
+    if unknown or not axes or len(set(axes)) < len(axes):
+      raise ValueError(
+        f"`Sharding(mesh, axes={axes!r})` should name axes of the mesh, each once: it has"
+        f" {', '.join(map(repr, self.mesh.axis_names))}."
+      )
+
+  @property
+  def devices(self) -> int:
+    """Number of owners."""
+    return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+  @property
+  def spec(self) -> PartitionSpec:
+    """Of arrays with a leading axis of owners."""
+    return PartitionSpec(self.axes if len(self.axes) > 1 else self.axes[0])
+
+  @property
+  def explicit(self) -> bool:
+    return AxisType.Explicit in self.mesh.axis_types
+
+  def owned(self, array: Any) -> NamedSharding:
+    """Of an array with a leading axis of owners."""
+    return self._named(array, *self.spec)
+
+  def whole(self, array: Any) -> NamedSharding:
+    """Of a replicated array."""
+    return self._named(array)
+
+  def _named(self, array, *axes):
+    if self.explicit:  # as JAX spells it after a step
+      axes += (None,) * (jnp.ndim(array) - len(axes))
+    return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+
+_noted: contextvars.ContextVar[list[Sharding]] = contextvars.ContextVar("noted")
+
+
+def note(sharding: Sharding) -> None:
+  """Tells `noted`, around it, that a state has owners."""
+  if (found := _noted.get(None)) is not None:
+    found.append(sharding)
+
+
+def noted(init: Callable[[Any], Any], params: Any) -> tuple[Any, list[Sharding]]:
+  """Shapes of `init(params)`, and the sharding of each curvature state in it.
+
+  Nothing in a tree of shapes says what mesh they are for.
+  """
+  found: list[Sharding] = []
+  token = _noted.set(found)
+  try:  # a function of its own: a trace that JAX remembers would tell nothing
+    return jax.eval_shape(lambda params: init(params), params), found
+  finally:
+    _noted.reset(token)
+
+
+class Owners(NamedTuple):
+  """Where blocks are; places count along the leading axis of the arrays of a stack."""
+
+  slots: tuple[int, ...]  # of each stack, on every device
+  places: tuple[tuple[int, ...], ...]  # of each stack: for each block device * slots + slot
+  loads: tuple[int, ...]  # of each device: the sum of d^3 over the sides of its blocks
+
+
+@functools.cache
+def plan_owners(stacks: tuple[Stack, ...], devices: int) -> Owners:
+  """Owners of the blocks of all stacks: the longest first, each to who has least to do.
+
+  That bounds the load. Blocks are then dealt once more: each to a device that stays within this
+  bound and, if there is one, has a slot of the block's shape that others fill already; among those
+  to who has least to do, then the fewest entries, then to the first.
+  """
+  first = _deal(stacks, devices, None)
+  again = _deal(stacks, devices, max(first.loads))
+  return again if max(again.loads) <= max(first.loads) else first
+
+
+def _deal(stacks: Sequence[Stack], devices: int, bound: int | None) -> Owners:
+  """To who has least to do, or within `bound` to who needs no new slot."""
+  sides = [list(zip(stack.dims, stack.diagonal, strict=True)) for stack in stacks]
+  time, entries = (
+    [sum(d if diagonal else d**power for d, diagonal in own) for own in sides] for power in (3, 2)
+  )
+  owned: list[list[list[int]]] = [[[] for _ in range(devices)] for _ in stacks]
+  loads, sizes, slots = [0] * devices, [0] * devices, [0] * len(stacks)
+  for k in sorted(range(len(stacks)), key=lambda k: (-time[k], -entries[k])):
+    for b in range(stacks[k].blocks):
+
+      def rank(device, k=k):
+        new_slot = len(owned[k][device]) == slots[k]
+        beyond = bound is not None and loads[device] + time[k] > bound
+        return beyond, new_slot and bound is not None, loads[device], sizes[device]
+
+      device = min(range(devices), key=rank)
+      loads[device] += time[k]
+      sizes[device] += entries[k]
+      owned[k][device].append(b)
+      slots[k] = max(slots[k], len(owned[k][device]))
+  places = tuple(tuple(_places(own, most)) for own, most in zip(owned, slots, strict=True))
+  return Owners(tuple(slots), places, tuple(loads))
+
+
+def _places(owned: Sequence[Sequence[int]], slots: int) -> list[int]:
+  """For each block where it is, of the blocks that each device owns."""
+  found = {
+    b: device * slots + slot for device, own in enumerate(owned) for slot, b in enumerate(own)
+  }
+  return [found[b] for b in range(len(found))]
+
+
+class Share(NamedTuple):
+  """The blocks in the slots of this device, those of one stack after those of another."""
+
+  block: jax.Array  # int32, shape=(slots,): which of all blocks, their number in an empty slot
+  slots: tuple[int, ...]  # of each stack
+  starts: tuple[int, ...]  # of each stack: its first block among all
+  full: bool  # whether no device has an empty slot
+
+  @property
+  def filled(self) -> jax.Array | None:
+    """Which slots have a block; None: all."""
+    return None if self.full else self.block < self.starts[-1]
+
+  def numbers(self, tree: Any) -> Any:
+    """Of numbers of all blocks those of its blocks; a number without axes stays."""
+    return jax.tree.map(lambda x: _take(x, self.block) if x.ndim else x, tree)
+
+  def stack(self, index: int, tree: Any) -> Any:
+    """Of arrays of all blocks of a stack those of its blocks."""
+    return jax.tree.map(lambda x: _take(x, self.within(index)), tree)
+
+  def within(self, index: int) -> jax.Array:
+    """Which of the blocks of a stack are in its slots; past the last of them in an empty one."""
+    first = sum(self.slots[:index])
+    return self.block[first : first + self.slots[index]] - self.starts[index]
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+  return x.at[index].get(mode="fill", fill_value=0)
+
+
+class Exchange(NamedTuple):
+  """The places of blocks, and how what devices work out for theirs becomes that of all."""
+
+  sharding: Sharding
+  places: tuple[jax.Array, ...]  # int32, shape=(blocks,), of each stack
+  slots: tuple[int, ...]  # of each stack
+
+  @property
+  def starts(self) -> tuple[int, ...]:
+    """The first block of each stack among all, and how many there are."""
+    return tuple(np.cumsum([0, *map(len, self.places)]).tolist())
+
+  def share(self) -> Share:
+    """That of this device, inside `jax.shard_map`."""
+    devices, blocks = self.sharding.devices, self.starts[-1]
+    table = jnp.full(devices * sum(self.slots), blocks, jnp.int32)
+    table = table.at[self._rows()].set(jnp.arange(blocks, dtype=jnp.int32))
+    own = table.reshape(devices, -1)[jax.lax.axis_index(self.sharding.axes)]
+    return Share(own, self.slots, self.starts, len(table) == blocks)
+
+  def collect(
+    self, stacks: Sequence[jax.Array], numbers: Any, number: jax.Array
+  ) -> tuple[list[jax.Array], Any, jax.Array]:
+    """On every device arrays of all blocks of each stack, numbers of all blocks, and a sum.
+
+    Inside `jax.shard_map`, from what each device has for its slots: by one operation for each dtype
+    there is. A gather moves empty slots too; where that is more it is a sum, in which each device
+    has zeros for the blocks of others and which moves everything twice.
+    """
+    flat, treedef = jax.tree.flatten(numbers)
+    arrays = [*stacks, *flat]
+    entries = [math.prod(x.shape[1:]) for x in arrays]
+    blocks = [*map(len, self.places), *[self.starts[-1]] * len(flat)]
+    gathered = self.sharding.devices * sum(x.size for x in arrays)
+    summed = 2 * sum(n * own for n, own in zip(blocks, entries, strict=True))
+    *found, total = (self._gather if gathered <= summed else self._sum)(arrays, number)
+    return found[: len(stacks)], treedef.unflatten(found[len(stacks) :]), total
+
+  def _gather(self, arrays, number):
+    rows = [*self.places, *[self._rows()] * (len(arrays) - len(self.places))]
+    collect = lambda x: jax.lax.all_gather(x, self.sharding.axes)
+    *found, each = _by_dtype(collect, [*arrays, number])
+    ordered = [x.reshape(-1, *x.shape[2:])[own] for x, own in zip(found, rows, strict=True)]
+    return [*ordered, jnp.sum(each)]
+
+  def _sum(self, arrays, number):
+    share, stacks = self.share(), len(self.places)
+    rows = [*map(share.within, range(stacks)), *[share.block] * (len(arrays) - stacks)]
+    blocks = [*map(len, self.places), *[self.starts[-1]] * (len(arrays) - stacks)]
+    whole = [
+      jnp.zeros((n, *x.shape[1:]), x.dtype).at[own].set(x, mode="drop")
+      for x, own, n in zip(arrays, rows, blocks, strict=True)
+    ]
+    collect = lambda x: jax.lax.psum(x, self.sharding.axes)[None]
+    return [x[0] for x in _by_dtype(collect, [*whole, number])]
+
+  def _rows(self) -> jax.Array:
+    """Of each block its place among the slots of all stacks, device after device."""
+    firsts = np.cumsum([0, *self.slots]).tolist()
+    return jnp.concatenate(
+      [
+        place // slots * firsts[-1] + first + place % slots
+        for place, slots, first in zip(self.places, self.slots, firsts, strict=False)
+      ]
+    )
+
+
+def _by_dtype(
+  function: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]
+) -> list[jax.Array]:
+  """`function` of all arrays of a dtype as one vector, which makes an axis before it, split."""
+  members: dict[Any, list[int]] = {}
+  for index, x in enumerate(arrays):
+    members.setdefault(x.dtype, []).append(index)
+  out = list(arrays)
+  for own in members.values():
+    found = function(jnp.concatenate([arrays[index].reshape(-1) for index in own]))
+    start = 0
+    for index in own:
+      x = arrays[index]
+      out[index] = found[:, start : start + x.size].reshape(len(found), *x.shape)
+      start += x.size
+  return out
+
+
+def on_owners(
+  sharding: Sharding, function: Callable[..., Any], owned: Any, whole: Any
+) -> tuple[Any, Any]:
+  """`function(owned, whole)` on every device: what it owns and what all have, before and after.
+
+  Outside of `shard_map` XLA would gather the stacks to invert them.
+  """
+  check_not_manual(sharding)
+  return jax.shard_map(
+    function,
+    mesh=sharding.mesh,
+    in_specs=(sharding.spec, PartitionSpec()),
+    out_specs=(sharding.spec, PartitionSpec()),
+    check_vma=False,  # what `gather` returns is the same everywhere, but not by its type
+  )(owned, whole)
+
+
+def check_not_manual(sharding: Sharding) -> None:
+  """Checks that no device is alone here.
+
+  Raises:
+    ValueError: if it is, inside a `jax.shard_map` over some of the axes.
+  """
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  if found := [axis for axis in sharding.mesh.axis_names if axis in manual]:
+    raise ValueError(
+      f"`sharding=` deals curvature over the mesh itself, but this is inside a `jax.shard_map` over"
+      f" {', '.join(map(repr, found))}: call `tx.init` and `tx.update` outside of it, under"
+      " `jax.jit` alone, or leave `sharding` out."
+    )
+
+
+def placed(make: Callable[[], Any], shardings: Any) -> Any:
+  """`make()`, each array made where it belongs, also while traced."""
+
+  def made():
+    tree = make()
+    if jax.sharding.get_abstract_mesh().empty:
+      return tree
+    return jax.tree.map(laid, tree, shardings)
+
+  return jax.jit(made, out_shardings=shardings)()
+
+
+def laid(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+  """`array` so sharded, by its type where the axes are explicit."""
+  if AxisType.Explicit in sharding.mesh.axis_types:
+    return jax.sharding.reshard(array, sharding)
+  return jax.lax.with_sharding_constraint(array, sharding)
+
+
+def whole(array: Any) -> Any:
+  """`array` on every device of its mesh, if it is known to be on one."""
+  if not isinstance(array, jax.Array):
+    return array
+  traced = isinstance(array, jax.core.Tracer)
+  sharding = jax.typeof(array).sharding if traced else array.sharding
+  if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+    return array
+  explicit = AxisType.Explicit in sharding.mesh.axis_types
+  if traced and not explicit:  # XLA sees to it
+    return array
+  spec = [None] * array.ndim if explicit else []
+  return laid(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
