@@ -125,13 +125,15 @@ class Owners(NamedTuple):
 def plan_owners(stacks: tuple[Stack, ...], devices: int) -> Owners:
   """Owners of the blocks of all stacks: the longest first, each to who has least to do.
 
-  That bounds the load. Blocks are then dealt once more: each to a device that stays within this
-  bound and, if there is one, has a slot of the block's shape that others fill already; among those
-  to who has least to do, then the fewest entries, then to the first.
+  A slot costs every device its bytes, and at every step its products, so blocks are dealt once
+  more: each to a device that, if there is one, need not have more slots than others have; among
+  those to who has least to do, then the fewest entries, then to the first. That is taken if the
+  largest load stays within that of the first deal, or 4/3 of the mean.
   """
   first = _deal(stacks, devices, None)
-  again = _deal(stacks, devices, max(first.loads))
-  return again if max(again.loads) <= max(first.loads) else first
+  bound = max(*first.loads, 4 * sum(first.loads) // (3 * devices))
+  again = _deal(stacks, devices, bound)
+  return again if max(again.loads) <= bound else first
 
 
 def _deal(stacks: Sequence[Stack], devices: int, bound: int | None) -> Owners:

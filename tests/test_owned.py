@@ -296,6 +296,33 @@ def test_every_block_has_one_owner(stacks, devices):
   assert list(loads) == list(owners.loads)
 
 
+def test_shares_of_known_networks():
+  """Of the bytes, the refresh and the products of a step that one device would have, on eight."""
+
+  def shares(*rows):
+    counts = collections.Counter(dims for n, *dims in rows for dims in [tuple(dims)] * n)
+    stacks = [Stack((0,), n, dims, (False, False)) for dims, n in counts.items()]
+    owners = plan_owners(tuple(stacks), 8)
+    entries, products = (lambda a, g: a**2 + g**2), (lambda a, g: a * g * (a + g))
+    share = lambda size: (
+      sum(slots * size(*own.dims) for slots, own in zip(owners.slots, stacks, strict=True))
+      / sum(own.blocks * size(*own.dims) for own in stacks)
+    )
+    return share(entries), max(owners.loads) / sum(owners.loads), share(products)
+
+  gpt2 = shares((12, 769, 2304), (12, 769, 768), (12, 769, 3072), (12, 3073, 768))
+  assert max(gpt2) <= 1 / 6
+  stages = [(256, 64, 3), (512, 128, 4), (1024, 256, 6), (2048, 512, 3)]
+  inner = [(n, 9 * w, w) for _, w, n in stages] + [(n, w, out) for out, w, n in stages]
+  first = [(n - 1, out, w) for out, w, n in stages] + [(1, 147, 64), (1, 2049, 1000), (1, 64, 64)]
+  down = [(1, a, w) for a, w in ((256, 128), (512, 256), (1024, 512))]
+  short = [(1, 64, 256), *((1, w // 2, w) for w in (512, 1024, 2048))]
+  state, refresh, step = shares(*inner, *first, *down, *short)
+  # one whole factor of side 4,608 is 0.2 of the refresh; what is of its own shape has a slot on
+  # every device
+  assert refresh <= 0.22 and state <= 0.4 and step <= 0.47
+
+
 def cube(stack):
   return sum(d if own else d**3 for d, own in zip(stack.dims, stack.diagonal, strict=True))
 
