@@ -14,7 +14,7 @@ from fop_optax import costs
 from fop_optax.capture.captured import Captured
 from fop_optax.costs import LayerEstimate, Saving
 from fop_optax.layers import Layers
-from fop_optax.optimizers.common import check_layers, one_of
+from fop_optax.optimizers.checks import check_layers, one_of
 
 SHOWN = 8  # lines of the table
 

@@ -13,7 +13,7 @@ from fop_optax.curvature.stacks import Stack, dtype_of, plan_stacks, stack_matri
 from fop_optax.curvature.steps import Finite, no_steps
 from fop_optax.dimensions import Dimensions
 from fop_optax.layers import Layers, Stats, is_masked
-from fop_optax.optimizers import common
+from fop_optax.optimizers import checks, common
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.whole_steps import all_finite
 from fop_optax.tensors import Tensors
@@ -143,7 +143,7 @@ def _statistics(layers: Layers, stats: Any) -> Stats:
       "`fisher=True` needs statistics: `loss, grads, stats = captured.value_and_grad(params, ...)`"
       " and `tx.update(grads, opt_state, params, stats=stats)`."
     )
-  common.check_factors(layers, stats)
+  checks.check_factors(layers, stats)
   return stats._replace(refresh=jnp.asarray(stats.refresh, bool))
 
 
@@ -151,7 +151,7 @@ def check_views(dimension_numbers: Dimensions, layers: Any) -> None:
   """Checks that parameters are made matrices in one way."""
   if layers is None:
     return
-  common.check_layers(layers)
+  checks.check_layers(layers)
   if dimension_numbers is not None:
     raise ValueError(
       "`layers` and `dimension_numbers` both say how parameters are matrices: give one of them."

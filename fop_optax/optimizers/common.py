@@ -1,6 +1,6 @@
 """What K-FAC and FOP share: options, checks of what comes in, and the way in and out of a step."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 import dataclasses
 import numbers
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from fop_optax.curvature.state import (
 )
 from fop_optax.curvature.steps import Finite
 from fop_optax.layers import Layers, Stats, is_masked
+from fop_optax.optimizers import checks
 from fop_optax.optimizers.bases import check_second_moments
 from fop_optax.optimizers.refresh import WarmupPeriod
 from fop_optax.optimizers.whole_steps import all_finite, whole_steps
@@ -68,15 +69,15 @@ class Options:
         "`scaling='adam'` is no damped inverse: Adam's moments in the eigenbasis of the Fisher"
         " factors are `fop_optax.soap(learning_rate, layers=captured.layers, fisher=True)`."
       )
-    one_of("scaling", self.scaling, tuple(self._scalings))
+    checks.one_of("scaling", self.scaling, tuple(self._scalings))
     for name in ("damping", "relative_damping"):
-      check(name, getattr(self, name), lambda x: x >= 0, "at least 0")
-    check("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
+      checks.check(name, getattr(self, name), lambda x: x >= 0, "at least 0")
+    checks.check("decay", self.decay, lambda x: 0 <= x < 1, "in [0, 1)")
     for name in ("curvature_update_period", "inverse_update_period"):
-      check_period(name, getattr(self, name))
-    check("norm_constraint", self.norm_constraint, lambda x: x > 0, "above 0")
-    check("learning_rate", self.learning_rate, lambda x: x >= 0, "at least 0")
-    check("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+      checks.check_period(name, getattr(self, name))
+    checks.check("norm_constraint", self.norm_constraint, lambda x: x > 0, "above 0")
+    checks.check("learning_rate", self.learning_rate, lambda x: x >= 0, "at least 0")
+    checks.check("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
     check_sharding(self.sharding, self.scaling)
 
   def damping_at(self, count: jax.Array) -> Damping:
@@ -105,18 +106,6 @@ class Options:
     return per_example_factors.SCALINGS if self.per_example else SCALINGS
 
 
-def check_layers(layers: Any) -> Layers:
-  """Checks that `layers` are what `capture` found, and some."""
-  if not isinstance(layers, Layers):
-    raise TypeError(
-      f"`layers` is a {type(layers).__name__}, not a `Layers`. Pass `captured.layers` of"
-      " `captured = fop_optax.capture(loss, params, ...)`."
-    )
-  if not layers:
-    raise ValueError("`layers` is empty: the loss has no layer to precondition.")
-  return layers
-
-
 def check_sharding(sharding: Any, scaling: str) -> None:
   """Checks over which devices curvature is dealt."""
   if sharding is not None and not isinstance(sharding, Sharding):
@@ -129,34 +118,6 @@ def check_sharding(sharding: Any, scaling: str) -> None:
       '`scaling="eigenvalue"` measures in bases that every device needs: it takes no `sharding`.'
       ' Use `scaling="factored"` or `"exact"` with it.'
     )
-
-
-def check(name: str, value: Any, valid: Callable[[Any], bool], wanted: str) -> None:
-  """Checks a hyperparameter: one number, in range where that is known before the step is run."""
-  if value is None or callable(value):
-    return
-  if isinstance(value, numbers.Real):
-    if not valid(value):
-      raise ValueError(f"`{name}={value}` should be {wanted}.")
-  elif not hasattr(value, "dtype") or jnp.ndim(value) > 0:
-    got = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
-    raise ValueError(
-      f"`{name}` should be one number (a Python number, an array without axes or a schedule), not"
-      f" {got}. For parameters that need values of their own give each group an optimizer, with"
-      " `optax.partition`."
-    )
-
-
-def check_period(name: str, value: Any) -> None:
-  """Checks a period."""
-  whole = lambda x: x >= 1 and x == int(x)
-  check(name, value, whole, "a whole number of steps, at least 1")
-
-
-def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
-  """Checks a hyperparameter that names a choice."""
-  if not isinstance(value, str) or value not in choices:
-    raise ValueError(f"`{name}={value!r}` should be one of {', '.join(map(repr, choices))}.")
 
 
 def value_at(value: ScalarOrSchedule, count: jax.Array) -> jax.Array:
@@ -326,7 +287,7 @@ def check_stats(options: Options, layers: Layers, stats: Any, updates: Any, stat
       " with `loss, grads, stats = captured.value_and_grad(params, ...)`. Flax's"
       " `TrainState.apply_gradients` cannot hand them on: call `state.tx.update` in its place."
     )
-  check_factors(layers, stats)
+  checks.check_factors(layers, stats)
   if options.curvature.scaling.squares:
     check_second_moments(layers, stats)
   if len(stats.contrasts) != layers.groups - 1:
@@ -341,21 +302,6 @@ def check_stats(options: Options, layers: Layers, stats: Any, updates: Any, stat
       f"captured.value_and_grad(params, ...), {tuple(local)})`."
     )
   return stats._replace(refresh=jnp.asarray(stats.refresh, bool))  # a float after `pmean`
-
-
-def check_factors(layers: Layers, stats: Any) -> None:
-  """Checks that `stats` are of a loss with these layers."""
-  if not isinstance(stats, Stats):
-    raise TypeError(
-      f"`stats` is a {type(stats).__name__}: pass what `captured.value_and_grad` returned."
-    )
-  shapes = [tuple(tuple(x.shape) for x in f) for f in stats.factors]
-  if shapes != [layer.factor_shapes for layer in layers]:
-    raise ValueError(
-      f"`stats` are of another loss: their factors have shapes {shapes}, but these layers have"
-      f" {[layer.factor_shapes for layer in layers]}. `layers` and `stats` should come from the"
-      " same `captured`."
-    )
 
 
 def check_state(
@@ -394,7 +340,7 @@ def complete(
   mask: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """An optimizer out of a direction: momentum, weight decay, rate."""
-  check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
+  checks.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
   if isinstance(mask, bool | jax.Array) or any(
     isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(mask)
   ):

@@ -11,7 +11,7 @@ from fop_optax.curvature.inverse import Scaling, UsedDamping
 from fop_optax.curvature.owned import Directions
 from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers, Stats
-from fop_optax.optimizers import common
+from fop_optax.optimizers import checks, common
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 from fop_optax.projection import Gradients, check_total_gradient, fop_directions, tree_of
 from fop_optax.sharding import Sharding
@@ -53,9 +53,9 @@ class FopOptions(NamedTuple):
   contrast_tree: bool = False
 
   def check(self) -> None:
-    common.one_of("projection_metric", self.projection_metric, METRICS)
+    checks.one_of("projection_metric", self.projection_metric, METRICS)
     check_total_gradient(self.total_gradient)
-    common.check("beta", self.beta, lambda x: True, "a number")
+    checks.check("beta", self.beta, lambda x: True, "a number")
 
   def check_beta(self, groups: int) -> None:
     if self.beta is not None and groups > 2:
@@ -114,7 +114,7 @@ def scale_by_fop(
     sharding=sharding,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
-  inner = project(options, fop_options, common.check_layers(layers))
+  inner = project(options, fop_options, checks.check_layers(layers))
   return common.by_layer(layers, inner, fallback or common.wide_adam())
 
 
@@ -320,7 +320,7 @@ def fop(
     sharding=sharding,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
-  inner = project(options, fop_options, common.check_layers(layers))
+  inner = project(options, fop_options, checks.check_layers(layers))
   return common.by_layer(
     layers,
     common.complete(options, inner, nesterov, weight_decay, mask),

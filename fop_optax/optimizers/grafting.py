@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fop_optax.optimizers import common
+from fop_optax.optimizers import checks
 from fop_optax.optimizers.common import Scalar
 
 # kind -> b2 (1: a sum), eps, whether the second moment is corrected for its start
@@ -48,9 +48,9 @@ def grafted(kind: str | None, b2: Scalar | None, eps: Scalar | None) -> Graft:
   """The optimizer of a name, with what is given in place of its own numbers."""
   if kind is None:
     return Graft(None, None, None, False)
-  common.one_of("grafting", kind, tuple(KINDS))
-  common.check("graft_b2", b2, lambda x: 0 < x <= 1, "above 0 and at most 1")
-  common.check("graft_eps", eps, lambda x: x >= 0, "at least 0")
+  checks.one_of("grafting", kind, tuple(KINDS))
+  checks.check("graft_b2", b2, lambda x: 0 < x <= 1, "above 0 and at most 1")
+  checks.check("graft_eps", eps, lambda x: x >= 0, "at least 0")
   own_b2, own_eps, correct_bias = KINDS[kind]
   if own_b2 is None:
     return Graft(kind, None, None, False)

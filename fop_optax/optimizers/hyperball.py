@@ -11,7 +11,7 @@ from fop_optax.curvature.polar import inner_axes, unit
 from fop_optax.curvature.stacks import Stack, plan_stacks, stack_matrices, unstack
 from fop_optax.dimensions import Dimensions
 from fop_optax.layers import Layers, is_masked
-from fop_optax.optimizers import by_tensor, common
+from fop_optax.optimizers import by_tensor, checks, common
 from fop_optax.optimizers.common import ScalarOrSchedule
 from fop_optax.optimizers.whole_steps import placed_like
 from fop_optax.tensors import Tensor, Tensors, tensors
@@ -79,7 +79,7 @@ def hyperball(
     Wen et al., `Fantastic Pretraining Optimizers and Where to Find Them II: Hyperball Optimization
     <https://arxiv.org/abs/2606.16899>`_, 2026
   """
-  common.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
+  checks.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
   by_tensor.check_views(dimension_numbers, layers)
 
   find = lambda tree: _matrices(tree, dimension_numbers, layers)

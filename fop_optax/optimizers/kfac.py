@@ -9,7 +9,7 @@ import optax
 from fop_optax.curvature.owned import Directions
 from fop_optax.curvature.state import CurvatureState
 from fop_optax.layers import Layers, Stats
-from fop_optax.optimizers import common
+from fop_optax.optimizers import checks, common
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 from fop_optax.sharding import Sharding
 
@@ -53,7 +53,7 @@ def scale_by_kfac(
     learning_rate=learning_rate,
     sharding=sharding,
   )
-  inner = precondition(options, common.check_layers(layers))
+  inner = precondition(options, checks.check_layers(layers))
   return common.by_layer(layers, inner, fallback or common.wide_adam())
 
 
@@ -231,7 +231,7 @@ def kfac(
     momentum=momentum,
     sharding=sharding,
   )
-  inner = precondition(options, common.check_layers(layers))
+  inner = precondition(options, checks.check_layers(layers))
   return common.by_layer(
     layers,
     common.complete(options, inner, nesterov, weight_decay, mask),

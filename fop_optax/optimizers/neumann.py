@@ -10,7 +10,7 @@ import optax
 from fop_optax.curvature.stacks import dtype_of
 from fop_optax.curvature.steps import Finite, Steps, no_steps
 from fop_optax.layers import is_masked
-from fop_optax.optimizers import by_tensor, common
+from fop_optax.optimizers import by_tensor, checks, common
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.whole_steps import all_finite, whole_steps
 
@@ -47,14 +47,14 @@ class NeumannOptions:
   max_momentum: Scalar
 
   def __post_init__(self):
-    common.one_of("resets", self.resets, RESETS)
+    checks.one_of("resets", self.resets, RESETS)
     for name in ("learning_rate", "alpha", "beta", "num_sgd_steps"):
-      common.check(name, getattr(self, name), lambda x: x >= 0, "at least 0")
+      checks.check(name, getattr(self, name), lambda x: x >= 0, "at least 0")
     for name in ("gamma", "min_momentum", "max_momentum"):
-      common.check(name, getattr(self, name), lambda x: 0 <= x < 1, "in [0, 1)")
+      checks.check(name, getattr(self, name), lambda x: 0 <= x < 1, "in [0, 1)")
     for name in ("steps_per_epoch", "reset_period"):
-      common.check_period(name, getattr(self, name))
-    common.check("momentum_unit", self.momentum_unit, lambda x: x > 0, "above 0")
+      checks.check_period(name, getattr(self, name))
+    checks.check("momentum_unit", self.momentum_unit, lambda x: x > 0, "above 0")
 
   def momentum(self, t: jax.Array, dtype: Any) -> jax.Array:
     """`mu(t) = 1 - 1 / (1 + t)` within its range, t in units of `momentum_unit` steps."""

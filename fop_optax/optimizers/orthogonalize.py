@@ -22,7 +22,7 @@ from fop_optax.curvature.polar import (
 from fop_optax.curvature.stacks import Stack, plan_stacks, stack_matrices, unstack
 from fop_optax.dimensions import Dimensions
 from fop_optax.layers import Layers, is_masked
-from fop_optax.optimizers import by_tensor, common
+from fop_optax.optimizers import by_tensor, checks
 from fop_optax.tensors import Tensor, Tensors, tensors
 
 NS_COEFFS = (3.4445, -4.775, 2.0315)  # of Muon
@@ -49,8 +49,8 @@ class OrthogonalizeOptions:
   def __post_init__(self):
     by_tensor.check_static("ns_steps", self.ns_steps)
     if self.scale is not None:
-      common.one_of("scale", self.scale, tuple(SCALES))
-    common.one_of("others", self.others, OTHERS)
+      checks.one_of("scale", self.scale, tuple(SCALES))
+    checks.one_of("others", self.others, OTHERS)
     by_tensor.check_views(self.dimension_numbers, self.layers)
     shape = (3,) if self.ns_coeffs is None else np.shape(self.ns_coeffs)
     if shape[-1:] != (3,) or len(shape) > 2:

@@ -17,7 +17,7 @@ from fop_optax.curvature.state import CurvatureState, empty_curvature
 from fop_optax.curvature.steps import Finite
 from fop_optax.dimensions import Dimensions, Limits, blocks
 from fop_optax.layers import Factors, Layers, Stats, is_masked
-from fop_optax.optimizers import common
+from fop_optax.optimizers import checks, common
 from fop_optax.optimizers.common import Options
 
 CURVATURES = ("kronecker", "exact")
@@ -35,7 +35,7 @@ class Settings:
   groups: int = 1
 
   def __post_init__(self):
-    common.one_of("curvature", self.curvature, CURVATURES)
+    checks.one_of("curvature", self.curvature, CURVATURES)
     for name in STATIC:
       value, least = getattr(self, name), 1 if name == "groups" else 0
       if not isinstance(value, int) or value < least:

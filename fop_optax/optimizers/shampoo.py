@@ -16,7 +16,7 @@ from fop_optax.curvature.steps import Steps, whole_period
 from fop_optax.dimensions import Dimensions
 from fop_optax.factorizations import eigh
 from fop_optax.layers import Layers
-from fop_optax.optimizers import by_tensor, common
+from fop_optax.optimizers import by_tensor, checks, common
 from fop_optax.optimizers.by_tensor import OfContrast
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.grafting import correction, folded, grafted
@@ -410,8 +410,8 @@ def shampoo(
     dimension_numbers=dimension_numbers,
     layers=layers,
   )
-  common.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
-  common.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
+  checks.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
+  checks.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
   decay = by_tensor.decay(weight_decay, mask)
   stages = [_shampoo(options), decay] if decoupled_decay else [decay, _shampoo(options)]
   rate = optax.scale_by_learning_rate(learning_rate)

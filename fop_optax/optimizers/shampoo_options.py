@@ -7,7 +7,7 @@ from typing import Any
 from fop_optax.curvature.precondition import Side
 from fop_optax.dimensions import Dimensions
 from fop_optax.layers import Layers
-from fop_optax.optimizers import by_tensor, common
+from fop_optax.optimizers import by_tensor, checks
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.grafting import Graft
 from fop_optax.tensors import Tensor, Tensors, merged_from_right, tensors
@@ -42,13 +42,13 @@ class ShampooOptions:
   layers: Layers | None
 
   def __post_init__(self):
-    common.one_of("root", self.root, ROOTS)
+    checks.one_of("root", self.root, ROOTS)
     for name in ("b1", "b3"):
-      common.check(name, getattr(self, name), lambda x: 0 <= x < 1, "in [0, 1)")
-    common.check("b2", self.b2, lambda x: 0 < x <= 1, "above 0 and at most 1")
-    common.check("eps", self.eps, lambda x: x >= 0, "at least 0")
-    common.check_period("inverse_update_period", self.inverse_update_period)
-    common.check_period("start_step", self.start_step)
+      checks.check(name, getattr(self, name), lambda x: 0 <= x < 1, "in [0, 1)")
+    checks.check("b2", self.b2, lambda x: 0 < x <= 1, "above 0 and at most 1")
+    checks.check("eps", self.eps, lambda x: x >= 0, "at least 0")
+    checks.check_period("inverse_update_period", self.inverse_update_period)
+    checks.check_period("start_step", self.start_step)
     for name in ("block_size", "merge_to"):
       if getattr(self, name) is not None:
         by_tensor.check_static(name, getattr(self, name))

@@ -21,7 +21,7 @@ from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.steps import Steps, whole_period
 from fop_optax.dimensions import Dimensions
 from fop_optax.layers import Layers
-from fop_optax.optimizers import by_tensor, common
+from fop_optax.optimizers import by_tensor, checks, common
 from fop_optax.optimizers.by_tensor import OfContrast
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.soap_options import SoapOptions
@@ -403,8 +403,8 @@ def soap(
     mu_dtype=mu_dtype,
     statistics_dtype=statistics_dtype,
   )
-  common.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
-  common.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
+  checks.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
+  checks.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
   after = by_tensor.decay_after_step(learning_rate, weight_decay, mask, skip_first)
   rate = optax.scale_by_learning_rate(learning_rate)
   return whole_steps(common.keep_dtypes(optax.chain(_soap(options), rate, after)))

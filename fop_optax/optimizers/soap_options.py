@@ -5,7 +5,7 @@ from typing import Any
 
 from fop_optax.dimensions import Dimensions
 from fop_optax.layers import Layers
-from fop_optax.optimizers import by_tensor, common
+from fop_optax.optimizers import by_tensor, checks
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.tensors import Tensor, Tensors, merged_from_left, tensors
 
@@ -42,11 +42,11 @@ class SoapOptions:
   statistics_dtype: Any
 
   def __post_init__(self):
-    common.one_of("start", self.start, STARTS)
+    checks.one_of("start", self.start, STARTS)
     for name in ("b1", "b2", "shampoo_beta"):
-      common.check(name, getattr(self, name), lambda x: 0 <= x < 1, "in [0, 1)")
-    common.check("eps", self.eps, lambda x: x >= 0, "at least 0")
-    common.check_period("inverse_update_period", self.inverse_update_period)
+      checks.check(name, getattr(self, name), lambda x: 0 <= x < 1, "in [0, 1)")
+    checks.check("eps", self.eps, lambda x: x >= 0, "at least 0")
+    checks.check_period("inverse_update_period", self.inverse_update_period)
     if self.max_precond_dim is not None:
       by_tensor.check_static("max_precond_dim", self.max_precond_dim)
     by_tensor.check_views(self.dimension_numbers, self.layers)

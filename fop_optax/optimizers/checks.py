@@ -1,0 +1,64 @@
+"""Checks of hyperparameters, layers and statistics: what is wrong, and what to write instead."""
+
+from collections.abc import Callable, Sequence
+import numbers
+from typing import Any
+
+import jax.numpy as jnp
+
+from fop_optax.layers import Layers, Stats
+
+
+def check_layers(layers: Any) -> Layers:
+  """Checks that `layers` are what `capture` found, and some."""
+  if not isinstance(layers, Layers):
+    raise TypeError(
+      f"`layers` is a {type(layers).__name__}, not a `Layers`. Pass `captured.layers` of"
+      " `captured = fop_optax.capture(loss, params, ...)`."
+    )
+  if not layers:
+    raise ValueError("`layers` is empty: the loss has no layer to precondition.")
+  return layers
+
+
+def check(name: str, value: Any, valid: Callable[[Any], bool], wanted: str) -> None:
+  """Checks a hyperparameter: one number, in range where that is known before the step is run."""
+  if value is None or callable(value):
+    return
+  if isinstance(value, numbers.Real):
+    if not valid(value):
+      raise ValueError(f"`{name}={value}` should be {wanted}.")
+  elif not hasattr(value, "dtype") or jnp.ndim(value) > 0:
+    got = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
+    raise ValueError(
+      f"`{name}` should be one number (a Python number, an array without axes or a schedule), not"
+      f" {got}. For parameters that need values of their own give each group an optimizer, with"
+      " `optax.partition`."
+    )
+
+
+def check_period(name: str, value: Any) -> None:
+  """Checks a period."""
+  whole = lambda x: x >= 1 and x == int(x)
+  check(name, value, whole, "a whole number of steps, at least 1")
+
+
+def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+  """Checks a hyperparameter that names a choice."""
+  if not isinstance(value, str) or value not in choices:
+    raise ValueError(f"`{name}={value!r}` should be one of {', '.join(map(repr, choices))}.")
+
+
+def check_factors(layers: Layers, stats: Any) -> None:
+  """Checks that `stats` are of a loss with these layers."""
+  if not isinstance(stats, Stats):
+    raise TypeError(
+      f"`stats` is a {type(stats).__name__}: pass what `captured.value_and_grad` returned."
+    )
+  shapes = [tuple(tuple(x.shape) for x in f) for f in stats.factors]
+  if shapes != [layer.factor_shapes for layer in layers]:
+    raise ValueError(
+      f"`stats` are of another loss: their factors have shapes {shapes}, but these layers have"
+      f" {[layer.factor_shapes for layer in layers]}. `layers` and `stats` should come from the"
+      " same `captured`."
+    )
