@@ -7,8 +7,12 @@ which the curvature needs for its scale (`terms_per_example`).
 """
 
 import jax
+from jax.extend import source_info_util
 import jax.numpy as jnp
 import optax
+
+# Lines that capture names are those of the caller.
+source_info_util.register_exclusion(__file__)
 
 # Names of the jitted functions by which capture knows these losses and their distributions.
 SOFTMAX, NORMAL = "fop_optax_softmax", "fop_optax_normal"

@@ -210,6 +210,12 @@ def test_strict_quotes_the_equation_and_its_source_line():
     fop_optax.capture(standardised, params, draw(N, D), jnp.arange(N) % C, strict=True)
 
 
+def test_a_line_is_the_callers_where_the_loss_is_the_librarys():
+  summed = lambda params, x, y: len(x) * fop_optax.softmax_cross_entropy(x @ params["w"], y)
+  with pytest.warns(UserWarning, match=r"summed at .*test_capture_traps\.py:\d+"):
+    fop_optax.capture(summed, {"w": draw(D, C)}, draw(N, D), jnp.arange(N) % C)
+
+
 def test_source_lines_hold_no_colours_in_a_notebook(monkeypatch):
   monkeypatch.setattr("jax._src.pretty_printer.CAN_USE_COLOR", True)
   captured = fop_optax.capture(

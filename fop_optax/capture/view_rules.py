@@ -16,6 +16,10 @@ from fop_optax.capture import biases, steps
 from fop_optax.capture.frame import Frame
 from fop_optax.capture.values import Linear, ParamView, Part, Value
 
+ADDED = (
+  "it is added to something that is not the output of one layer, as where its weight is in none"
+  " (`{}`)"
+)
 WHOLE = {
   primitives.cond_p: "it is used inside a branch (`cond`)",
   primitives.while_p: "it is used inside a loop of unknown length (`while`)",
@@ -27,8 +31,8 @@ WHOLE = {
   primitives.complex_p: "it becomes a part of complex numbers, but not of a weight",
   primitives.mul_p: "it is multiplied entry by entry (`mul`)",
   primitives.div_p: "it is divided entry by entry (`div`)",
-  primitives.add_p: "it is added to something that is not the output of one layer (`add`)",
-  primitives.sub_p: "it is added to something that is not the output of one layer (`sub`)",
+  primitives.add_p: ADDED.format("add"),
+  primitives.sub_p: ADDED.format("sub"),
   primitives.select_n_p: "it is masked or chosen entry by entry (`select_n`)",
 }
 REPEATED = "its entries are repeated before it is used"
