@@ -1,16 +1,16 @@
 """Counts of numbers and FLOPs of curvature, by shapes: the arithmetic of `fop_optax.estimate`."""
 
 from collections.abc import Callable, Sequence
-import heapq
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fop_optax.curvature.positive import inverse_flops
-from fop_optax.curvature.stacks import dtype_of
+from fop_optax.curvature.stacks import Stack, dtype_of
 from fop_optax.layers import Layer, Layers
 from fop_optax.optimizers.fop import fop
 from fop_optax.optimizers.kfac import kfac
@@ -18,6 +18,7 @@ from fop_optax.optimizers.shampoo import shampoo
 from fop_optax.optimizers.shampoo_options import BLOCK_SIZE
 from fop_optax.optimizers.soap import soap
 from fop_optax.optimizers.soap_options import MAX_PRECOND_DIM
+from fop_optax.sharding import plan_owners
 from fop_optax.tensors import Tensor, tensors
 
 EIGH, QR = 9, 8 / 3  # times d^3: LAPACK's eigenvectors; a square QR, with its Q written out
@@ -98,6 +99,7 @@ class Method(NamedTuple):
   temporaries: Temporaries
   of_rows: bool = False  # whether the factors are second moments of rows
   squares: bool = False  # whether there are second moments in their basis, too
+  sharding: bool = False  # whether its blocks can have owners
   bfloat16: str = "factors in bfloat16 (no option yet)"
   one_sided: str = "the shorter side of each matrix alone (no option yet)"
 
@@ -184,6 +186,7 @@ METHODS = {
     temporaries=_by_layer(lambda groups: 2),  # gradient, direction
     remake=lambda d, size: inverse_flops(d),
     inverses=lambda block: block.with_diagonals,
+    sharding=True,
     **_layer_method,
   ),
   "fop": Method(
@@ -192,6 +195,7 @@ METHODS = {
     temporaries=_by_layer(lambda groups: 5 * groups - 3),  # each contrast, its g_perp, M^-1 of it
     remake=lambda d, size: inverse_flops(d),
     inverses=lambda block: block.with_diagonals,
+    sharding=True,
     **_layer_method,
   ),
   "ekfac": Method(
@@ -285,48 +289,40 @@ def statistics_flops(method: Method, layer: Layer, rows: int, examples: int | No
 class Share(NamedTuple):
   """What one device has of the curvature."""
 
-  factor_bytes: int = 0
-  inverse_bytes: int = 0
-  ordinary_flops: float = 0.0
-  inverse_flops: float = 0.0
+  factor_bytes: int
+  inverse_bytes: int
+  ordinary_flops: float
+  inverse_flops: float
 
   @property
   def bytes(self) -> int:
     return self.factor_bytes + self.inverse_bytes
 
-  def plus(self, other: "Share") -> "Share":
-    return Share(
-      self.factor_bytes + other.factor_bytes,
-      self.inverse_bytes + other.inverse_bytes,
-      self.ordinary_flops + other.ordinary_flops,
-      self.inverse_flops + other.inverse_flops,
-    )
-
 
 def largest_share(costs: Sequence[LayerEstimate], devices: int) -> Share:
-  """The most bytes that a device has of the curvature, and the most FLOPs.
+  """What each device has of the curvature, dealt as by `fop_optax.sharding.plan_owners`.
 
-  Blocks go to owners by longest processing time: those of the largest sum of d^3 first, then of the
-  most bytes, each to the device that has the least so far.
+  Memory and products are those of its slots, empty ones included; inverses those of its blocks, on
+  the device with most.
   """
-  parts = []
+  totals: dict[Any, list[LayerEstimate]] = {}
   for own in costs:
-    sides = [d for d, diagonal in zip(own.dims, own.diagonal, strict=True) if not diagonal]
-    total = Share(own.factor_bytes, own.inverse_bytes, own.ordinary_flops, own.inverse_flops)
-    one = Share(*(x // own.blocks for x in total[:2]), *(x / own.blocks for x in total[2:]))
-    parts += [(sum(d**3 for d in sides), one.bytes, one)] * own.blocks
-  parts.sort(key=lambda part: part[:2], reverse=True)
-  loads = [(0, 0, device) for device in range(devices)]
-  owned = [Share()] * devices
-  for cubes, size, one in parts:
-    load, held, device = loads[0]
-    heapq.heapreplace(loads, (load + cubes, held + size, device))
-    owned[device] = owned[device].plus(one)
-  fullest = max(owned, key=lambda share: share.bytes)
-  most = lambda field: max(getattr(share, field) for share in owned)
-  return fullest._replace(
-    ordinary_flops=most("ordinary_flops"), inverse_flops=most("inverse_flops")
+    totals.setdefault((own.dims, own.diagonal), []).append(own)
+  stacks = tuple(
+    Stack((), sum(own.blocks for own in members), dims, diagonal)
+    for (dims, diagonal), members in totals.items()
   )
+  plan = plan_owners(stacks, devices)
+  inverses, factor_bytes, inverse_bytes, products = np.zeros(devices), 0, 0, 0.0
+  rows = zip(stacks, plan.slots, plan.places, totals.values(), strict=True)
+  for stack, slots, places, members in rows:
+    total = lambda field, own=members: sum(getattr(x, field) for x in own)
+    factor_bytes += total("factor_bytes") * slots // stack.blocks
+    inverse_bytes += total("inverse_bytes") * slots // stack.blocks
+    products += total("ordinary_flops") * slots / stack.blocks
+    owned = np.bincount(np.array(places) // slots, minlength=devices)
+    inverses += total("inverse_flops") / stack.blocks * owned
+  return Share(factor_bytes, inverse_bytes, products, float(inverses.max(initial=0.0)))
 
 
 class Saving(NamedTuple):

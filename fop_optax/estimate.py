@@ -99,11 +99,10 @@ def estimate(
     captured: what `fop_optax.capture` returned, or its `layers`.
     optimizer: `"kfac"`, `"fop"`, `"ekfac"` (`kfac(scaling="eigenvalue")`), `"soap"` or `"shampoo"`
       (both with `layers=captured.layers`).
-    devices: over how many devices the curvature is shared out. Each matrix has one owner, which
-      alone holds its factors and inverses, makes them and multiplies with them; those with the
-      largest :math:`\sum d^3` over their sides are dealt first, each to the owner with least so
-      far. Totals are of the device with most. Examples are shared out evenly; parameters,
-      gradients, statistics of a batch and moments are on each device.
+    devices: over how many devices blocks of curvature have owners, as by the optimizer's
+      `sharding` (its `devices`). Totals are of the device with most: of its slots, also those that
+      stay empty. Examples are shared out evenly; parameters, gradients, statistics of a batch and
+      moments are on each device.
     rows: how many rows (examples, times tokens or pixels) each layer meets in a batch, a number for
       all or one for each; None: as many as in the batch of capture. Layers alone do not know it,
       and second moments are not counted.
@@ -148,6 +147,11 @@ def estimate(
   if not isinstance(devices, int) or devices < 1:
     raise ValueError(f"`estimate(devices={devices!r})` takes a whole number of at least 1.")
   method, itemsize = costs.METHODS[optimizer], _itemsize(factor_dtype)
+  if devices > 1 and not method.sharding:
+    raise ValueError(
+      f"`estimate({optimizer!r}, devices={devices})`: its curvature has no owners, each device has"
+      " all of it. Leave `devices` out; K-FAC and FOP take `sharding`."
+    )
   leaves = _leaves(layers, params)
   state = _bytes(jax.eval_shape(method.make(layers).init, leaves))
   blocks = costs.blocks_of(method, layers, leaves)
