@@ -145,15 +145,19 @@ def build(config: Config, hyper: Optimizer, task: Task) -> Program:
       )
     return optax.with_extra_args_support(tx)
 
-  start = jax.jit(transformation(hyper).init)
+  def of(values):
+    return transformation(dataclasses.replace(hyper, **values))
+
+  # made of the same values as in the step: what an optimizer has may depend on one being zero
+  start = jax.jit(lambda params, values: of(values).init(params))
 
   def init(seed):
     params, model = task.model.init(seed)
     average = jax.tree.map(jnp.copy, params) if config.average else None
-    return State(jnp.zeros((), jnp.int32), params, model, start(params), average)
+    return State(jnp.zeros((), jnp.int32), params, model, start(params, numbers_of(hyper)), average)
 
   def step(state, fed, arrays, seed, values):
-    tx = transformation(dataclasses.replace(hyper, **values))
+    tx = of(values)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     picked, drawn = jax.random.split(key)
     batch = task.pick(arrays, fed, picked)

@@ -63,6 +63,20 @@ def test_a_program_compiled_for_other_numbers_takes_the_same_steps(name):
     np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", slow_but(list(optimizers.TABLE), "kfac", "soap"))
+def test_numbers_may_be_zero(name):
+  """A stage that is left out for a Python zero is in the program, whatever the number."""
+  config, task = digits(), task_of()
+  hyper = getattr(config, name)
+  if "weight_decay" in {field.name for field in dataclasses.fields(hyper)}:
+    hyper = dataclasses.replace(hyper, weight_decay=0.0)
+  program = training.build(config, hyper, task)
+  state = program.init(0)
+  (fed,) = training.calls(config, task, 0, 0, 1)
+  state, loss = program.advance(state, task.arrays, fed, jnp.uint32(0), program.values)
+  assert np.isfinite(loss).all()
+
+
 def test_parts_of_the_speed_run():
   """Filters keep their norm and turn by the rate; the first bias stops; the rest is SGD."""
   model = speedrun.speedrun(width=0.05)
