@@ -4,7 +4,7 @@
     python -m experiments compare cifar10_speedrun_50000
 
 The recipe of `cifar10_speedrun`, which nobody has published at this batch: no figure to expect.
-For an accelerator of 100 GB and more.
+For an accelerator; how much memory it takes is not known, as it has not been run.
 """
 
 import dataclasses

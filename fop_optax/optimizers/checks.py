@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fop_optax.layers import Layers, Stats
+from fop_optax.sharding import Sharding
 
 
 def check_layers(layers: Any) -> Layers:
@@ -61,4 +62,18 @@ def check_factors(layers: Layers, stats: Any) -> None:
       f"`stats` are of another loss: their factors have shapes {shapes}, but these layers have"
       f" {[layer.factor_shapes for layer in layers]}. `layers` and `stats` should come from the"
       " same `captured`."
+    )
+
+
+def check_sharding(sharding: Any, scaling: str) -> None:
+  """Checks over which devices curvature is dealt."""
+  if sharding is not None and not isinstance(sharding, Sharding):
+    raise TypeError(
+      f"`sharding` is a {type(sharding).__name__}: pass `fop_optax.Sharding(mesh)`, or None for"
+      " curvature that every device has."
+    )
+  if sharding is not None and scaling == "eigenvalue":
+    raise ValueError(
+      '`scaling="eigenvalue"` measures in bases that every device needs: it takes no `sharding`.'
+      ' Use `scaling="factored"` or `"exact"` with it.'
     )

@@ -78,7 +78,7 @@ class Options:
     checks.check("norm_constraint", self.norm_constraint, lambda x: x > 0, "above 0")
     checks.check("learning_rate", self.learning_rate, lambda x: x >= 0, "at least 0")
     checks.check("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
-    check_sharding(self.sharding, self.scaling)
+    checks.check_sharding(self.sharding, self.scaling)
 
   def damping_at(self, count: jax.Array) -> Damping:
     """Damping at a step: what was given, and the default where nothing was."""
@@ -104,20 +104,6 @@ class Options:
   @property
   def _scalings(self) -> Mapping[str, Scaling]:
     return per_example_factors.SCALINGS if self.per_example else SCALINGS
-
-
-def check_sharding(sharding: Any, scaling: str) -> None:
-  """Checks over which devices curvature is dealt."""
-  if sharding is not None and not isinstance(sharding, Sharding):
-    raise TypeError(
-      f"`sharding` is a {type(sharding).__name__}: pass `fop_optax.Sharding(mesh)`, or None for"
-      " curvature that every device has."
-    )
-  if sharding is not None and scaling == "eigenvalue":
-    raise ValueError(
-      '`scaling="eigenvalue"` measures in bases that every device needs: it takes no `sharding`.'
-      ' Use `scaling="factored"` or `"exact"` with it.'
-    )
 
 
 def value_at(value: ScalarOrSchedule, count: jax.Array) -> jax.Array:
