@@ -75,8 +75,11 @@ def train(name: str, config: Config) -> None:
       )
       bar.update(bar.task_ids[0], advance=1)
       bar.console.print(text, highlight=False) if bar.console.is_terminal else print(text)
-  saved = [path, *inspection.draw(path)]
-  output().print("saved", ", ".join(map(str, saved)), highlight=False, soft_wrap=True)
+  pictures = inspection.draw(path)
+  output().print("saved", ", ".join(map(str, [path, *pictures])), highlight=False, soft_wrap=True)
+  if config.diagnostics and not pictures:
+    title = optimizers.TABLE[optimizer].title
+    output().print(f"{title} keeps no curvature by layer: --diagnostics found nothing to write.")
 
 
 def compare(name: str, config: Config) -> None:

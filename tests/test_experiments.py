@@ -115,6 +115,11 @@ def test_bad_command_lines(args, message, capsys):
   assert re.search(message, f"{caught.value.code}\n{''.join(capsys.readouterr())}")
 
 
+def test_diagnostics_of_what_has_no_curvature(tmp_path, capsys):
+  main(["train", "--optimizers", "sgd", "--epochs", "1", "--diagnostics", "--out", str(tmp_path)])
+  assert "SGD keeps no curvature by layer" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", configs.NAMES)
 def test_a_configuration_says_what_it_is_and_builds_its_network(name):
   config, grid = configs.load(name)
