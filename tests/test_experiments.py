@@ -358,5 +358,14 @@ def test_defaults(tmp_path):
   table = (tmp_path / "table.md").read_text(encoding="utf-8")
   assert "K-FAC: 0 of 3 runs diverged" in table
   assert (tmp_path / "losses.png").stat().st_size > 10_000
+
+  *kept, lost = (tmp_path / "runs.csv").read_text(encoding="utf-8").splitlines()
+  (tmp_path / "runs.csv").write_text("\n".join([*kept, ""]), encoding="utf-8")
+  done = module("experiments.benchmarks.defaults", *arguments)
+  assert done.returncode == 0, done.stderr
+  *again, made = (tmp_path / "runs.csv").read_text(encoding="utf-8").splitlines()
+  assert again == kept  # seconds too: these runs were not made again
+  assert made.split(",")[:6] == lost.split(",")[:6]
+
   done = module("experiments.benchmarks.defaults", "--methods", "LBFGS")
   assert done.returncode != 0 and "unknown: LBFGS; methods are AdamW" in done.stderr
