@@ -1,5 +1,6 @@
 # On a fresh clone: `make demo` runs the comparison, `make test` the default tests. Each sets up
-# .venv once and reuses it. Variables: PYTHON (interpreter), VENV (folder), ARGS (for demo), N (fuzz).
+# .venv once and reuses it; `make site` and `make package` fill build/ and dist/.
+# Variables: PYTHON (interpreter), VENV (folder), ARGS (for demo), N (fuzz).
 SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # factorisation takes.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test slow fuzz lint types doctest format clean
+.PHONY: demo test slow fuzz lint types doctest site package format clean
 
 demo: $(READY)
 	$(RUN) -m experiments compare $(ARGS)
@@ -35,6 +36,22 @@ types: $(READY)
 
 doctest: $(READY)
 	$(RUN) -m pytest --doctest-modules fop_optax
+
+# Links in pages and notebooks follow real paths: what is linked is copied.
+site: $(READY)
+	rm -rf build/pages build/site && mkdir -p build && cp -rL .docs/pages build/pages
+	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going -c .docs build/pages build/site
+
+# Wheel and source distribution; each is installed in a clean environment and runs the README's code.
+package: $(READY)
+	rm -rf dist && mkdir -p build
+	$(RUN) -m build --outdir dist . >build/package.log
+	sed -n '/^```python/,/^```/{/^```/d;p}' README.md >build/readme.py
+	for file in dist/*; do \
+	  "$(PYTHON)" -m venv --clear build/installed; \
+	  build/installed/bin/python -m pip install --quiet "$$file" || exit 1; \
+	  (cd build && installed/bin/python readme.py) || exit 1; \
+	done
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .

@@ -69,7 +69,7 @@ class Layer:
 
   @property
   def rows(self) -> int:
-    """Rows of the layer's matrix: its inputs and, where it has biases, the homogeneous one."""
+    """Rows of the layer's matrix, its inputs and, where it has biases, the homogeneous one."""
     return self.inputs + bool(self.biases)
 
   @property

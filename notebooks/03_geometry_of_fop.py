@@ -387,8 +387,9 @@ print("median rho2 over all steps, by layer:", np.median(rho2, axis=(0, 1)).roun
 # ## What to take from it
 #
 # Read the verdicts above, not our hopes. FOP's step differs from K-FAC's as far as `rho2` is above
-# zero, and the cost of the contrast is in the seconds. On the workloads of the
-# [README](../README.md#defaults-and-tuning) it was no better than K-FAC. If you train, take
-# `kfac`; if you study FOP, `diagnostics` gives you `rho2`, `beta` and `eta` of every layer.
+# zero, and the cost of the contrast is in the seconds. On
+# [thirteen workloads](https://OWNER.github.io/fop_optax/tuning.html) it was no better than K-FAC.
+# If you train, take `kfac`; if you study FOP, `diagnostics` gives you `rho2`, `beta` and `eta` of
+# every layer.
 #
 # Next: [composing with optax](04_composing.ipynb).

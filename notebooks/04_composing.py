@@ -359,7 +359,7 @@ plt.show()
 
 # %% [markdown]
 # What does not fit: `optax.MultiSteps` hands on the statistics of its last micro-step alone (use
-# `capture(micro_batches=m)`), and `optax.lookahead` has no way for `stats`. The
-# [README](../README.md#with-optaxs-wrappers) has the whole table.
+# `capture(micro_batches=m)`), and `optax.lookahead` has no way for `stats`. [The
+# whole table](https://OWNER.github.io/fop_optax/composing.html) is on the site.
 #
 # Next: [what to turn when training goes wrong](08_tuning.ipynb).

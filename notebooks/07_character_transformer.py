@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A character transformer
 #
-# Two transformer blocks learn to continue this project's README, character by character. You see a
+# Two transformer blocks learn to continue this project's pages, character by character. You see a
 # scan over blocks, attention, an embedding and a table of positions captured; how K-FAC goes into
 # the same loop as AdamW, Muon and SOAP; and how the four fare, in steps and in seconds: the others
 # at the best of three rates each, K-FAC with its defaults.
@@ -44,7 +44,8 @@ plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.ri
 # The last tenth is held out. It is small, and not prose; what matters here is the optimizers.
 
 # %%
-text = (pathlib.Path(experiments.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+pages = pathlib.Path(experiments.__file__).parents[1] / ".docs" / "pages"
+text = "\n".join(page.read_text(encoding="utf-8") for page in sorted(pages.glob("**/*.md")))
 alphabet = sorted(set(text))
 codes = np.array([alphabet.index(character) for character in text], np.int32)
 cut = len(codes) * 9 // 10
@@ -224,4 +225,4 @@ for name in ("AdamW", "Muon", "SOAP"):
 
 # %% [markdown]
 # One seed, one small text, and rates of three only: take it for a template, not for a ranking. The
-# [README](../README.md#defaults-and-tuning) has thirteen workloads with three seeds.
+# [site](https://OWNER.github.io/fop_optax/tuning.html) has thirteen workloads with three seeds.

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Tuning: each symptom made to happen, and cured
 #
-# The [README](../README.md#defaults-and-tuning) has a table of what can go wrong and what to turn.
-# Here each row of it happens: you see the loss curve that gives it away, the number to look at, and
-# the curve after the cure. All on small problems, one seed each: the curves show what the symptom
-# looks like, not how large the effect will be on yours.
+# The [site](https://OWNER.github.io/fop_optax/symptoms.html) has a table of what can go wrong and
+# what to turn. Here each row of it happens: you see the loss curve that gives it away, the number
+# to look at, and the curve after the cure. All on small problems, one seed each: the curves show
+# what the symptom looks like, not how large the effect will be on yours.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/fop_optax/blob/main/notebooks/08_tuning.ipynb)
 
