@@ -7,6 +7,7 @@ from collections.abc import Callable
 import dataclasses
 import pickle
 from typing import Any
+import warnings
 
 import explicit
 import jax
@@ -470,5 +471,10 @@ def test_table():
   assert "fallback: it is multiplied entry by entry (`mul`) at " in text
   assert "32 of 36 parameters (88.9%) are in layers." in text
   loss = lambda p, x, y: mlp(p, x, y) + jnp.sum(p["big"] ** 2)
-  text = str(fop_optax.capture(loss, params | {"big": jnp.ones(100)}, x, y))
-  assert "Warning: most parameters are left to the fallback optimizer" in text
+  params |= {"big": jnp.ones(100), "small": jnp.ones(3)}
+  with pytest.warns(UserWarning, match=r"76% of the parameters are in no layer.*\n.*'big'.* \(100"):
+    captured = fop_optax.capture(loss, params, x, y)
+  assert "Warning: many are left to the fallback optimizer" in str(captured)
+  with warnings.catch_warnings():  # what no gradient reaches is not left to it
+    warnings.simplefilter("error")
+    fop_optax.capture(mlp, params, x, y)

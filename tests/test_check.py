@@ -112,7 +112,13 @@ def test_a_right_loss_holds(dtype, capsys):
                          "reached", "statistics"]  # fmt: skip
   assert all(finding.holds for finding in found.values())
   assert all(line.startswith("holds: ") for line in capsys.readouterr().out.splitlines())
-  assert f"Computed in {dtype}, what is less than" in found["finite"].text
+
+
+def test_what_counts_as_the_same_is_said_where_something_does_not_hold():
+  loss = lambda p, x: jnp.sum(outputs(p, x) ** 2)
+  found = run(fop_optax.capture(loss, P, X), P, X)
+  assert "Computed in float32, 0.0003 apart would count as the same." in found["mean"].text
+  assert "Computed" not in found["finite"].text
 
 
 def test_what_is_not_finite_is_named():

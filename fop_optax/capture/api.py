@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
+import warnings
 
 import jax
 from jax.extend.core import primitives
@@ -112,7 +113,7 @@ def capture(
     strict: raise if any parameter is in no layer, instead of listing it in `fallbacks`.
 
   Returns:
-    A `Captured`.
+    A `Captured`. Where a fifth of the parameters or more are in no layer, a warning has the largest.
 
   Raises:
     ValueError: if the arguments do not fit together or cannot be cut into the pieces, params are
@@ -180,6 +181,8 @@ def capture(
   layers = Layers(resolved.layers, shapes, paths, groups, resolved.frozen)
   if not resolved.layers or (strict and fallbacks):
     raise ValueError(layer_table.refusal(layers, fallbacks))
+  if warning := layer_table.left_out(layers, fallbacks):
+    warnings.warn(warning, stacklevel=2)
   notes = [*resolved.notes, *examples.notes(groups, micro_batches)]
   if fisher == "empirical" and terms_per_example is None and not traced.found.marks:
     notes += examples.terms_note()

@@ -15,10 +15,11 @@ from fop_optax.capture import auxiliary, layer_table, second_moments, sharing
 from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import classify
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
-from fop_optax.capture.check import Check, Finding, Outcome
+from fop_optax.capture.check import Check, Finding
 from fop_optax.capture.examples.assumptions import analyse
 from fop_optax.capture.fisher import check_marked
 from fop_optax.capture.growth import Growth
+from fop_optax.capture.outcomes import Outcome
 from fop_optax.capture.resolve import resolve
 from fop_optax.capture.second_moments import Statistics
 from fop_optax.capture.trace import Signature, growing, terms_of, trace_twice

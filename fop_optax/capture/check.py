@@ -7,7 +7,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +15,18 @@ from fop_optax.capture import batch as batches
 from fop_optax.capture import flow
 from fop_optax.capture.arguments import is_typed_key
 from fop_optax.capture.auxiliary import Role
+from fop_optax.capture.outcomes import (
+  Outcome,
+  attempt,
+  distance,
+  first_line,
+  floating,
+  listed,
+  norm,
+  shown,
+  take,
+  wide,
+)
 from fop_optax.capture.trace import Signature
 from fop_optax.layers import Factors, Layers
 
@@ -33,14 +44,6 @@ class Finding(NamedTuple):
 
   def __str__(self) -> str:
     return f"{WORDS[self.holds]}: {self.text}"
-
-
-class Outcome(NamedTuple):
-  """What a loss gives on a batch; `grads` one leaf a parameter."""
-
-  loss: Any
-  grads: Sequence[Any]
-  aux: PyTree = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,7 +120,7 @@ class Check:
   def _taken(self, index: np.ndarray) -> list[Any]:
     """The batch of the examples `index`."""
     pairs = zip(self._batch, self._roles, strict=True)
-    return [_take(leaf, index) if role == "batch" else leaf for leaf, role in pairs]
+    return [take(leaf, index) if role == "batch" else leaf for leaf, role in pairs]
 
   @functools.cached_property
   def _whole(self) -> Outcome:
@@ -129,7 +132,7 @@ class Check:
 
   @functools.cached_property
   def _doubled(self) -> Outcome | Exception:
-    return _attempt(lambda: self._outcome(self._taken(np.tile(np.arange(self._size), 2))))
+    return attempt(lambda: self._outcome(self._taken(np.tile(np.arange(self._size), 2))))
 
   @functools.cached_property
   def _is_sum(self) -> bool:
@@ -137,7 +140,7 @@ class Check:
     double = self._doubled
     if isinstance(double, Exception):
       return False
-    half = Outcome(_wide(double.loss) / 2, [_wide(grad) / 2 for grad in double.grads])
+    half = Outcome(wide(double.loss) / 2, [wide(grad) / 2 for grad in double.grads])
     return self._equal(half, self._whole)
 
   @functools.cached_property
@@ -147,7 +150,7 @@ class Check:
       return self.chunks
     for count in range(2, self._size + 1):
       cut = dataclasses.replace(self.chunks, groups=count, every=1)
-      if not isinstance(_attempt(lambda cut=cut: cut.size), Exception):
+      if not isinstance(attempt(lambda cut=cut: cut.size), Exception):
         return cut
     return None
 
@@ -158,7 +161,7 @@ class Check:
       for micro in range(chunks.micro_batches)
       for group in range(chunks.groups)
     ]
-    mean = lambda *arrays: sum(map(_wide, arrays)) / len(arrays)
+    mean = lambda *arrays: sum(map(wide, arrays)) / len(arrays)
     return Outcome(mean(*(one.loss for one in each)), list(map(mean, *(one.grads for one in each))))
 
   @functools.cached_property
@@ -166,7 +169,7 @@ class Check:
     """The coarsest floating type that the loss or its gradient is computed in."""
     jaxpr, _ = _compat.open_jaxpr(jax.make_jaxpr(self._loss)(self.params, self._batch))
     live, _ = flow.relevant(jaxpr, [True] + [False] * (len(jaxpr.outvars) - 1))
-    dtypes = _floating(jaxpr.invars[: len(self.params)], [jaxpr.eqns[index] for index in live])
+    dtypes = floating(jaxpr.invars[: len(self.params)], [jaxpr.eqns[index] for index in live])
     return max(dtypes, key=lambda dtype: jnp.finfo(dtype).eps)
 
   @functools.cached_property
@@ -174,7 +177,7 @@ class Check:
     return math.sqrt(jnp.finfo(self._dtype).eps)
 
   def _equal(self, ours: Outcome, theirs: Outcome) -> bool:
-    apart = max(_distance([ours.loss], [theirs.loss]), _distance(ours.grads, theirs.grads))
+    apart = max(distance([ours.loss], [theirs.loss]), distance(ours.grads, theirs.grads))
     return apart < self._tolerance
 
   def _compare(
@@ -183,22 +186,20 @@ class Check:
     """Says that two outcomes are the same (`good`), or not and what then (`bad`, `advice`)."""
     ours, theirs = outcomes
     holds = self._equal(ours, theirs)
-    apart = _distance(ours.grads, theirs.grads)
+    apart = distance(ours.grads, theirs.grads)
     numbers = f"({float(ours.loss):.6g} and {float(theirs.loss):.6g}, gradients {apart:.1g} apart)"
-    text = f"{good} {numbers}." if holds else f"{bad} {numbers}. {advice}"
-    return Finding(name, holds, text)
+    if holds:
+      return Finding(name, True, f"{good} {numbers}.")
+    rounding = f"Computed in {self._dtype}, {self._tolerance:.1g} apart would count as the same."
+    return Finding(name, False, f"{bad} {numbers}. {advice} {rounding}")
 
   # The findings.
 
   def _finite(self) -> Finding:
     loss = float(self._whole.loss)
-    wrong = self._named([np.isfinite(_wide(grad)).all() for grad in self._whole.grads])
+    wrong = self._named([np.isfinite(wide(grad)).all() for grad in self._whole.grads])
     if math.isfinite(loss) and not wrong:
-      text = (
-        f"The loss, {loss:.6g}, and its gradient are finite. Computed in {self._dtype}, what is"
-      )
-      text += f" less than {self._tolerance:.1g} apart, relative to its size, counts as the same."
-      return Finding("finite", True, text)
+      return Finding("finite", True, f"The loss, {loss:.6g}, and its gradient are finite.")
     text = f"The loss is {loss:.6g}"
     text += f", and the gradient of {wrong} is not finite" if wrong else ""
     why = self._not_finite() or "parameters and arguments are, so that it comes of the loss itself"
@@ -210,16 +211,16 @@ class Check:
     found = []
     for path, leaf in zip(paths, [*self.params, *self.chunks.leaves], strict=True):
       if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact):
-        count = np.sum(~np.isfinite(_wide(leaf)))
+        count = np.sum(~np.isfinite(wide(leaf)))
         found += [f"{count} of {leaf.size} entries of {path} are not"] if count else []
-    return _listed(found)
+    return listed(found)
 
   def _repeatable(self) -> Finding:
     """Traces the loss anew, so that NumPy's random numbers differ as well."""
     again, _ = jax.jit(lambda params, batch: self._loss(params, batch))(self.params, self._batch)
     loss = self._whole.loss
     numbers = f"({float(loss):.6g} and {float(again):.6g})"
-    if not _distance([loss], [again]) >= self._tolerance:  # NaN is the same twice
+    if not distance([loss], [again]) >= self._tolerance:  # NaN is the same twice
       return Finding("repeatable", True, f"Evaluated again the loss is the same {numbers}.")
     text = (
       f"Evaluated again the loss is another {numbers}: it draws random numbers that no argument"
@@ -239,7 +240,7 @@ class Check:
     double = self._doubled
     if isinstance(double, Exception):
       text = f"The loss cannot be evaluated on the batch taken twice, {2 * self._size} examples"
-      return Finding("mean", None, f"{text}: {_first_line(double)}.")
+      return Finding("mean", None, f"{text}: {first_line(double)}.")
     good = "The batch taken twice has the same loss: it is a mean over the examples"
     bad = "The batch taken twice has another loss: it is no mean over the examples"
     advice = (
@@ -268,10 +269,10 @@ class Check:
     cut = self._cut
     if cut is None:
       return Finding("pieces", None, f"The batch of {self._size} cannot be cut into equal pieces.")
-    pieces = _attempt(lambda: self._mean_of(cut))
+    pieces = attempt(lambda: self._mean_of(cut))
     if isinstance(pieces, Exception):
       text = f"The loss cannot be evaluated on pieces of {cut.size} examples"
-      return Finding("pieces", None, f"{text}: {_first_line(pieces)}.")
+      return Finding("pieces", None, f"{text}: {first_line(pieces)}.")
     advice = (
       "That is as it should be with BatchNorm, which normalises within a piece, and with masks of"
       " unequal counts. Else examples interact across the batch (pairs, contrasts)."
@@ -303,7 +304,7 @@ class Check:
     theirs = jax.tree.leaves(self._whole.aux)
     roles = self.aux_roles or (("mean",),) * len(theirs)
     wrong = [
-      f"aux{jax.tree_util.keystr(path)} ({_shown(one)} of the pieces, {_shown(other)} of the whole)"
+      f"aux{jax.tree_util.keystr(path)} ({shown(one)} of the pieces, {shown(other)} of the whole)"
       for (path, one), other, role in zip(ours, theirs, roles, strict=True)
       if role[0] != "same" and not self._same(one, other)
     ]
@@ -312,7 +313,7 @@ class Check:
     return Finding(
       "aux",
       False,
-      f"Aux put together from the pieces is not that of the whole batch: {_listed(wrong)}. Floats"
+      f"Aux put together from the pieces is not that of the whole batch: {listed(wrong)}. Floats"
       " are averaged over the pieces: return means, not sums, or one value an example. With"
       " BatchNorm it is as it should be.",
     )
@@ -320,12 +321,12 @@ class Check:
   def _same(self, one: Any, other: Any) -> bool:
     if not jnp.issubdtype(one.dtype, jnp.inexact):
       return is_typed_key(one) or np.array_equal(one, other)
-    one, other = _wide(one), _wide(other)
-    scale = max(_norm([other]), self._tolerance)
+    one, other = wide(one), wide(other)
+    scale = max(norm([other]), self._tolerance)
     return np.allclose(one, other, self._tolerance, scale * self._tolerance, True)
 
   def _reached(self) -> Finding:
-    missed = self._named([np.any(_wide(grad)) for grad in self.captured.grads])
+    missed = self._named([np.any(wide(grad)) for grad in self.captured.grads])
     if not missed:
       return Finding("reached", True, "Every parameter has a gradient.")
     text = f"The gradient of {missed} is zero: unused, frozen, or behind a layer that is zero now."
@@ -335,70 +336,14 @@ class Check:
     wrong = []
     for layer, factors in zip(self.layers, self.factors, strict=True):
       for name, factor in factors._asdict().items():
-        finite = np.isfinite(_wide(factor)).all()
-        if not finite or not np.any(_wide(factor)):
+        finite = np.isfinite(wide(factor)).all()
+        if not finite or not np.any(wide(factor)):
           wrong.append(f"{name} of {layer.path} is {'zero' if finite else 'not finite'}")
     if wrong:
-      return Finding("statistics", False, f"Of the statistics {_listed(wrong)}.")
+      return Finding("statistics", False, f"Of the statistics {listed(wrong)}.")
     text = f"The statistics of all layers ({len(self.layers)}) are finite, and none is zero."
     return Finding("statistics", True, text)
 
   def _named(self, good: Sequence[Any]) -> str:
     """The paths of the parameters that are not good."""
-    return _listed([path for path, one in zip(self.layers.paths, good, strict=True) if not one])
-
-
-def _attempt(evaluate: Callable[[], Any]) -> Any:
-  """What is evaluated, or the error: a loss may raise any on a batch of another size."""
-  try:
-    return evaluate()
-  except Exception as error:
-    return error
-
-
-def _first_line(error: Exception) -> str:
-  return str(error).partition("\n")[0][:200].rstrip(".")
-
-
-def _take(leaf: Any, index: np.ndarray) -> Any:
-  """`leaf[index]`, sharded as `leaf` is."""
-  if isinstance(leaf, np.ndarray) or is_typed_key(leaf):
-    return leaf[index]
-  return jax.device_put(np.asarray(leaf)[index], leaf.sharding)
-
-
-def _wide(array: Any) -> np.ndarray:
-  """On the host, in double precision."""
-  array = np.asarray(array)
-  return array.astype(complex if jnp.issubdtype(array.dtype, jnp.complexfloating) else float)
-
-
-def _norm(arrays: Sequence[Any]) -> float:
-  return math.sqrt(sum(np.sum(np.abs(array) ** 2) for array in arrays))
-
-
-def _distance(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
-  """The norm of the difference relative to the larger norm."""
-  ours, theirs = list(map(_wide, ours)), list(map(_wide, theirs))
-  difference = _norm([a - b for a, b in zip(ours, theirs, strict=True)])
-  return difference and difference / max(_norm(ours), _norm(theirs))
-
-
-def _floating(variables: Sequence[Any], equations: Sequence[Any]) -> set[Any]:
-  """The floating types of variables, and of what equations compute."""
-  dtypes = {v.aval.dtype for v in variables if hasattr(v.aval, "dtype")}
-  found = {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)}
-  for equation in equations:
-    inside = [inner.eqns for inner in core.jaxprs_in_params(equation.params)]
-    found |= _floating(equation.outvars, [inner for eqns in inside for inner in eqns])
-  return found
-
-
-def _listed(items: Sequence[str], shown: int = 4) -> str:
-  more = f" and {len(items) - shown} more" if len(items) > shown else ""
-  return ", ".join(items[:shown]) + more
-
-
-def _shown(array: Any) -> str:
-  wide = _wide(array)
-  return f"{wide:.6g}" if wide.ndim == 0 else f"norm {_norm([wide]):.6g}"
+    return listed([path for path, one in zip(self.layers.paths, good, strict=True) if not one])

@@ -8,7 +8,7 @@ import jax
 
 from fop_optax.layers import Layer, Layers
 
-SMALL = 0.5  # share of parameters in layers below which the table warns
+LARGE = 0.2  # share of parameters in no layer from which capture and its table warn
 
 
 def printable(path: tuple[Any, ...]) -> str:
@@ -20,7 +20,6 @@ def printable(path: tuple[Any, ...]) -> str:
 def table(layers: Layers, fallbacks: Mapping[str, str], notes: Sequence[str] = ()) -> str:
   """One row a parameter: its layer, factor sizes and uses, or why it is in none; then `notes`."""
   rows = [("parameter", "shape", "layer", "factors", "uses")]
-  covered = layers.covered
   owners: dict[int, list[str]] = {}  # of a bias: several layers where it has a part of each
   for layer in layers:
     for leaf in layer.leaves[1:]:
@@ -44,15 +43,35 @@ def table(layers: Layers, fallbacks: Mapping[str, str], notes: Sequence[str] = (
     "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     for row in rows
   ]
-  total = sum(math.prod(shape) for shape in layers.shapes)
-  inside = sum(math.prod(layers.shapes[leaf]) for leaf in covered)
-  share = inside / max(total, 1)
-  lines.append(f"{inside:,} of {total:,} parameters ({share:.1%}) are in layers.")
-  if share < SMALL:
-    lines.append(
-      "Warning: most parameters are left to the fallback optimizer; the reasons stand above."
-    )
+  total = sum(_sizes(layers).values())
+  inside = total - sum(_sizes(layers)[path] for path in fallbacks)
+  lines.append(f"{inside:,} of {total:,} parameters ({inside / max(total, 1):.1%}) are in layers.")
+  if left_out(layers, fallbacks):
+    lines.append("Warning: many are left to the fallback optimizer; the reasons stand above.")
   return "\n".join([*lines, *notes])
+
+
+def left_out(layers: Layers, fallbacks: Mapping[str, str]) -> str | None:
+  """What to warn of where a large share of the trained parameters is in no layer."""
+  sizes = _sizes(layers)
+  frozen = {layers.paths[leaf] for leaf in layers.frozen}
+  left = [path for path in fallbacks if path not in frozen]
+  trained = sum(sizes.values()) - sum(sizes[path] for path in frozen)
+  share = sum(sizes[path] for path in left) / max(trained, 1)
+  if share < LARGE:
+    return None
+  largest = sorted(left, key=sizes.__getitem__, reverse=True)[:3]
+  reasons = "\n".join(f"  {path} ({sizes[path]:,}): {fallbacks[path]}" for path in largest)
+  return (
+    f"`fop_optax.capture`: {share:.0%} of the parameters are in no layer, and are left to the"
+    f" fallback optimizer. The largest:\n{reasons}\nWrite the loss so that they are found, or give"
+    " the optimizer a `fallback=` that suits them; `print(captured)` lists all."
+  )
+
+
+def _sizes(layers: Layers) -> dict[str, int]:
+  """Path -> number of entries of every parameter."""
+  return dict(zip(layers.paths, map(math.prod, layers.shapes), strict=True))
 
 
 def refusal(layers: Layers, fallbacks: Mapping[str, str]) -> str:
