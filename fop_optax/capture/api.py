@@ -113,7 +113,7 @@ def capture(
     strict: raise if any parameter is in no layer, instead of listing it in `fallbacks`.
 
   Returns:
-    A `Captured`. Where a fifth of the parameters or more are in no layer, a warning has the largest.
+    A `Captured`. Where a fifth of the parameters or more is in no layer, a warning has the largest.
 
   Raises:
     ValueError: if the arguments do not fit together or cannot be cut into the pieces, params are
