@@ -285,6 +285,26 @@ def test_asdl_and_sgd():
     close(params, {f"l{i}": w[:-1].T for i, w in enumerate(after)}, 1e-9)
 
 
+@pytest.mark.parametrize("page", ["asdl", pytest.param("kaisa", marks=pytest.mark.slow)])
+def test_what_is_in_no_layer_takes_the_step_of_sgd(page):
+  loss = lambda params, x: jnp.mean((params["gain"] * (x @ params["w"])) ** 2)
+  params, x = {"w": jnp.ones((3, 2)), "gain": jnp.array([2.0, 3.0])}, jnp.ones((4, 3))
+  captured = fop_optax.capture(loss, params, x)
+  more = {"scale": 3.0, "grad_scale": 1.0} if page == "asdl" else {"examples": 4}
+  tx = given(page, f"from_{page}")(
+    captured.layers, lr=0.1, momentum=0.9, weight_decay=0.2, damping=0.1, **more
+  )
+  sgd = optax.chain(optax.add_decayed_weights(0.2), optax.sgd(0.1, 0.9))
+
+  @jax.jit
+  def update(params):
+    _, grads, stats = captured.value_and_grad(params, x)
+    own = tx.update(grads, tx.init(params), params, stats=stats)[0]
+    return own["gain"], sgd.update(grads, sgd.init(params), params)[0]["gain"]
+
+  close(*update(params))
+
+
 # SOAP and Shampoo: stored trajectories
 
 SOAP = {
