@@ -1,7 +1,8 @@
 """Code blocks of the README and of the site's pages: what runs, and what it should print.
 
-A block of Python runs, and a block of text right below it is what it prints. One whose title is
-`There: PACKAGE` is other people's code, and runs where that package is installed.
+A block of Python runs, and a block of text right below it is what it prints. One with the title
+`There` is other people's code and does not run; with `There: PACKAGE` it does where that package is
+installed.
 """
 
 import functools
@@ -19,7 +20,7 @@ BLOCK = re.compile(
   r"^( *)```\s*(?:\{ *\.)?(?:python|py)\b([^\n]*)\n(.*?)^\1```[ ]*\n(?:\n*\1```text\n(.*?)\1```)?",
   re.DOTALL | re.MULTILINE,
 )
-THERE = re.compile(r"title=\"There: ([\w.]+)\"")
+THERE = re.compile(r"title=\"There(?:: ([\w.]+))?")
 
 
 class Block(NamedTuple):
@@ -50,7 +51,7 @@ def blocks(page: pathlib.Path) -> list[Block]:
 
 def _runs(options: str) -> bool:
   there = THERE.search(options)
-  return there is None or importlib.util.find_spec(there[1]) is not None
+  return there is None or bool(there[1] and importlib.util.find_spec(there[1]))
 
 
 @functools.cache

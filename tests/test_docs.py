@@ -57,6 +57,12 @@ print(x)
     ```python title="There: no_such_package"
     x = 3
     ```
+    ```python title="There" linenums="1"
+    x = 3
+    ```
+    ```py title="There: optax"
+    y = 3
+    ```
 
 === "Here"
 
@@ -74,6 +80,8 @@ def test_blocks_of_a_page(tmp_path):
   assert pages.blocks(page) == [
     ("x = 2\nprint(x)\n", "2\n", True),
     ("x = 3\n", "", False),
+    ("x = 3\n", "", False),
+    ("y = 3\n", "", True),
     ("if x:\n  x = 4\n", "", True),
   ]
   assert pages.defining(page, "x") == 2

@@ -114,11 +114,10 @@ def asdl(weights, x, y, *, lr, momentum, weight_decay, damping, scale, grad_scal
     grads, rows = backward(weights, *batch)
     for i, ((a, g), V) in enumerate(zip(rows, grads, strict=True)):
       A, B = (scale * own.T @ own / len(a) for own in (a[:, :-1], g))
-      direction = np.zeros_like(V)
-      direction[:-1] = damped(A, B, grad_scale * V[:-1], damping, False)
-      decay = weight_decay * np.concatenate([weights[i][:-1], 0 * weights[i][-1:]])
-      trace[i] = momentum * trace[i] + direction + decay
-      weights[i] = weights[i] - lr * trace[i]
+      w, bias = weights[i][:-1], weights[i][-1:]
+      direction = damped(A, B, grad_scale * V[:-1], damping, False)
+      trace[i] = momentum * trace[i] + direction + weight_decay * w
+      weights[i] = np.concatenate([w - lr * trace[i], bias])
     after.append(list(weights))
   return after
 
