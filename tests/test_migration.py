@@ -4,7 +4,6 @@ Numbers of the others are those stored in `oracles`, optax's own, or, where ther
 `theirs`. The functions are read out of the pages' blocks.
 """
 
-import functools
 import pathlib
 
 import jax
@@ -147,12 +146,13 @@ def steps_of_a_captured_loss(captured, tx, params, x, y):
   for batch in zip(x, y, strict=True):
     params, state = step(params, state, *map(jnp.asarray, batch))
     after.append(params)
-  return after
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *after)
 
 
-def as_params(weights):
-  (w1, w2) = map(jnp.asarray, weights)
-  return {"w1": w1[:-1], "b1": w1[-1], "w2": w2[:-1], "b2": w2[-1]}
+def start(file):
+  """Stored numbers, and the parameters of a network of two layers that they start from."""
+  oracle = np.load(ORACLES / file)
+  return oracle, {name: jnp.asarray(oracle[f"p0_{name}"]) for name in ("w1", "b1", "w2", "b2")}
 
 
 @pytest.mark.parametrize(
@@ -186,59 +186,53 @@ def test_kfac_jax_first_step(mode, exact):
     close(updates, {name: -oracle[f"{key}/prec_{name}"] for name in params})
 
 
-@pytest.mark.parametrize(
-  ("examples", "more"),
-  [
-    (12, {"norm_constraint": 1e-3, "inverse_update_period": 2}),
-    *(
-      pytest.param(*row, marks=pytest.mark.slow)
-      for row in (
-        (1, {"norm_constraint": 1e-2}),
-        (12, {"use_exact_inverses": True}),
-        (1, {"norm_constraint": 1e-3, "use_exact_inverses": True}),
-      )
-    ),
-  ],
-)
-def test_kfac_jax_bound_and_momentum(examples, more):
-  """Six steps; with `examples` their empirical Fisher matrix, which is ours over N."""
-  weights, (x, y) = theirs.network(), theirs.batches(6)
-  kwargs = {"learning_rate": 0.3, "momentum": 0.9, "damping": 0.02} | more
-  reference = functools.partial(theirs.kfac_jax, weights, x, y, more_n=examples > 1)
-  want = reference(**kwargs)
-  if "norm_constraint" in more:  # it binds
-    free = reference(**kwargs | {"norm_constraint": None})
-    assert np.abs(free[0][0] - weights[0]).max() > 1.5 * np.abs(want[0][0] - weights[0]).max()
-  params = as_params(weights)
-  captured = given("kfac_jax", "capture")(params, x[0], y[0], "fisher_empirical")
+BOUND = {
+  "bound": {"norm_constraint": 1e-3, "inverse_update_period": 2},
+  "exact_inverses": {
+    "norm_constraint": 1e-2,
+    "inverse_update_period": 1,
+    "use_exact_inverses": True,
+    "l2_reg": 0.01,
+  },
+  "empirical": {"norm_constraint": 1e-4, "inverse_update_period": 1, "examples": 12},
+}
+
+
+@pytest.mark.parametrize("config", slow_but(BOUND, "empirical"))
+def test_kfac_jax_bound_and_momentum(config):
+  """Stored: six steps with bound, momentum and plain means of statistics."""
+  oracle, params = start("kfac_jax_steps.npz")
+  x, y = oracle["x"], oracle["y"]
+  mode = "fisher_empirical" if config == "empirical" else "fisher_exact"
+  captured = given("kfac_jax", "capture")(params, x[0], y[0], mode)
   tx = given("kfac_jax", "from_kfac_jax")(
-    captured.layers, **{"inverse_update_period": 1} | kwargs, curvature_ema=0.0, examples=examples
+    captured.layers, 0.3, momentum=0.9, damping=0.02, curvature_ema=1.0, **BOUND[config]
   )
   got = steps_of_a_captured_loss(captured, tx, params, x, y)
-  close(got, list(map(as_params, want)), 1e-9)
+  close(got, {name: oracle[f"{config}/p_{name}"] for name in params})
 
 
 # KAISA
 
+CLIPPED = {
+  "eigen": {"kl_clip": 1e-3, "inv_update_steps": 2, "factor_decay": 0.6},
+  "free": {"kl_clip": None},
+}
 
-@pytest.mark.parametrize(
-  "more",
-  [
-    {"kl_clip": 1e-3, "inv_update_steps": 2},
-    *(pytest.param(row, marks=pytest.mark.slow) for row in ({"kl_clip": 1e3}, {"kl_clip": 0.1})),
-  ],
-)
-def test_kaisa(more):
-  """Six steps, where their average starts as ours does."""
-  weights, (x, y) = theirs.network(), theirs.batches(6)
-  kwargs = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.05, "damping": 0.003} | more
-  exact_start = lambda k: min(1 - 1 / (k + 1), 0.6)
-  want = theirs.kaisa(weights, x, y, **kwargs, factor_decay=exact_start)
-  params = as_params(weights)
+
+@pytest.mark.parametrize("config", slow_but(CLIPPED, "eigen"))
+def test_kaisa(config):
+  """Stored: six steps, with a `factor_decay` there whose average starts as ours does."""
+  oracle, params = start("kaisa.npz")
+  x, y = oracle["x"], oracle["y"]
+  params = {name: p.T for name, p in params.items()}  # PyTorch's weights are [out, in]
   captured = fop_optax.capture(given("kaisa", "loss_fn"), params, x[0], y[0])
-  tx = given("kaisa", "from_kaisa")(captured.layers, **kwargs, factor_decay=0.6, examples=12)
+  tx = given("kaisa", "from_kaisa")(
+    captured.layers, 0.02, weight_decay=0.05, damping=0.003, examples=12, **CLIPPED[config]
+  )
   got = steps_of_a_captured_loss(captured, tx, params, x, y)
-  close(got, list(map(as_params, want)), 1e-9)
+  close({name: p.mT if p.ndim == 3 else p for name, p in got.items()},
+        {name: oracle[f"{config}/p_{name}"] for name in params})  # fmt: skip
 
 
 # ASDL

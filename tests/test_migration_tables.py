@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import pathlib
 import re
 
 import jax
@@ -87,6 +88,92 @@ def test_curvature_in_other_units(convolution, pooled):
   for name, block in blocks.items():
     ratio = ratios()[name][int(convolution)](N, T, R)
     np.testing.assert_allclose(block, ratio * ours, rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+ORACLES = pathlib.Path(__file__).parent / "oracles"
+
+
+def dense(p, x, y):
+  hidden = jnp.mean(jnp.tanh(x @ p["w1"] + p["b1"]), axis=1)
+  return fop_optax.softmax_cross_entropy(hidden @ p["w2"] + p["b2"], y)
+
+
+def convolutions(p, x, y):
+  for name, stride in (("c1", 1), ("c2", 2)):
+    x = jax.lax.conv_general_dilated(
+      x,
+      p[f"{name}_w"],
+      (stride, stride),
+      [(1, 1), (1, 1)],
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    x = jax.nn.relu(x + p[f"{name}_b"])
+  x = jnp.moveaxis(x, -1, 1).reshape(len(y), -1)
+  return fop_optax.softmax_cross_entropy(x @ p["fc_w"] + p["fc_b"], y)
+
+
+def their_network(convolution):
+  """A loss, its parameters and batch, as the stored numbers of several codes have it."""
+  if not convolution:
+    oracle = np.load(ORACLES / "positions.npz")
+    params = {name: oracle[name] for name in ("w1", "b1", "w2", "b2")}
+    return dense, jax.tree.map(jnp.asarray, params), jnp.asarray(oracle["x"]), oracle["y"]
+  oracle = np.load(ORACLES / "asdl_kfac_cnn.npz")
+  params = {f"{name}_b": oracle[f"{name}/bias"] for name in ("c1", "c2", "fc")}
+  params |= {f"{name}_w": oracle[f"{name}/weight"].transpose(2, 3, 1, 0) for name in ("c1", "c2")}
+  params |= {"fc_w": oracle["fc/weight"].T}
+  x = jnp.asarray(oracle["x"].transpose(0, 2, 3, 1))
+  return convolutions, jax.tree.map(jnp.asarray, params), x, oracle["y"]
+
+
+@pytest.mark.parametrize("convolution", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_curvature_of_their_codes_in_other_units(convolution):
+  """Stored factors of ASDL and KAISA, of layers with positions that are pooled."""
+  loss, params, x, y = their_network(convolution)
+  captured = fop_optax.capture(loss, params, x, y)
+  factors = jax.jit(captured.value_and_grad)(params, x, y)[2].factors
+  ours = dict(zip([layer.path for layer in captured.layers], factors, strict=True))
+  oracle = np.load(ORACLES / "positions.npz")
+  # their patches are (c, kh, kw), ours (kh, kw, c), the bias last in both
+  order = lambda c: np.append(np.arange(9 * c).reshape(c, 9).T.ravel(), 9 * c)
+  if convolution:
+    cases = [
+      ("KAISA (kfac-pytorch)", f"cnn/kaisa/{name}_", "AG", f"['{name}_w']", T, order(c))
+      for name, T, c in (("c1", 42, 2), ("c2", 12, 4))
+    ]
+  else:
+    cases = [
+      ("KAISA (kfac-pytorch)", "kaisa/", "AG", "['w1']", 5, np.arange(5)),
+      ("ASDL", "asdl/", "AB", "['w1']", 5, np.arange(4)),  # without the bias
+    ]
+  for project, place, sides, path, T, own in cases:
+    A, G = (oracle[place + side] for side in sides)
+    block = np.kron(A[np.ix_(own, own)], G)
+    side = ours[path].A[0][: len(own), : len(own)]
+    ratio = ratios()[project][int(convolution)](len(x), T, 1)
+    want = ratio * np.kron(side, ours[path].G[0])
+    np.testing.assert_allclose(block, want, rtol=0, atol=1e-10 * np.abs(want).max(), err_msg=path)
+
+
+@pytest.mark.parametrize("convolution", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_directions_of_kfac_jax_where_there_are_positions(convolution):
+  """Stored first steps of it, `fisher_exact`, at damping 0.1: ours are the same."""
+  loss, params, x, y = their_network(convolution)
+  captured = fop_optax.capture(loss, params, x, y, fisher="exact")
+  make = pages.defining(FOLDER / "kfac_jax.md", "from_kfac_jax")
+  tx = make(captured.layers, learning_rate=1.0, momentum=0.0, damping=0.1)
+
+  @jax.jit
+  def update(params):
+    _, grads, stats = captured.value_and_grad(params, x, y)
+    return tx.update(grads, tx.init(params), params, stats=stats)[0]
+
+  oracle, updates = np.load(ORACLES / "positions.npz"), update(params)
+  stored = "cnn/kfac_jax/prec_" if convolution else "kfac_jax/prec_"
+  names = [key.removeprefix(stored) for key in oracle if key.startswith(stored)]
+  assert len(names) == 4
+  for name in names:
+    np.testing.assert_allclose(updates[name], -oracle[stored + name], rtol=0, atol=1e-10)
 
 
 def signature(function):

@@ -1,8 +1,7 @@
 """Other people's optimizers, where there are no stored numbers, from their formulas.
 
-In NumPy and float64: K-FAC as kfac-jax, ASDL and KAISA (kfac-pytorch) have it, for a network of two
-layers, with momentum and bounds; and Shampoo as its JAX ancestor has it. And the names of their
-arguments.
+In NumPy and float64: ASDL's K-FAC with its scales and SGD, for a network of two layers; and Shampoo
+as its JAX ancestor has it. And the names of all others' arguments.
 """
 
 import numpy as np
@@ -38,73 +37,12 @@ def backward(weights, x, y):
   return [a.T @ g / len(x) for a, g in rows], rows
 
 
-def damped(A, G, V, damping, exact):
-  """`(A (x) G + damping)^-1 V`, or with each factor's share."""
-  if exact:
-    (a, U), (g, W) = np.linalg.eigh(A), np.linalg.eigh(G)
-    return U @ ((U.T @ V @ W) / (np.outer(a, g) + damping)) @ W.T
+def damped(A, G, V, damping):
+  """`(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1`."""
   pi = np.sqrt((np.trace(A) / len(A)) / (np.trace(G) / len(G)))
   A = A + np.sqrt(damping) * pi * np.eye(len(A))
   G = G + np.sqrt(damping) / pi * np.eye(len(G))
   return np.linalg.solve(A, V) @ np.linalg.inv(G)
-
-
-def kfac_jax(weights, x, y, *, learning_rate, momentum, damping, norm_constraint=None,
-             inverse_update_period=1, use_exact_inverses=False, more_n=False):  # fmt: skip
-  """Weights after each step, with statistics of the given labels, not averaged over steps.
-
-  The bound is on the direction, before momentum; the velocity has the rate in it. With `more_n`
-  their `fisher_empirical`.
-  """
-  weights, velocity, after = list(weights), [0.0, 0.0], []
-  for t, batch in enumerate(zip(x, y, strict=True)):
-    grads, rows = backward(weights, *batch)
-    if t % inverse_update_period == 0:
-      n = len(batch[0])
-      used = [(a.T @ a / n, g.T @ g / (n**2 if more_n else n)) for a, g in rows]
-    directions = [
-      damped(*own, V, damping, use_exact_inverses) for own, V in zip(used, grads, strict=True)
-    ]
-    nu = 1.0
-    if norm_constraint is not None:
-      length = sum(np.sum(d * V) for d, V in zip(directions, grads, strict=True))
-      nu = min(1.0, np.sqrt(norm_constraint / (learning_rate**2 * length)))
-    velocity = [
-      momentum * v - learning_rate * nu * d for v, d in zip(velocity, directions, strict=True)
-    ]
-    weights = [w + v for w, v in zip(weights, velocity, strict=True)]
-    after.append(weights)
-  return after
-
-
-def kaisa(weights, x, y, *, lr, momentum, weight_decay, damping, kl_clip, factor_decay,
-          inv_update_steps=1):  # fmt: skip
-  """Weights after each step, preconditioned by eigendecomposition, then PyTorch's SGD.
-
-  `G` is the second moment of gradients of the mean loss; `factor_decay` is a function of the step.
-  """
-  weights, trace, after = list(weights), [0.0, 0.0], []
-  factors = [(np.eye(n + 1), np.eye(m)) for n, m in SHAPES]
-  for k, batch in enumerate(zip(x, y, strict=True)):
-    grads, rows = backward(weights, *batch)
-    n, keep = len(batch[0]), factor_decay(k)
-    new = [(a.T @ a / n, (g / n).T @ (g / n) / n) for a, g in rows]
-    factors = [
-      tuple(keep * old + (1 - keep) * own for old, own in zip(*both, strict=True))
-      for both in zip(factors, new, strict=True)
-    ]
-    if k % inv_update_steps == 0:
-      used = factors
-    directions = [damped(*own, V, damping, True) for own, V in zip(used, grads, strict=True)]
-    length = lr**2 * sum(np.sum(d * V) for d, V in zip(directions, grads, strict=True))
-    nu = min(1.0, np.sqrt(kl_clip / abs(length)))
-    trace = [
-      momentum * m + nu * d + weight_decay * w
-      for m, d, w in zip(trace, directions, weights, strict=True)
-    ]
-    weights = [w - lr * m for w, m in zip(weights, trace, strict=True)]
-    after.append(weights)
-  return after
 
 
 def asdl(weights, x, y, *, lr, momentum, weight_decay, damping, scale, grad_scale):
@@ -115,7 +53,7 @@ def asdl(weights, x, y, *, lr, momentum, weight_decay, damping, scale, grad_scal
     for i, ((a, g), V) in enumerate(zip(rows, grads, strict=True)):
       A, B = (scale * own.T @ own / len(a) for own in (a[:, :-1], g))
       w, bias = weights[i][:-1], weights[i][-1:]
-      direction = damped(A, B, grad_scale * V[:-1], damping, False)
+      direction = damped(A, B, grad_scale * V[:-1], damping)
       trace[i] = momentum * trace[i] + direction + weight_decay * w
       weights[i] = np.concatenate([w - lr * trace[i], bias])
     after.append(list(weights))
