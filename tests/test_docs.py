@@ -1,39 +1,21 @@
-"""What README and site say runs, and prints what it shows; doctests are run by `make doctest`."""
+"""What the README and the pages say runs, and prints what they show.
+
+Doctests are run by `make doctest`.
+"""
 
 import os
-import pathlib
 import re
 import subprocess
 import sys
 
+import pages
 import pytest
 
 import fop_optax
 from notebooks import REPOSITORY, SITE, SOURCES
 
-ROOT = pathlib.Path(__file__).parents[1]
-README = ROOT / "README.md"
-SITE_PAGES = ROOT / ".docs" / "pages"
-PAGES = [README, *(page for page in sorted(SITE_PAGES.glob("**/*.md")) if not page.is_symlink())]
-# A block of Python, and the block of text right below it, which then is what it prints.
-BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.DOTALL)
-AFTER = re.compile(r"<!-- after: (.*) -->")  # the page whose blocks come before
 SEPARATOR = "=== next block"
-
-
-def read(page):
-  return page.read_text(encoding="utf-8")
-
-
-def name(page):
-  return str(page.relative_to(ROOT))
-
-
-def blocks(page):
-  """Code and what it prints, of the page that it follows too."""
-  after = AFTER.search(read(page))
-  before = blocks(SITE_PAGES / after.group(1)) if after else []
-  return before + BLOCK.findall(read(page))
+WITH_CODE = [page for page in pages.pages() if pages.script(page)]
 
 
 def run(*args):
@@ -41,7 +23,7 @@ def run(*args):
   keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PYTEST_"))}
   done = subprocess.run(
     [sys.executable, *args],
-    cwd=ROOT,
+    cwd=pages.ROOT,
     env={**keep, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
@@ -52,58 +34,111 @@ def run(*args):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
-def test_page_runs_and_prints_what_it_shows(page, tmp_path):
-  found = blocks(page)
+@pytest.mark.parametrize("page", WITH_CODE, ids=pages.name)
+def test_a_page_runs_and_prints_what_it_shows(page, tmp_path):
+  """All its blocks in their order, as one script."""
+  blocks = pages.script(page)
   script = tmp_path / "page.py"
-  script.write_text(f"print({SEPARATOR!r})\n".join(code for code, _ in found), encoding="utf-8")
+  script.write_text(f"print({SEPARATOR!r})\n".join(b.code for b in blocks), encoding="utf-8")
   printed = run(str(script)).split(SEPARATOR + "\n")
-  for (_, shown), output in zip(found, printed, strict=True):
-    if shown:
-      assert output == shown
+  for block, output in zip(blocks, printed, strict=True):
+    if block.shown:
+      assert output == block.shown
 
 
-def test_readme_is_short():
-  assert len(read(README).splitlines()) <= 250
+def test_readme_is_short_and_has_code():
+  assert len(pages.text(pages.README).splitlines()) <= 250
+  assert len(pages.script(pages.README)) >= 3
+
+
+PAGE = """
+```python
+x = 2
+print(x)
+```
+```text
+2
+```
+
+=== "There"
+
+    ```python title="There: no_such_package"
+    x = 3
+    ```
+    ```python title="There" linenums="1"
+    x = 3
+    ```
+    ```py title="There: optax"
+    y = 3
+    ```
+
+=== "Here"
+
+    ```{ .python .annotate }
+    if x:
+      x = 4
+    ```
+"""
+
+
+def test_blocks_of_a_page(tmp_path):
+  """Those of packages that are not there do not run."""
+  page = tmp_path / "page.md"
+  page.write_text(PAGE, encoding="utf-8")
+  assert pages.blocks(page) == [
+    ("x = 2\nprint(x)\n", "2\n", True),
+    ("x = 3\n", "", False),
+    ("x = 3\n", "", False),
+    ("y = 3\n", "", True),
+    ("if x:\n  x = 4\n", "", True),
+  ]
+  assert pages.defining(page, "x") == 2
 
 
 def test_readme_names_make_targets_that_exist():
-  targets = set(re.findall(r"^([a-z]+):", read(ROOT / "Makefile"), re.MULTILINE))
-  named = set(re.findall(r"`?make ([a-z]+)", read(README)))
+  makefile = (pages.ROOT / "Makefile").read_text(encoding="utf-8")
+  targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+  named = set(re.findall(r"`?make ([a-z]+)", pages.text(pages.README)))
   assert named
   assert named <= targets
 
 
-@pytest.mark.parametrize("page", PAGES + list(SOURCES), ids=name)
+def test_tests_named_on_pages_exist():
+  named = {
+    own for page in pages.pages() for own in re.findall(r"`(\w+\.py)::(\w+)`", pages.text(page))
+  }
+  assert len(named) > 50
+  for file, test in named:
+    code = (pages.ROOT / "tests" / file).read_text(encoding="utf-8")
+    assert re.search(rf"^def {test}\(", code, re.MULTILINE), f"{file} has no {test}"
+
+
+@pytest.mark.parametrize("page", [*pages.pages(), *SOURCES], ids=pages.name)
 def test_links_lead_somewhere(page):
   """Within the repository, and to its files and pages where they will be published."""
-  for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", read(page)):
-    for address, folder in ((f"https://github.com/{REPOSITORY}/blob/main/", ROOT), (SITE, None)):
-      if link.startswith(address) and folder:
-        assert (folder / link.removeprefix(address)).exists(), link
-      elif link.startswith(address):
-        page_of_site = link.removeprefix(address).removesuffix(".html") + ".md"
-        assert (SITE_PAGES / page_of_site).exists(), link
-    if "://" not in link:
+  on_github = f"https://github.com/{REPOSITORY}/blob/main/"
+  for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", pages.text(page)):
+    if link.startswith(on_github):
+      assert (pages.ROOT / link.removeprefix(on_github)).exists(), link
+    elif link.startswith(SITE):
+      assert (pages.PAGES / link.removeprefix(SITE)).with_suffix(".md").exists(), link
+    elif "://" not in link:
       assert (page.parent / link).exists(), link
 
 
 def test_reference_has_every_public_name():
-  pages = "".join(map(read, (SITE_PAGES / "api").glob("*.md")))
-  documented = re.findall(r"auto(?:class|function):: fop_optax\.(\w+)", pages)
-  public = [
-    name
-    for name, value in vars(fop_optax).items()
-    if getattr(value, "__module__", "").startswith("fop_optax") and not name.startswith("_")
-  ]
+  reference = "".join(map(pages.text, (pages.PAGES / "api").glob("*.md")))
+  documented = re.findall(r"auto(?:class|function):: fop_optax\.(\w+)", reference)
+  ours = lambda value: getattr(value, "__module__", "").startswith("fop_optax")
+  public = [name for name, value in vars(fop_optax).items() if ours(value) and name[0] != "_"]
   assert sorted(documented) == sorted(public)
 
 
 def test_every_page_is_in_a_table_of_contents():
   listed = set()
-  for page in SITE_PAGES.glob("**/*.md"):
-    for tree in re.findall(r"```\{toctree\}\n(.*?)```", read(page), re.DOTALL):
+  for page in pages.pages():
+    for tree in re.findall(r"```\{toctree\}\n(.*?)```", pages.text(page), re.DOTALL):
       names = [line for line in tree.splitlines() if line and not line.startswith(":")]
       listed |= {(page.parent / name).resolve() for name in names}
-  missing = {page.with_suffix("").resolve() for page in PAGES[1:]} - listed
-  assert missing == {(SITE_PAGES / "index").resolve()}
+  missing = {page.with_suffix("").resolve() for page in pages.pages()[1:]} - listed
+  assert missing == {(pages.PAGES / "index").resolve()}
