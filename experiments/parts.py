@@ -65,4 +65,15 @@ def divided(
     "biases": sgd(biases, schedule),
     "whitening": sgd(biases, lambda rate: optax.linear_schedule(rate, 0.0, whitening)),
   }
-  return optax.partition(transforms, lambda params: jax.tree_util.tree_map_with_path(label, params))
+  return optax.partition(transforms, labels)
+
+
+def labels(params: optax.Params) -> Any:
+  """The part of each parameter."""
+  out = jax.tree_util.tree_map_with_path(label, params)
+  if "filters" not in jax.tree.leaves(out):
+    raise SystemExit(
+      "--parts divides a network into filters and the rest, and this one has no parameter of three"
+      " or more axes: take a network with filters, or a configuration without parts."
+    )
+  return out

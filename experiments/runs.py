@@ -169,15 +169,15 @@ def alone(path: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def scalars_to(path: pathlib.Path) -> Any:
-  """A writer of TensorBoard's files."""
+def scalars_to(path: pathlib.Path, step: int) -> Any:
+  """A writer of TensorBoard's files from `step` on: what a killed run wrote beyond is dropped."""
   try:
     from tensorboardX import SummaryWriter
   except ImportError as error:
     raise SystemExit(
       "--tensorboard needs tensorboardX: pip install 'fop_optax[tensorboard]'."
     ) from error
-  return SummaryWriter(str(path))
+  return SummaryWriter(str(path), purge_step=step)
 
 
 def check_same(record: dict[str, Any], run: dict[str, Any], path: pathlib.Path) -> None:
@@ -282,7 +282,9 @@ def _rest(path, log, config, name, seed, task, program, final) -> Iterator[Row]:
       if len(kept) < len(own.lines):
         own.keep(kept)
     yield from log.rows()
-    writer = scalars_to(path / "tensorboard") if config.tensorboard else None
+    writer = None
+    if config.tensorboard:
+      writer = scalars_to(path / "tensorboard", int(state.step) + 1)
     seconds = log.rows()[-1].seconds if log.rows() else 0.0
     saved = seconds
     for epoch in range(first, config.epochs + 1):

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from experiments import (
   inspection,
   networks,
   optimizers,
+  parts,
   report,
   runs,
   tasks,
@@ -176,9 +178,24 @@ def test_fields_that_do_nothing_or_exclude_each_other_are_refused():
     tasks.load(small(dataset="mock", side=16, views="mirrored"))
   with pytest.raises(ValueError, match="should have one of flip and alternating_flip, once"):
     small(augmentation=("flip", "alternating_flip"))
+  for changes, words in (
+    ({"stair": 0.1}, "--stair: not for a schedule that is linear"),
+    ({"files": ("a.txt",), "length": 8}, "--files, --length: not for images"),
+    ({"classes": ("cat",)}, "--classes: not for images that live on the device"),
+    ({"dataset": "shakespeare", "vocabulary": 9}, "--vocabulary: not for a text that is given by"),
+  ):
+    with pytest.raises(SystemExit, match=words):
+      tasks.load(small(schedule="linear", **changes))
   text = texts.characters("abc" * 100)
   with pytest.raises(SystemExit, match=r"--views, --mixup: not for text"):
     tasks.language(small(length=4, steps_per_epoch=2, mixup=0.1, views="shifted"), text)
+
+
+def test_parts_need_filters():
+  config = small(parts=parts.Parts())
+  task = tasks.load(config)
+  with pytest.raises(SystemExit, match="this one has no parameter of three or more axes"):
+    training.build(config, config.adamw, task)
 
 
 def test_the_last_and_the_best_checkpoint_are_kept(tmp_path):
@@ -294,6 +311,24 @@ def test_tensorboard_has_the_numbers(tmp_path):
   content = file.read_bytes()
   for key in (b"train_loss", b"test_accuracy", b"examples_per_second"):
     assert content.count(key) == config.epochs
+
+
+def test_tensorboard_drops_what_is_made_again(tmp_path):
+  """A run that goes on says from which step: TensorBoard leaves out what was there from it on."""
+  events = pytest.importorskip("tensorboardX.proto.event_pb2")
+  run = train(tmp_path, small(tensorboard=True))
+  next(run)
+  run.close()  # killed after an epoch
+  rows = list(train(tmp_path, small(tensorboard=True)))
+  starts = []
+  for file in (tmp_path / "tensorboard").iterdir():
+    content, at = file.read_bytes(), 0
+    while at < len(content):  # length, its checksum, an event, its checksum
+      (length,) = struct.unpack_from("<Q", content, at)
+      event = events.Event.FromString(content[at + 12 : at + 12 + length])
+      starts += [event.step] if event.HasField("session_log") else []
+      at += length + 16
+  assert sorted(starts) == [1, rows[0].step + 1]
 
 
 def test_tensorboard_says_what_it_needs(tmp_path, monkeypatch):

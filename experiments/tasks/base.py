@@ -62,6 +62,11 @@ def softened(
   return images, (1 - smoothing) * labels + smoothing / classes
 
 
+OF_CORPORA = ("files", "vocabulary", "tokenizer")
+OF_TEXT = (*OF_CORPORA, "length", "steps_per_epoch", "held_out")
+OF_PHOTOGRAPHS = ("classes", "workers")
+
+
 def check_unused(config: Config, names: Sequence[str], data: str) -> None:
   """Raises SystemExit if fields are set that do nothing for such data."""
   default = {field.name: field.default for field in dataclasses.fields(config)}
