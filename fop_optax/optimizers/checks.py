@@ -65,7 +65,18 @@ def check_factors(layers: Layers, stats: Any) -> None:
     )
 
 
-def check_sharding(sharding: Any, scaling: str) -> None:
+def of_owners(owned: bool, sharding: Sharding | None) -> str:
+  """What more to say of a state that does not fit, where it or the optimizer has owners."""
+  if not owned and sharding is None:
+    return ""
+  return (
+    f" It is {'dealt to owners' if owned else 'in the order of blocks'}, and this optimizer has"
+    f" {f'{sharding.devices} owners' if sharding else 'no `sharding`'}: of other devices take"
+    " `fop_optax.to_owners(fop_optax.to_blocks(opt_state), sharding)`."
+  )
+
+
+def check_sharding(sharding: Any, scaling: str | None = None) -> None:
   """Checks over which devices curvature is dealt."""
   if sharding is not None and not isinstance(sharding, Sharding):
     raise TypeError(
