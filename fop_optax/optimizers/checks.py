@@ -76,15 +76,10 @@ def of_owners(owned: bool, sharding: Sharding | None) -> str:
   )
 
 
-def check_sharding(sharding: Any, scaling: str | None = None) -> None:
+def check_sharding(sharding: Any) -> None:
   """Checks over which devices curvature is dealt."""
   if sharding is not None and not isinstance(sharding, Sharding):
     raise TypeError(
       f"`sharding` is a {type(sharding).__name__}: pass `fop_optax.Sharding(mesh)`, or None for"
       " curvature that every device has."
-    )
-  if sharding is not None and scaling == "eigenvalue":
-    raise ValueError(
-      '`scaling="eigenvalue"` measures in bases that every device needs: it takes no `sharding`.'
-      ' Use `scaling="factored"` or `"exact"` with it.'
     )

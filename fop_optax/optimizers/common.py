@@ -78,7 +78,7 @@ class Options:
     checks.check("norm_constraint", self.norm_constraint, lambda x: x > 0, "above 0")
     checks.check("learning_rate", self.learning_rate, lambda x: x >= 0, "at least 0")
     checks.check("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
-    checks.check_sharding(self.sharding, self.scaling)
+    checks.check_sharding(self.sharding)
 
   def damping_at(self, count: jax.Array) -> Damping:
     """Damping at a step: what was given, and the default where nothing was."""

@@ -197,10 +197,7 @@ def _dealt_curvature(state: CurvatureState, sharding: Sharding) -> CurvatureStat
 
 def _scaling_of(inverse: Inverse) -> Scaling:
   if isinstance(inverse, EigenvalueInverse):
-    raise ValueError(
-      '`to_owners`: the state is of an optimizer with `scaling="eigenvalue"`, which takes no'
-      " `sharding`."
-    )
+    return SCALINGS["eigenvalue"]
   return SCALINGS["exact" if isinstance(inverse, ExactInverse) else "factored"]
 
 
