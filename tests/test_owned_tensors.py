@@ -2,6 +2,7 @@
 
 import functools
 
+import hlo
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
@@ -137,6 +138,19 @@ def test_one_operation_between_devices_and_no_more(name, kind):
     found = collectives(jax.jit(step_of(tx)).lower(*args).compile())
   assert [own[1] for own in found] == ["entry"]
   assert {own[0] for own in found} <= {"all-gather", "all-reduce"}
+
+
+@PLAIN
+def test_work_of_a_device(name):
+  """Of products and factorisations in the compiled step, an eighth where all slots are full."""
+  params, mesh = {"w": np.ones((16, 8, 8))}, mesh_of()
+  numbers = {"dimension_numbers": {"w": fop_optax.DimensionNumbers(1, 2)}}
+  flops = []
+  for own, sharding in ((None, None), (mesh, Sharding(mesh))):
+    tx = make(name, sharding, **numbers)
+    on = params if own is None else put(own, params)
+    flops.append(hlo.flops(jax.jit(tx.update).lower(on, tx.init(on), on).compile()))
+  assert flops[1] == flops[0] / 8 > 0
 
 
 @ONE
