@@ -183,9 +183,10 @@ def test_more_axes(axes, kind, name):
 
 
 @PLAIN
-def test_state_of_a_device(name):
+@pytest.mark.parametrize("kind", slow_but(TYPES, "AxisType.Auto"))
+def test_state_of_a_device(name, kind):
   """Of every array of a stack its slots alone, as `state_shardings` says and steps leave it."""
-  mesh = mesh_of()
+  mesh = mesh_of(kind)
   with jax.set_mesh(mesh):
     params, tx = put(mesh, inputs()[0]), make(name, Sharding(mesh))
     for state in (tx.init(params), jax.jit(tx.init)(params), train(tx, mesh, 1)[1]):
@@ -195,7 +196,10 @@ def test_state_of_a_device(name):
         slots = -(-len(own.place) // 8)  # few enough of each shape to be dealt evenly
         assert all(x.sharding.shard_shape(x.shape)[0] == slots for x in jax.tree.leaves(own.slots))
       assert [len(own.place) for own in stacks] == [12, 1, 1, 1]
-    same_places(tx.init(params), fop_optax.state_shardings(tx, params))
+    shardings = fop_optax.state_shardings(tx, jax.eval_shape(lambda: params))
+    same_places(tx.init(params), shardings)
+    step = jax.jit(step_of(tx), out_shardings=(None, shardings))
+    same_places(step(params, tx.init(params), *batch(mesh, 0))[1], shardings)
 
 
 @ONE
@@ -277,6 +281,15 @@ def test_errors(name):
       jax.eval_shape(step_of(tx), params, wrong, *batch(None, 0))
   with pytest.raises(ValueError, match=r"dealt to owners, and this optimizer has no `sharding`"):
     jax.eval_shape(step_of(make(name)), params, tx.init(params), *batch(None, 0))
+  explicit = mesh_of(AxisType.Explicit)
+  with jax.set_mesh(explicit):
+    tx = make(name, Sharding(explicit), dimension_numbers=None)
+    sharded = {"w": jax.device_put(np.ones((8, 3)), PartitionSpec("data", None))}
+    with pytest.raises(
+      ValueError, match=r"gradient is sharded, P\('data', None\), at \['w'\].*whole"
+    ):
+      tx.update(sharded, tx.init(sharded), sharded)
   spec = PartitionSpec()
+  tx = make(name, Sharding(mesh))
   with pytest.raises(ValueError, match=r"inside a `jax.shard_map` over 'data'.*under `jax.jit`"):
     jax.eval_shape(jax.shard_map(tx.init, mesh=mesh, in_specs=spec, out_specs=spec), params)

@@ -137,6 +137,8 @@ def by_tensor(
     if not jax.tree.leaves(updates):
       return updates, state
     check_floating(updates)
+    if options.sharding is not None:
+      _check_replicated(updates)
     trees = _contrasts(updates, stats) if options.contrast else ()
     return apply(updates, state, trees, None if fisher is None else _statistics(fisher, stats))
 
@@ -259,6 +261,18 @@ def _check_state(
       f" but this gradient has {need}. Make a state with `tx.init(params)`."
       f"{checks.of_owners(owned, sharding)}"
     )
+
+
+def _check_replicated(updates: Any) -> None:
+  """Checks that no gradient is sharded by its type, under explicit mesh axes."""
+  for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]:
+    spec = jax.typeof(leaf).sharding.spec
+    if any(axis is not None for axis in spec):
+      raise ValueError(
+        f"The gradient is sharded, {spec}, at {jax.tree_util.keystr(path)}, and owners"
+        " (`sharding=`) take it whole: keep parameters replicated, or give gradients and updates"
+        " other shardings around `tx.update`, with `jax.sharding.reshard`."
+      )
 
 
 def check_floating(updates: Any) -> None:

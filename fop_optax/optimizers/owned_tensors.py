@@ -89,14 +89,14 @@ def step_owned(
   sharding: Sharding = options.sharding
   slots = plan_owners(tuple(stacks), sharding.devices).slots
 
-  def local(owned, whole):
-    places, arrays, count, gradients, more = whole
+  def local(owned, given):
+    places, arrays, count, gradients, more = given
     exchange = Exchange(sharding, places, slots)
     share = exchange.share()
     mine = lambda given: [share.stack(k, own) for k, own in enumerate(given)]
     more = {name: mine(x) if isinstance(x, list) else x for name, x in more.items()}
-    own = _with_arrays(options, arrays)
-    directions, after = step(own, count, owned, mine(gradients), share=share, **more)
+    here = _with_arrays(options, arrays)
+    directions, after = step(here, count, owned, mine(gradients), share=share, **more)
     nothing = jnp.zeros((), directions[0].dtype)
     directions, _, _ = exchange.collect(directions, (), nothing)
     return after, directions
@@ -105,7 +105,7 @@ def step_owned(
   given = places, _arrays(options, count), count, gradients, more
   after, directions = on_owners(sharding, local, tuple(own.slots for own in states), given)
   pairs = zip(states, after, strict=True)
-  return directions, tuple(own._replace(slots=slots) for own, slots in pairs)
+  return directions, tuple(own._replace(slots=new) for own, new in pairs)
 
 
 def numbers_of(blocks: int, share: Share | None) -> jax.Array:
