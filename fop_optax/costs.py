@@ -67,6 +67,7 @@ class LayerEstimate(NamedTuple):
   diagonal: tuple[bool, ...]  # for each side whether it has no matrix
   factor_bytes: int
   inverse_bytes: int  # inverses, eigenvectors or roots; of EKFAC with S
+  moment_bytes: int  # of SOAP and Shampoo: moments and counts that are kept beside them
   ordinary_flops: float  # of each step
   statistics_flops: float  # of each refresh: second moments of rows
   inverse_flops: float  # of each refresh: inverses, bases or roots
@@ -99,7 +100,7 @@ class Method(NamedTuple):
   temporaries: Temporaries
   of_rows: bool = False  # whether the factors are second moments of rows
   squares: bool = False  # whether there are second moments in their basis, too
-  sharding: bool = False  # whether its blocks can have owners
+  moments: bool = False  # whether two moments of each block, and two counts, are kept beside them
   bfloat16: str = "factors in bfloat16 (no option yet)"
   one_sided: str = "the shorter side of each matrix alone (no option yet)"
 
@@ -186,7 +187,6 @@ METHODS = {
     temporaries=_by_layer(lambda groups: 2),  # gradient, direction
     remake=lambda d, size: inverse_flops(d),
     inverses=lambda block: block.with_diagonals,
-    sharding=True,
     **_layer_method,
   ),
   "fop": Method(
@@ -195,7 +195,6 @@ METHODS = {
     temporaries=_by_layer(lambda groups: 5 * groups - 3),  # each contrast, its g_perp, M^-1 of it
     remake=lambda d, size: inverse_flops(d),
     inverses=lambda block: block.with_diagonals,
-    sharding=True,
     **_layer_method,
   ),
   "ekfac": Method(
@@ -217,6 +216,7 @@ METHODS = {
     remake=lambda d, size: (2 + QR) * d**3 + 4 * size * d,  # the first moment turned
     factors=lambda block: block.squares,
     inverses=lambda block: block.squares,
+    moments=True,
     bfloat16="soap(statistics_dtype=jnp.bfloat16)",
     one_sided="soap(one_sided=True)",
   ),
@@ -230,6 +230,7 @@ METHODS = {
     remake=lambda d, size: (EIGH + 2) * d**3,
     factors=lambda block: block.squares,
     inverses=lambda block: block.squares,
+    moments=True,
   ),
 }
 
@@ -253,6 +254,7 @@ def cost(method: Method, products: int, block: Block, itemsize: int | None = Non
     diagonal=block.diagonal,
     factor_bytes=n * method.factors(block) * (itemsize or block.itemsize),
     inverse_bytes=n * method.inverses(block) * block.itemsize,
+    moment_bytes=n * (2 * size * block.itemsize + 8) if method.moments else 0,
     ordinary_flops=n * products * 2.0 * size * sum(block.sides),
     statistics_flops=0.0,
     inverse_flops=n * sum(method.remake(d, size) for d in block.sides),
@@ -291,6 +293,7 @@ class Share(NamedTuple):
 
   factor_bytes: int
   inverse_bytes: int
+  moment_bytes: int
   ordinary_flops: float
   inverse_flops: float
 
@@ -313,16 +316,19 @@ def largest_share(costs: Sequence[LayerEstimate], devices: int) -> Share:
     for (dims, diagonal), members in totals.items()
   )
   plan = plan_owners(stacks, devices)
-  inverses, factor_bytes, inverse_bytes, products = np.zeros(devices), 0, 0, 0.0
+  inverses, products = np.zeros(devices), 0.0
+  factor_bytes = inverse_bytes = moment_bytes = 0
   rows = zip(stacks, plan.slots, plan.places, totals.values(), strict=True)
   for stack, slots, places, members in rows:
     total = lambda field, own=members: sum(getattr(x, field) for x in own)
     factor_bytes += total("factor_bytes") * slots // stack.blocks
     inverse_bytes += total("inverse_bytes") * slots // stack.blocks
+    moment_bytes += total("moment_bytes") * slots // stack.blocks
     products += total("ordinary_flops") * slots / stack.blocks
     owned = np.bincount(np.array(places) // slots, minlength=devices)
     inverses += total("inverse_flops") / stack.blocks * owned
-  return Share(factor_bytes, inverse_bytes, products, float(inverses.max(initial=0.0)))
+  flops = float(inverses.max(initial=0.0))
+  return Share(factor_bytes, inverse_bytes, moment_bytes, products, flops)
 
 
 class Saving(NamedTuple):

@@ -15,6 +15,7 @@ from fop_optax.layers import Layers
 from fop_optax.optimizers.fop import ScaleByFopState
 from fop_optax.optimizers.kfac import ScaleByKfacState
 from fop_optax.optimizers.neumann import ScaleByNeumannState
+from fop_optax.optimizers.owned_tensors import OwnedStack
 from fop_optax.optimizers.shampoo import ScaleByShampooState
 from fop_optax.optimizers.soap import ScaleBySoapState
 
@@ -106,9 +107,12 @@ def _by_shape(state: ScaleBySoapState | ScaleByShampooState) -> dict[str, dict[s
   """Events of each stack, under the shape of its tensors; of those of one shape side by side."""
   out: dict[str, dict[str, jax.Array]] = {}
   for stack in state.stacks:
-    own = {"inverses": stack.made, "failed_inverses": stack.failed}
-    if stack.projection is not None:
-      own |= stack.projection._asdict()
+    of = stack.slots if isinstance(stack, OwnedStack) else stack
+    own = {"inverses": of.made, "failed_inverses": of.failed}
+    if of.projection is not None:
+      own |= of.projection._asdict()
+    if isinstance(stack, OwnedStack):
+      own = stack.in_order(own)
     name = " x ".join(map(str, stack.dims[1:]))
     before = out.get(name)
     out[name] = own if before is None else jax.tree.map(lambda *x: jnp.concatenate(x), before, own)

@@ -102,7 +102,8 @@ def estimate(
     devices: over how many devices blocks of curvature have owners, as by the optimizer's
       `sharding` (its `devices`). Totals are of the device with most: of its slots, also those that
       stay empty. Examples are shared out evenly; parameters, gradients, statistics of a batch and
-      moments are on each device.
+      moments are on each device, but of SOAP and Shampoo the moments are with the owners. EKFAC's
+      bases are on each device while statistics are taken.
     rows: how many rows (examples, times tokens or pixels) each layer meets in a batch, a number for
       all or one for each; None: as many as in the batch of capture. Layers alone do not know it,
       and second moments are not counted.
@@ -147,11 +148,6 @@ def estimate(
   if not isinstance(devices, int) or devices < 1:
     raise ValueError(f"`estimate(devices={devices!r})` takes a whole number of at least 1.")
   method, itemsize = costs.METHODS[optimizer], _itemsize(factor_dtype)
-  if devices > 1 and not method.sharding:
-    raise ValueError(
-      f"`estimate({optimizer!r}, devices={devices})`: its curvature has no owners, each device has"
-      " all of it. Leave `devices` out; K-FAC and FOP take `sharding`."
-    )
   leaves = _leaves(layers, params)
   state = _bytes(jax.eval_shape(method.make(layers).init, leaves))
   blocks = costs.blocks_of(method, layers, leaves)
@@ -165,8 +161,9 @@ def estimate(
       for own, layer, n in zip(found, layers, counts.rows, strict=True)
     ]
   share, parameters = costs.largest_share(found, devices), _bytes(leaves)
-  state = state - wide.bytes + share.bytes
+  state += share.bytes + share.moment_bytes - wide.bytes - wide.moment_bytes
   statistics = sum(costs.statistics_bytes(method, block) for block in blocks)
+  gathered = sum(b.count * b.squares * b.itemsize for b in blocks) if method.squares else 0
   ordinary, refresh = method.temporaries(
     costs.Sizes(parameters, share.bytes, share.inverse_bytes, statistics, layers.groups)
   )
@@ -179,7 +176,7 @@ def estimate(
     inverse_bytes=share.inverse_bytes,
     other_bytes=state - share.bytes,
     ordinary_bytes=parameters + state + ordinary,
-    refresh_bytes=parameters + state + refresh,
+    refresh_bytes=parameters + state + refresh + (gathered if devices > 1 else 0),
     ordinary_flops=share.ordinary_flops,
     refresh_flops=share.inverse_flops + sum(own.statistics_flops for own in found) / devices,
     counted=bool(counts) or not method.of_rows,

@@ -256,8 +256,12 @@ class Stats(NamedTuple):
 
 
 class Basis(NamedTuple):
-  """The eigenbases of blocks of one shape: eigenvectors of their factors, in the columns."""
+  """The eigenbases of blocks of one shape: eigenvectors of their factors, in the columns.
+
+  Where the blocks have owners both sides have their slots, and `place` says where each block is.
+  """
 
   A: jax.Array | None  # [blocks, rows, rows]; None of a diagonal factor: the identity
   G: jax.Array | None  # [blocks, outputs, outputs]
   layer: jax.Array  # int32, shape=(blocks,): the layer of each, those of a layer side by side
+  place: jax.Array | None = None  # int32, shape=(blocks,); None: in order

@@ -135,14 +135,14 @@ class Captured:
       shards = batches.Shards()  # nothing to wait for: a sum is added up where it is formed
     dtypes = [jnp.promote_types(leaves[layer.weight].dtype, jnp.float32) for layer in self.layers]
     zeros = _compat.vary(_zeros(self.layers, dtypes, shards, basis is not None), axes)
-    rotations = None
+    rotations, flag = None, None if static else jnp.asarray(refresh)
     if basis is not None:
-      rotations = _compat.vary(second_moments.rotations(self.layers, basis, dtypes), axes)
+      rotations = second_moments.rotations(self.layers, basis, dtypes, flag)
+      rotations = _compat.vary(rotations, axes)
     if static and not refresh:
       backward = plain(signature, leaves, chunks.leaves, zeros, loss_scale)
       combine = tuple
     else:
-      flag = None if static else jnp.asarray(refresh)
       backward, combine = self._with_statistics(
         signature, leaves, chunks, zeros, rotations, flag, loss_scale
       )

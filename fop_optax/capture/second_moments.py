@@ -18,7 +18,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from fop_optax import moments
+from fop_optax import _compat, moments
 from fop_optax.capture.examples.values import Piece
 from fop_optax.capture.kinds.convolution import Convolution
 from fop_optax.capture.kinds.dense import Dense
@@ -26,6 +26,7 @@ from fop_optax.capture.kinds.lookup import Lookup
 from fop_optax.capture.resolve import Resolved
 from fop_optax.capture.values import Key, Use
 from fop_optax.layers import Basis, Factors, Layers
+from fop_optax.sharding import whole
 
 
 class Statistics(NamedTuple):
@@ -43,15 +44,36 @@ class Rotation(NamedTuple):
 
 
 def rotations(
-  layers: Layers, basis: Sequence[Basis], dtypes: Sequence[jax.typing.DTypeLike]
+  layers: Layers,
+  basis: Sequence[Basis],
+  dtypes: Sequence[jax.typing.DTypeLike],
+  refresh: jax.Array | None = None,
 ) -> tuple[Rotation, ...]:
   """The basis of each layer, found by the numbers that blocks have of their layers.
 
-  A layer that optax has masked has none: it gets any of its shape, or zeros.
+  A layer that optax has masked has none: it gets any of its shape, or zeros. Bases that have owners
+  are gathered, if `refresh`; else they are zeros.
 
   Raises:
     ValueError: if there is no basis of the shape of a layer.
   """
+  make = lambda: _rotations(layers, [_in_order(own) for own in basis], dtypes)
+  if refresh is None or all(own.place is None for own in basis):
+    return make()
+  like = jax.eval_shape(make)
+  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+  skip = lambda: jax.tree.map(_compat.sharded_like, zeros(), like)
+  return lax.cond(refresh, make, skip)
+
+
+def _in_order(own: Basis) -> Basis:
+  if own.place is None:
+    return own
+  ordered = lambda side: None if side is None else whole(side)[own.place]
+  return Basis(ordered(own.A), ordered(own.G), own.layer)
+
+
+def _rotations(layers, basis, dtypes):
   shape = lambda side: None if side is None else tuple(side.shape[1:])
   out = []
   for index, (layer, dtype) in enumerate(zip(layers, dtypes, strict=True)):

@@ -124,11 +124,13 @@ def of_gradients(own: Eigenbases, gradients: jax.Array) -> tuple[Side, ...]:
 
 
 def first_bases(
-  stacks: Sequence[Eigenbases], moments: Sequence[tuple[Side, ...]]
+  stacks: Sequence[Eigenbases], moments: Sequence[tuple[Side, ...]], due: jax.Array | None = None
 ) -> tuple[Eigenbases, ...]:
-  """Eigenvectors, by falling eigenvalue, of second moments."""
-  found = by_side(jax.vmap(_eigenvectors), moments)
-  return tuple(_stored(own, sides, None) for own, sides in zip(stacks, found, strict=True))
+  """Eigenvectors, by falling eigenvalue, of second moments; of blocks that are `due`, or of all."""
+  columns, turns = _with_turns([moments], stacks, due)
+  found = by_side(lambda S, due=None: by_block(_eigenvectors, _unmoved, S, due=due), *columns)
+  rows = zip(stacks, found, turns, strict=True)
+  return tuple(_stored(own, sides, turn) for own, sides, turn in rows)
 
 
 def follow(
@@ -141,10 +143,8 @@ def follow(
   """
   step = lambda S, Q: _follow(S.astype(Q.dtype), Q, sort)
   stay = lambda S, Q: _unmoved(Q)
-  columns: list[Any] = [[own.statistics for own in stacks], [own.bases for own in stacks]]
-  turns = per_stack(due, [len(own.made) for own in stacks])
-  if due is not None:
-    columns.append([(turn,) * len(own.bases) for turn, own in zip(turns, stacks, strict=True)])
+  both = [[own.statistics for own in stacks], [own.bases for own in stacks]]
+  columns, turns = _with_turns(both, stacks, due)
   found = by_side(lambda S, Q, due=None: by_block(step, stay, S, Q, due=due), *columns)
   out = []
   for own, sides, turn in zip(stacks, found, turns, strict=True):
@@ -153,6 +153,15 @@ def follow(
     orders = tuple(s and jnp.where(kept, jnp.arange(s.order.shape[1]), s.order) for s in sides)
     out.append((after, orders))
   return out
+
+
+def _with_turns(
+  columns: Sequence[Any], stacks: Sequence[Eigenbases], due: jax.Array | None
+) -> tuple[list[Any], list[Any]]:
+  """Columns for `by_side` with what is `due` of each side beside them, and of each stack."""
+  turns = per_stack(due, [len(own.made) for own in stacks])
+  sides = [(turn,) * len(own.bases) for turn, own in zip(turns, stacks, strict=True)]
+  return [*columns, *([] if due is None else [sides])], turns
 
 
 def _eigenvectors(S: jax.Array) -> Followed:

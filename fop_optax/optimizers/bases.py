@@ -8,13 +8,15 @@ from fop_optax.curvature.stacks import per_stack
 from fop_optax.layers import Basis, Layers, Stats
 from fop_optax.optimizers.refresh import curvature_state
 
-FIELDS = ("basis_A", "basis_G", "S")  # of a stack's inverse
+FIELDS = ("basis_A", "basis_G", "S", "place")  # of a stack and its inverse
 
 
 def bases(opt_state: Any) -> tuple[Basis, ...]:
   """The eigenbases of the Kronecker factors that `scaling="eigenvalue"` works in.
 
-  Before the first statistics they are zeros; what is measured in them then is not folded in.
+  Before the first statistics they are zeros; what is measured in them then is not folded in. Of an
+  optimizer with `sharding` they are still with their owners: `value_and_grad` gathers them where it
+  takes statistics.
 
   Args:
     opt_state: state of an optimizer that holds one curvature state, as for
@@ -51,9 +53,9 @@ def bases(opt_state: Any) -> tuple[Basis, ...]:
     )
   in_order = [stacks[name] for name in sorted(stacks, key=int)]  # dictionaries have "10" before "2"
   (layer,) = (leaf for names, leaf in fields["blocks"].items() if names[0] == "layer")
-  owners = per_stack(layer, [len(stack["S"]) for stack in in_order])
+  owners = per_stack(layer, [len(stack.get("place", stack["S"])) for stack in in_order])
   return tuple(
-    Basis(stack.get("basis_A"), stack.get("basis_G"), own)
+    Basis(stack.get("basis_A"), stack.get("basis_G"), own, stack.get("place"))
     for stack, own in zip(in_order, owners, strict=True)
   )
 

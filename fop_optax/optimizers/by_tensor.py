@@ -1,6 +1,7 @@
 """What methods that need gradients alone share: from gradients to stacks of tensors and back."""
 
 from collections.abc import Callable, Sequence
+import functools
 import numbers
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +16,9 @@ from fop_optax.dimensions import Dimensions
 from fop_optax.layers import Layers, Stats, is_masked
 from fop_optax.optimizers import checks, common
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
+from fop_optax.optimizers.owned_tensors import OwnedStack, rows_of, start_owned, step_owned
 from fop_optax.optimizers.whole_steps import all_finite
+from fop_optax.sharding import Sharding
 from fop_optax.tensors import Tensors
 
 
@@ -33,6 +36,24 @@ class TensorState(Protocol):
     ...
 
 
+class TensorOptions(Protocol):
+  """Hyperparameters of a method, a dataclass."""
+
+  @property
+  def contrast(self) -> bool:
+    """Whether it needs the contrasts of the groups' gradients, in `stats`."""
+    ...
+
+  @property
+  def sharding(self) -> Sharding | None:
+    """Over which devices blocks have owners."""
+    ...
+
+  def tensors(self, tree: Any) -> Tensors:
+    """The tensors of a tree."""
+    ...
+
+
 class OfContrast(NamedTuple):
   """What FOP found of each block at the last step: see `fop_optax.projection`."""
 
@@ -46,52 +67,48 @@ def of_no_contrast(blocks: int, dtype: Any) -> OfContrast:
   return OfContrast(*(jnp.zeros(blocks, dtype) for _ in OfContrast._fields))
 
 
-# count, state of each stack, its gradients [blocks, *dims] and, where they are asked for,
-# `contrasts` [blocks, k, *dims] and `statistics` -> its directions, its state after the step
+# options, count, state of each stack, its gradients [blocks, *dims] and, where they are asked for,
+# `contrasts` [blocks, k, *dims], `sides` [blocks, d, d] (Kronecker factors along the modes with a
+# basis) and `refresh` (whether these are of this batch; else zeros); of one device its `share`
+# -> directions of each stack, its state after the step
 Step = Callable[..., tuple[list[jax.Array], tuple[Any, ...]]]
 
 
-class Statistics(NamedTuple):
-  """Kronecker factors of this step, for each stack those along its modes that have a basis."""
-
-  refresh: jax.Array  # bool, shape=(): whether they are of this batch; else they are zeros
-  sides: list[tuple[Side, ...]]  # [blocks, d, d]
-
-
 def by_tensor(
-  find: Callable[[Any], Tensors],
-  start: Callable[[Stack, Any], TensorState],
+  options: TensorOptions,
+  start: Callable[[Any, Stack, Any], TensorState],
   step: Step,
   state_of: Callable[..., Any],
-  contrast: bool = False,
   fisher: Layers | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """A method that makes of each tensor of the gradient its direction.
 
   Args:
-    find: the tensors of a tree.
+    options: hyperparameters, for `start` and `step`.
     start: state of a stack before the first step, for arithmetic in a dtype.
     step: one step of all stacks.
     state_of: counters of steps and state of the stacks -> state.
-    contrast: whether it needs the contrasts of the groups' gradients, in `stats`.
     fisher: the layers of which it needs the Kronecker factors in `stats`, if it does.
   """
+  begin = functools.partial(start, options)
 
   def init(params: optax.Params) -> Any:
     if not jax.tree.leaves(params, is_leaf=is_masked):
       # optax.tree.map_params asks for the outline of a state: one leaf for what depends on params.
       return state_of(no_steps(), jnp.zeros(()))
-    found, leaves = find(params), jax.tree.leaves(params, is_leaf=is_masked)
+    found, leaves = options.tensors(params), jax.tree.leaves(params, is_leaf=is_masked)
     stacks = plan_stacks(found)
     dtypes = [arithmetic(stack, found, leaves) for stack in stacks]
-    return state_of(no_steps(), tuple(map(start, stacks, dtypes)))
+    if options.sharding is None:
+      return state_of(no_steps(), tuple(map(begin, stacks, dtypes)))
+    return state_of(no_steps(), start_owned(begin, stacks, dtypes, options.sharding))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
   def apply(updates, state, trees, stats):
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_masked)
-    found = find(updates)
+    found = options.tensors(updates)
     stacks = plan_stacks(found)
-    _check_state(stacks, state.stacks)
+    _check_state(stacks, state.stacks, options.sharding)
     gather = lambda leaves: [
       stack_matrices(stack, found, leaves, s.dtype)
       for stack, s in zip(stacks, state.stacks, strict=True)
@@ -101,13 +118,16 @@ def by_tensor(
     contrasts = [jnp.stack(parts, axis=1) for parts in zip(*others, strict=True)]
     # Of a tensor whose square overflows the second moments would.
     finite = all_finite([jnp.sum(g**2) for g in [*gradients, *contrasts]])
-    more: dict[str, Any] = {"contrasts": contrasts} if contrast else {}
+    more: dict[str, Any] = {"contrasts": contrasts} if options.contrast else {}
     if stats is not None:
       dtypes = [s.dtype for s in state.stacks]
-      more["statistics"] = Statistics(
-        stats.refresh, [_sides(*each, found, stats) for each in zip(stacks, dtypes, strict=True)]
-      )
-    directions, after = step(state.steps.count, state.stacks, gradients, **more)
+      more["refresh"] = stats.refresh
+      more["sides"] = [_sides(*each, found, stats) for each in zip(stacks, dtypes, strict=True)]
+    count = state.steps.count
+    if options.sharding is None or not stacks:
+      directions, after = step(options, count, state.stacks, gradients, **more)
+    else:
+      directions, after = step_owned(step, options, stacks, count, state.stacks, gradients, more)
     steps = state.steps.counted(Finite(jnp.asarray(True), finite))
     leaves = unstack(stacks, found, directions, leaves)
     return jax.tree.unflatten(treedef, leaves), state_of(steps, after)
@@ -117,7 +137,9 @@ def by_tensor(
     if not jax.tree.leaves(updates):
       return updates, state
     check_floating(updates)
-    trees = _contrasts(updates, stats) if contrast else ()
+    if options.sharding is not None:
+      _check_replicated(updates)
+    trees = _contrasts(updates, stats) if options.contrast else ()
     return apply(updates, state, trees, None if fisher is None else _statistics(fisher, stats))
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -227,13 +249,30 @@ def arithmetic(stack: Stack, found: Tensors, leaves: Sequence[Any]) -> Any:
   return jnp.result_type(jnp.float32, *(dtype_of(leaves[leaf]) for leaf in members))
 
 
-def _check_state(stacks: Sequence[Stack], states: Sequence[TensorState]) -> None:
-  had, need = [tuple(s.dims) for s in states], [(stack.blocks, *stack.dims) for stack in stacks]
-  if had != need:
+def _check_state(
+  stacks: Sequence[Stack], states: Sequence[TensorState], sharding: Sharding | None
+) -> None:
+  had = [tuple(s.dims) for s in states]
+  need = [(stack.blocks, *stack.dims) for stack in rows_of(stacks, sharding)]
+  owned = any(isinstance(s, OwnedStack) for s in states)
+  if had != need or owned != (sharding is not None and bool(stacks)):
     raise ValueError(
       f"The optimizer's state is of another model or another mask: its tensors have shapes {had},"
       f" but this gradient has {need}. Make a state with `tx.init(params)`."
+      f"{checks.of_owners(owned, sharding)}"
     )
+
+
+def _check_replicated(updates: Any) -> None:
+  """Checks that no gradient is sharded by its type, under explicit mesh axes."""
+  for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]:
+    spec = jax.typeof(leaf).sharding.spec
+    if any(axis is not None for axis in spec):
+      raise ValueError(
+        f"The gradient is sharded, {spec}, at {jax.tree_util.keystr(path)}, and owners"
+        " (`sharding=`) take it whole: keep parameters replicated, or give gradients and updates"
+        " other shardings around `tx.update`, with `jax.sharding.reshard`."
+      )
 
 
 def check_floating(updates: Any) -> None:

@@ -65,15 +65,21 @@ def check_factors(layers: Layers, stats: Any) -> None:
     )
 
 
-def check_sharding(sharding: Any, scaling: str) -> None:
+def of_owners(owned: bool, sharding: Sharding | None) -> str:
+  """What more to say of a state that does not fit, where it or the optimizer has owners."""
+  if not owned and sharding is None:
+    return ""
+  return (
+    f" It is {'dealt to owners' if owned else 'in the order of blocks'}, and this optimizer has"
+    f" {f'{sharding.devices} owners' if sharding else 'no `sharding`'}: of other devices take"
+    " `fop_optax.to_owners(fop_optax.to_blocks(opt_state), sharding)`."
+  )
+
+
+def check_sharding(sharding: Any) -> None:
   """Checks over which devices curvature is dealt."""
   if sharding is not None and not isinstance(sharding, Sharding):
     raise TypeError(
       f"`sharding` is a {type(sharding).__name__}: pass `fop_optax.Sharding(mesh)`, or None for"
       " curvature that every device has."
-    )
-  if sharding is not None and scaling == "eigenvalue":
-    raise ValueError(
-      '`scaling="eigenvalue"` measures in bases that every device needs: it takes no `sharding`.'
-      ' Use `scaling="factored"` or `"exact"` with it.'
     )

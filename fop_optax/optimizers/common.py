@@ -78,7 +78,7 @@ class Options:
     checks.check("norm_constraint", self.norm_constraint, lambda x: x > 0, "above 0")
     checks.check("learning_rate", self.learning_rate, lambda x: x >= 0, "at least 0")
     checks.check("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
-    checks.check_sharding(self.sharding, self.scaling)
+    checks.check_sharding(self.sharding)
 
   def damping_at(self, count: jax.Array) -> Damping:
     """Damping at a step: what was given, and the default where nothing was."""
@@ -299,16 +299,10 @@ def check_state(
   owned = any(s.place is not None for s in state.stacks)
   if had == need and owned == (sharding is not None and bool(stacks)):
     return
-  others = ""
-  if owned or sharding is not None:
-    others = (
-      f" It is {'dealt to owners' if owned else 'in the order of blocks'}, and this optimizer has"
-      f" {f'{sharding.devices} owners' if sharding else 'no `sharding`'}: of other devices take"
-      " `fop_optax.to_owners(fop_optax.to_blocks(opt_state), sharding)`."
-    )
   raise ValueError(
     f"The optimizer's state is of another model or another mask: its factors have shapes {had},"
-    f" but these layers need {need}. Make a state with `tx.init(params)`.{others}"
+    f" but these layers need {need}. Make a state with `tx.init(params)`."
+    f"{checks.of_owners(owned, sharding)}"
   )
 
 

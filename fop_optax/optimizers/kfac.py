@@ -179,8 +179,9 @@ def kfac(
       Adam at 0.03 of `learning_rate`, with `weight_decay` and `mask` as above.
     sharding: :class:`fop_optax.Sharding`: each block of curvature is kept, inverted and applied by
       one device of its mesh, the directions gathered once a step. For batches sharded over the
-      mesh and replicated parameters, with `scaling` factored or exact; updates are equal to
-      rounding. None: every device has all of it.
+      mesh and replicated parameters; updates are equal to rounding. With `scaling="eigenvalue"`
+      the bases are gathered besides where statistics are taken, as every device measures in them.
+      None: every device has all of it.
 
   Returns:
     A transformation whose `update` takes `stats=`.

@@ -16,6 +16,9 @@ from fop_optax.curvature.inverse import (
 )
 from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.state import CurvatureState, StackState, in_order
+from fop_optax.optimizers.owned_tensors import OwnedStack
+from fop_optax.optimizers.shampoo import ScaleByShampooState
+from fop_optax.optimizers.soap import ScaleBySoapState
 from fop_optax.sharding import Sharding, laid, noted, plan_owners
 
 
@@ -57,12 +60,12 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
   (sharding,) = set(found)
   whole = lambda tree: jax.tree.map(sharding.whole, tree)
 
-  def stack(own: StackState) -> StackState:
+  def stack(own: StackState | OwnedStack) -> Any:
     if own.place is None:
       return whole(own)
     return jax.tree.map(sharding.owned, own)._replace(place=sharding.whole(own.place))
 
-  is_stack = lambda x: isinstance(x, StackState)
+  is_stack = lambda x: isinstance(x, StackState | OwnedStack)
   return jax.tree.map(lambda x: stack(x) if is_stack(x) else whole(x), state, is_leaf=is_stack)
 
 
@@ -95,7 +98,7 @@ def to_blocks(opt_state: Any) -> Any:
     >>> jax.tree.structure(state) == jax.tree.structure(plain)
     True
   """
-  return _converted(opt_state, "to_blocks", True, in_order)
+  return _converted(opt_state, "to_blocks", True, _ordered)
 
 
 def to_owners(opt_state: Any, sharding: Sharding) -> Any:
@@ -124,13 +127,13 @@ def _converted(
   opt_state: Any,
   who: str,
   owned: bool,
-  convert: Callable[[CurvatureState], CurvatureState],
+  convert: Callable[[Any], Any],
   sharding: Sharding | None = None,
 ) -> Any:
-  is_curvature = lambda x: isinstance(x, CurvatureState)
+  is_curvature = lambda x: isinstance(x, CurvatureState | TensorStates)
   leaves, treedef = jax.tree.flatten(opt_state, is_leaf=is_curvature)
   found = [own for own in leaves if is_curvature(own) and own.stacks]
-  wrong = [own for own in found if (own.stacks[0].place is not None) != owned]
+  wrong = [own for own in found if (getattr(own.stacks[0], "place", None) is not None) != owned]
   if not found or wrong:
     had = "no curvature state" if not found else f"a state whose blocks have {_NOT[owned]}"
     raise ValueError(
@@ -142,12 +145,40 @@ def _converted(
   return treedef.unflatten(out)
 
 
+TensorStates = ScaleBySoapState | ScaleByShampooState
+
 _NOT = {True: "no owners", False: "owners already"}
 _WITH = {True: "with", False: "without"}
 
 
-def _dealt(state: CurvatureState, sharding: Sharding) -> CurvatureState:
+def _ordered(state: Any) -> Any:
+  """A state whose blocks have owners, in the order of blocks."""
+  if isinstance(state, CurvatureState):
+    return in_order(state)
+  return state._replace(stacks=tuple(own.in_order(own.slots) for own in state.stacks))
+
+
+def _dealt(state: Any, sharding: Sharding) -> Any:
   """A state in the order of blocks, with owners."""
+  deal = _dealt_tensors if isinstance(state, TensorStates) else _dealt_curvature
+  return deal(state, sharding)
+
+
+def _dealt_tensors(state: Any, sharding: Sharding) -> Any:
+  stacks = tuple(Stack((), own.dims[0], own.dims[1:], own.diagonal) for own in state.stacks)
+  plan = plan_owners(stacks, sharding.devices)
+
+  def deal(own: Any, slots: int, place: Any) -> OwnedStack:
+    index = jnp.asarray(place, jnp.int32)
+    rows = lambda x: jnp.zeros((sharding.devices * slots, *x.shape[1:]), x.dtype).at[index].set(x)
+    dealt = jax.tree.map(lambda x: _put(rows(x), sharding.owned(x)), own)
+    return OwnedStack(dealt, _put(index, sharding.whole(index)))
+
+  steps = jax.tree.map(lambda x: _put(x, sharding.whole(x)), state.steps)
+  return type(state)(steps, tuple(map(deal, state.stacks, plan.slots, plan.places)))
+
+
+def _dealt_curvature(state: CurvatureState, sharding: Sharding) -> CurvatureState:
   plan = plan_owners(tuple(map(_stack_of, state.stacks)), sharding.devices)
 
   def deal(own: StackState, slots: int, place: Any) -> StackState:
@@ -166,10 +197,7 @@ def _dealt(state: CurvatureState, sharding: Sharding) -> CurvatureState:
 
 def _scaling_of(inverse: Inverse) -> Scaling:
   if isinstance(inverse, EigenvalueInverse):
-    raise ValueError(
-      '`to_owners`: the state is of an optimizer with `scaling="eigenvalue"`, which takes no'
-      " `sharding`."
-    )
+    return SCALINGS["eigenvalue"]
   return SCALINGS["exact" if isinstance(inverse, ExactInverse) else "factored"]
 
 

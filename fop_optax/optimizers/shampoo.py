@@ -20,9 +20,11 @@ from fop_optax.optimizers import by_tensor, checks, common
 from fop_optax.optimizers.by_tensor import OfContrast
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.grafting import correction, folded, grafted
+from fop_optax.optimizers.owned_tensors import OwnedStack, numbers_of, of_blocks
 from fop_optax.optimizers.shampoo_options import Exponents, ShampooOptions
 from fop_optax.optimizers.whole_steps import whole_steps
 from fop_optax.projection import fop_direction
+from fop_optax.sharding import Sharding, Share
 
 
 class ShampooStack(NamedTuple):
@@ -45,6 +47,10 @@ class ShampooStack(NamedTuple):
     return self.mu.shape
 
   @property
+  def diagonal(self):
+    return tuple(root is None for root in self.roots)
+
+  @property
   def dtype(self):
     return self.mu.dtype
 
@@ -60,7 +66,7 @@ class ScaleByShampooState(NamedTuple):
   """State of `scale_by_shampoo`."""
 
   steps: Steps
-  stacks: tuple[ShampooStack, ...]
+  stacks: tuple[ShampooStack | OwnedStack, ...]
 
 
 def _start(options: ShampooOptions, stack: Stack, dtype: Any) -> ShampooStack:
@@ -83,7 +89,14 @@ def _start(options: ShampooOptions, stack: Stack, dtype: Any) -> ShampooStack:
   )
 
 
-def _step(options: ShampooOptions, count: jax.Array, stacks, gradients, contrasts=None):
+def _step(
+  options: ShampooOptions,
+  count: jax.Array,
+  stacks,
+  gradients,
+  contrasts=None,
+  share: Share | None = None,
+):
   """One step of all stacks: directions, states.
 
   The gradient of a step enters the factors and, where they are due, the roots that it is seen in.
@@ -93,8 +106,8 @@ def _step(options: ShampooOptions, count: jax.Array, stacks, gradients, contrast
   stacks = tuple(s._replace(factors=fold(s, g)) for s, g in zip(stacks, gradients, strict=True))
   period = whole_period(options.inverse_update_period, count)
   start = period if options.start_step is None else jnp.asarray(options.start_step, jnp.int32)
-  turn = jnp.arange(sum(len(s.made) for s in stacks)) if options.stagger else 0
-  due = ((t - turn) % period == 0) & (t > start) | (t == start)
+  turn = numbers_of(sum(len(s.made) for s in stacks), share) if options.stagger else 0
+  due = of_blocks(((t - turn) % period == 0) & (t > start) | (t == start), share)
   remake = lambda stacks: _remake(options, t, stacks, due if due.ndim else None)
   stacks = jax.lax.cond(jnp.any(due), remake, lambda stacks: stacks, stacks)
   direction = jax.vmap(functools.partial(_direction, options, t, start))
@@ -235,6 +248,7 @@ def scale_by_shampoo(
   merge_to: int | None = None,
   dimension_numbers: Dimensions = None,
   layers: Layers | None = None,
+  sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Turns gradients into Shampoo's direction; no rate, no sign and no decay.
 
@@ -259,18 +273,13 @@ def scale_by_shampoo(
     merge_to=merge_to,
     dimension_numbers=dimension_numbers,
     layers=layers,
+    sharding=sharding,
   )
   return whole_steps(_shampoo(options))
 
 
 def _shampoo(options: ShampooOptions) -> optax.GradientTransformationExtraArgs:
-  return by_tensor.by_tensor(
-    options.tensors,
-    functools.partial(_start, options),
-    functools.partial(_step, options),
-    ScaleByShampooState,
-    options.contrast,
-  )
+  return by_tensor.by_tensor(options, _start, _step, ScaleByShampooState)
 
 
 def shampoo(
@@ -299,6 +308,7 @@ def shampoo(
   merge_to: int | None = None,
   dimension_numbers: Dimensions = None,
   layers: Layers | None = None,
+  sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Shampoo: gradients preconditioned along every axis, as Meta distribute it.
 
@@ -359,6 +369,10 @@ def shampoo(
     dimension_numbers: how leaves with two or more axes are matrices, as in :func:`fop_optax.soap`.
     layers: `captured.layers`: every weight is the matrix that :func:`fop_optax.capture` found, as
       in :func:`fop_optax.soap`.
+    sharding: :class:`fop_optax.Sharding`: each block has one owner among the devices of its mesh,
+      which keeps its state, remakes its roots and finds its direction; directions are gathered once
+      a step. For replicated parameters and gradients; updates are equal to rounding. None: every
+      device has all of it.
 
   Returns:
     A transformation; its `update` needs params where there is weight decay.
@@ -409,6 +423,7 @@ def shampoo(
     merge_to=merge_to,
     dimension_numbers=dimension_numbers,
     layers=layers,
+    sharding=sharding,
   )
   checks.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
   checks.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")

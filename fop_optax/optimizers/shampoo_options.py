@@ -10,6 +10,7 @@ from fop_optax.layers import Layers
 from fop_optax.optimizers import by_tensor, checks
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.grafting import Graft
+from fop_optax.sharding import Sharding
 from fop_optax.tensors import Tensor, Tensors, merged_from_right, tensors
 
 ROOTS = ("eigh", "newton")
@@ -40,6 +41,7 @@ class ShampooOptions:
   merge_to: int | None
   dimension_numbers: Dimensions
   layers: Layers | None
+  sharding: Sharding | None
 
   def __post_init__(self):
     checks.one_of("root", self.root, ROOTS)
@@ -52,6 +54,7 @@ class ShampooOptions:
     for name in ("block_size", "merge_to"):
       if getattr(self, name) is not None:
         by_tensor.check_static(name, getattr(self, name))
+    checks.check_sharding(self.sharding)
     by_tensor.check_views(self.dimension_numbers, self.layers)
     self._check_exponents()
 

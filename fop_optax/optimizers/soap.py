@@ -24,9 +24,11 @@ from fop_optax.layers import Layers
 from fop_optax.optimizers import by_tensor, checks, common
 from fop_optax.optimizers.by_tensor import OfContrast
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
+from fop_optax.optimizers.owned_tensors import OwnedStack, numbers_of, of_blocks
 from fop_optax.optimizers.soap_options import SoapOptions
 from fop_optax.optimizers.whole_steps import whole_steps
 from fop_optax.projection import fop_direction
+from fop_optax.sharding import Sharding, Share
 
 
 class SoapStack(NamedTuple):
@@ -40,6 +42,10 @@ class SoapStack(NamedTuple):
   @property
   def dims(self):
     return self.mu.shape
+
+  @property
+  def diagonal(self):
+    return tuple(basis is None for basis in self.bases.bases)
 
   @property
   def dtype(self):
@@ -58,7 +64,7 @@ class ScaleBySoapState(NamedTuple):
   """State of `scale_by_soap`."""
 
   steps: Steps
-  stacks: tuple[SoapStack, ...]
+  stacks: tuple[SoapStack | OwnedStack, ...]
 
 
 def _start(options: SoapOptions, stack: Stack, dtype: Any) -> SoapStack:
@@ -76,7 +82,14 @@ def _start(options: SoapOptions, stack: Stack, dtype: Any) -> SoapStack:
 
 
 def _step(
-  options: SoapOptions, count: jax.Array, stacks, gradients, contrasts=None, statistics=None
+  options: SoapOptions,
+  count: jax.Array,
+  stacks,
+  gradients,
+  contrasts=None,
+  sides=None,
+  refresh=None,
+  share: Share | None = None,
 ):
   """One step of all stacks: directions, states.
 
@@ -88,18 +101,17 @@ def _step(
 
     def start(bases):
       of = zip(bases, gradients, strict=True)
-      moments = [of_gradients(*own) for own in of] if statistics is None else statistics.sides
-      return first_bases(bases, moments)
+      moments = [of_gradients(*own) for own in of] if sides is None else sides
+      return first_bases(bases, moments, None if share is None else share.filled)
 
     bases = jax.lax.cond(first, start, lambda bases: bases, bases)
   beta = options.b2 if options.shampoo_beta is None else options.shampoo_beta
-  if statistics is not None:
-    beta = jnp.where(statistics.refresh, beta, 1)
+  if refresh is not None:
+    beta = jnp.where(refresh, beta, 1)
   adam = jax.vmap(functools.partial(_adam, options, count, beta))
   stacks = [s._replace(bases=own) for s, own in zip(stacks, bases, strict=True)]
   none = [None] * len(stacks)
-  sides = none if statistics is None else statistics.sides
-  rows = zip(stacks, gradients, contrasts or none, sides, strict=True)
+  rows = zip(stacks, gradients, contrasts or none, sides or none, strict=True)
   results = [adam(*row) for row in rows]
   directions, stacks = [r[0] for r in results], tuple(r[1] for r in results)
 
@@ -107,8 +119,9 @@ def _step(
   period = whole_period(options.inverse_update_period, count)
   due = step % period == 0
   if options.stagger:
-    due = step % period == jnp.arange(sum(len(s.mu) for s in stacks)) % period
+    due = step % period == numbers_of(sum(len(s.mu) for s in stacks), share) % period
   due = due | first if options.start == "identity" else due & (step > 0)
+  due = of_blocks(due, share)
   remake = lambda stacks: _remake(options, stacks, due if due.ndim else None)
   return directions, jax.lax.cond(jnp.any(due), remake, lambda stacks: stacks, stacks)
 
@@ -213,6 +226,7 @@ def scale_by_soap(
   layers: Layers | None = None,
   mu_dtype: Any = None,
   statistics_dtype: Any = None,
+  sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Turns gradients into SOAP's direction; no rate, no sign and no decay.
 
@@ -242,19 +256,14 @@ def scale_by_soap(
     layers=layers,
     mu_dtype=mu_dtype,
     statistics_dtype=statistics_dtype,
+    sharding=sharding,
   )
   return whole_steps(_soap(options))
 
 
 def _soap(options: SoapOptions) -> optax.GradientTransformationExtraArgs:
-  return by_tensor.by_tensor(
-    options.tensors,
-    functools.partial(_start, options),
-    functools.partial(_step, options),
-    ScaleBySoapState,
-    options.contrast,
-    options.layers if options.fisher else None,
-  )
+  fisher = options.layers if options.fisher else None
+  return by_tensor.by_tensor(options, _start, _step, ScaleBySoapState, fisher)
 
 
 def soap(
@@ -285,6 +294,7 @@ def soap(
   layers: Layers | None = None,
   mu_dtype: Any = None,
   statistics_dtype: Any = None,
+  sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
 
@@ -349,6 +359,10 @@ def soap(
       convolution's kernel are its patches, and a lookup table has no basis along its rows.
     mu_dtype: dtype of the first moment; None: that of the arithmetic, float32 or better.
     statistics_dtype: that of the statistics, likewise; bases are in that of the arithmetic.
+    sharding: :class:`fop_optax.Sharding`: each tensor has one owner among the devices of its mesh,
+      which keeps its state, remakes its bases and finds its direction; directions are gathered once
+      a step. For replicated parameters and gradients; updates are equal to rounding. None: every
+      device has all of it.
 
   Returns:
     A transformation; its `update` needs params where there is weight decay.
@@ -402,6 +416,7 @@ def soap(
     layers=layers,
     mu_dtype=mu_dtype,
     statistics_dtype=statistics_dtype,
+    sharding=sharding,
   )
   checks.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
   checks.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")

@@ -7,6 +7,7 @@ from fop_optax.dimensions import Dimensions
 from fop_optax.layers import Layers
 from fop_optax.optimizers import by_tensor, checks
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
+from fop_optax.sharding import Sharding
 from fop_optax.tensors import Tensor, Tensors, merged_from_left, tensors
 
 STARTS = ("eigh", "identity")
@@ -40,6 +41,7 @@ class SoapOptions:
   layers: Layers | None
   mu_dtype: Any
   statistics_dtype: Any
+  sharding: Sharding | None
 
   def __post_init__(self):
     checks.one_of("start", self.start, STARTS)
@@ -49,6 +51,7 @@ class SoapOptions:
     checks.check_period("inverse_update_period", self.inverse_update_period)
     if self.max_precond_dim is not None:
       by_tensor.check_static("max_precond_dim", self.max_precond_dim)
+    checks.check_sharding(self.sharding)
     by_tensor.check_views(self.dimension_numbers, self.layers)
     if self.fisher and self.layers is None:
       raise ValueError(
