@@ -14,8 +14,8 @@ from experiments.benchmarks import cases
 import fop_optax
 from fop_optax.curvature.stacks import plan_stacks
 from fop_optax.curvature.state import StackState
-from fop_optax.optimizers.shampoo import ShampooStack
-from fop_optax.optimizers.soap import SoapStack
+from fop_optax.optimizers.shampoo_step import ShampooStack
+from fop_optax.optimizers.soap_step import SoapStack
 from fop_optax.sharding import plan_owners
 
 MAKERS = {
