@@ -101,7 +101,7 @@ class Method(NamedTuple):
   of_rows: bool = False  # whether the factors are second moments of rows
   squares: bool = False  # whether there are second moments in their basis, too
   moments: bool = False  # whether two moments of each block, and two counts, are kept beside them
-  bfloat16: str = "factors in bfloat16 (no option yet)"
+  bfloat16: str = "factor_dtype=jnp.bfloat16"
   one_sided: str = "the shorter side of each matrix alone (no option yet)"
 
 
@@ -225,6 +225,7 @@ METHODS = {
     blocks=_shampoo_blocks,
     longest=BLOCK_SIZE,
     limit="shampoo(block_size={})",
+    bfloat16="factors in bfloat16 (no option yet)",
     products=lambda layers: 2,  # statistics, roots
     temporaries=_by_tensor(2),
     remake=lambda d, size: (EIGH + 2) * d**3,

@@ -137,7 +137,7 @@ def _spectra(
   start = 0
   for stack in curvature.stacks:
     own, start = owner[start : start + stack.blocks], start + stack.blocks
-    spectra = [_spectrum(factor) for factor in stack.factors]
+    spectra = [_spectrum(factor) for factor in stack.running]
     for layer in dict.fromkeys(own[own >= 0].tolist()):
       yield layer, {f"spectrum_{s}": x[own == layer] for s, x in zip("AG", spectra, strict=True)}
 
@@ -148,7 +148,7 @@ def _conditions(curvature: CurvatureState) -> dict[str, jax.Array]:
 
 
 def _stack_conditions(stack: StackState, used: UsedDamping) -> dict[str, jax.Array]:
-  (low_A, high_A), (low_G, high_G) = map(_extremes, stack.factors)
+  (low_A, high_A), (low_G, high_G) = map(_extremes, stack.running)
   if isinstance(used, SplitDamping):
     damped = (high_A + used.damping_A) / (low_A + used.damping_A)
     damped *= (high_G + used.damping_G) / (low_G + used.damping_G)

@@ -17,11 +17,12 @@ class Reference:
   """The optimizer of one layer; `step` takes what one step brings and returns the update."""
 
   def __init__(
-    self, rate, damping, decay, momentum, scaling, statistics_period, inverse_period, fop, relative
-  ):
+    self, rate, damping, decay, momentum, scaling, statistics_period, inverse_period, fop, relative,
+    held="float64",
+  ):  # fmt: skip
     self.rate, self.damping, self.decay, self.momentum = rate, damping, decay, momentum
     self.statistics_period, self.inverse_period = statistics_period, inverse_period
-    self.scaling, self.fop, self.relative = scaling, fop, relative
+    self.scaling, self.fop, self.relative, self.held = scaling, fop, relative, held
     self.count, self.folds, self.trace, self.log = 0, 0, 0.0, []
 
   def step(self, A, G, average, contrast):
@@ -34,6 +35,7 @@ class Reference:
           weight * self.A + (1 - weight) * A,
           weight * self.G + (1 - weight) * G,
         )
+      self.A, self.G = (x.astype(self.held).astype("float64") for x in (self.A, self.G))
       self.folds += 1
     if self.count % self.inverse_period(self.count) == 0:
       mean = np.linalg.eigvalsh(np.kron(self.A, self.G)).mean()

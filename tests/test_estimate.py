@@ -231,7 +231,11 @@ def test_what_would_save_memory_does():
   saved = {saving.how: saving.bytes for saving in own.savings}
   assert saved["capture(max_dim=256)"] == own.state_bytes - fop_optax.estimate(less).state_bytes
   half = fop_optax.estimate(whole, factor_dtype=jnp.bfloat16)
-  assert saved["factors in bfloat16 (no option yet)"] == own.state_bytes - half.state_bytes
+  assert saved["factor_dtype=jnp.bfloat16"] == own.state_bytes - half.state_bytes
+  kfac = lambda **options: nbytes(
+    jax.eval_shape(fop_optax.kfac(0.1, whole, **options).init, params)
+  )
+  assert saved["factor_dtype=jnp.bfloat16"] == kfac() - kfac(factor_dtype=jnp.bfloat16)
   assert 2 * half.factor_bytes == own.factor_bytes
   assert half.inverse_bytes == own.inverse_bytes
   soap = lambda **options: nbytes(

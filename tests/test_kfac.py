@@ -47,6 +47,12 @@ CASES = {
     "relative_damping": 0.3,
     "curvature_update_period": WARMUP,
   },
+  "held in bfloat16": {
+    "scaling": "factored",
+    "relative_damping": 0.5,
+    "curvature_update_period": WARMUP,
+    "factor_dtype": jnp.bfloat16,
+  },
 }
 
 
@@ -65,7 +71,8 @@ def test_twenty_steps(make, case):
   relative = schedule(case.get("relative_damping", 0.0))
   references = {
     name: Reference(
-      rate, damping, 0.6, 0.8, case["scaling"], statistics, inverses, is_fop, relative
+      *(rate, damping, 0.6, 0.8, case["scaling"], statistics, inverses, is_fop, relative),
+      held=case.get("factor_dtype", "float64"),
     )
     for name in NAMES
   }
@@ -76,6 +83,7 @@ def test_twenty_steps(make, case):
     return tx.update(grads, state, params, stats=stats)
 
   state = tx.init(params)
+  dtypes = jax.tree.map(lambda x: x.dtype, state)
   for seed in range(20):
     batch = problems.make_batch(seed=seed, dtype=jnp.float64)
     _, grads, stats = problems.value_and_grad(params, batch)
@@ -84,6 +92,7 @@ def test_twenty_steps(make, case):
       A, G = (np.asarray(x[0]) for x in stats.factors[index])
       want = reference.step(A, G, matrix(grads, name), matrix(stats.contrasts[0], name))
       np.testing.assert_allclose(matrix(updates, name), want, rtol=1e-7, atol=1e-9)
+  assert jax.tree.map(lambda x: x.dtype, state) == dtypes
   if is_fop:
     report = fop_optax.diagnostics(state, layers)["layers"].values()
     for layer, reference in zip(report, references.values(), strict=True):

@@ -174,6 +174,7 @@ def test_eight_devices_are_one_in_all_ways(name, scaling, refresh, kind):
     {"inverse_update_period": 3, "scaling": "exact"},
     {"stagger": True, "inverse_update_period": 3, "scaling": "eigenvalue"},
     {"projection_metric": "damped", "beta": optax.linear_schedule(0.1, 0.2, 4)},
+    {"factor_dtype": jnp.bfloat16},
   ],
 )
 def test_with_options(options, kind):

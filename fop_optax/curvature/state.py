@@ -42,7 +42,13 @@ class StackState(NamedTuple):
 
   @property
   def dtype(self):
-    return self.factors.A.dtype
+    """Of the arithmetic; factors may be held in a narrower one."""
+    return jax.tree.leaves(self.inverse)[0].dtype
+
+  @property
+  def running(self) -> Factors:
+    """The factors in the dtype of the arithmetic."""
+    return jax.tree.map(lambda x: x.astype(self.dtype), self.factors)
 
   @property
   def blocks(self) -> int:
@@ -125,6 +131,7 @@ class CurvatureOptions(NamedTuple):
   inverse_update_period: Period | None
   stagger: bool
   sharding: Sharding | None = None  # over which devices blocks have owners
+  factor_dtype: Any = None  # in which running factors are held; None: that of the arithmetic
 
   def periods(self, count: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Both periods at a step; an inverse period of None is that of the statistics."""
@@ -164,12 +171,13 @@ def _empty_stacks(
 ) -> tuple[StackState, ...]:
   shapes = factor_shapes(stacks, options.sharding)
 
+  def start(own, dtype):
+    zeros = lambda dtype: Factors(*(jnp.zeros(shape, dtype) for shape in own))
+    held = zeros(options.factor_dtype or dtype)
+    return StackState(held, jax.vmap(options.scaling.empty)(zeros(dtype)))
+
   def make():
-    factors = [
-      Factors(*(jnp.zeros(shape, dtype) for shape in own))
-      for own, dtype in zip(shapes, dtypes, strict=True)
-    ]
-    return tuple(StackState(own, jax.vmap(options.scaling.empty)(own)) for own in factors)
+    return tuple(map(start, shapes, dtypes))
 
   if options.sharding is None or not stacks:
     return make()
@@ -335,8 +343,11 @@ def _statistics(stats, stacks, dtypes, S, share):
 
 
 def _fold(function, average, new, numbers):
+  """In the dtype of the arithmetic; what is held keeps its own."""
   finite, weight = numbers
-  return jax.vmap(function)(average, new, finite, weight.astype(new.A.dtype))
+  like = lambda tree, other: jax.tree.map(lambda x, y: x.astype(y.dtype), tree, other)
+  wide = jax.vmap(function)(like(average, new), new, finite, weight.astype(new.A.dtype))
+  return like(wide, average)
 
 
 def _averaged(old, new, numbers):
@@ -360,7 +371,7 @@ def _remade(
   share: Share | None,
 ) -> Kept:
   """With the inverses that are `due`: one for all, or one a block."""
-  factors = [own.factors for own in kept]
+  factors = [own.running for own in kept]
   known, before = blocks.folds > 0, blocks.inversions
   if share is not None:
     due, known, before = share.numbers((due, known, before))

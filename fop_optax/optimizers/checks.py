@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import numbers
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from fop_optax.layers import Layers, Stats
@@ -42,6 +43,22 @@ def check_period(name: str, value: Any) -> None:
   """Checks a period."""
   whole = lambda x: x >= 1 and x == int(x)
   check(name, value, whole, "a whole number of steps, at least 1")
+
+
+def check_dtype(name: str, value: Any) -> None:
+  """Checks the dtype that something is held in; None stands for that of the arithmetic."""
+  if value is None:
+    return
+  try:
+    floating = not isinstance(value, jax.Array) and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+  except TypeError:
+    floating = False
+  if not floating:
+    raise ValueError(
+      f"`{name}={value!r}` should be a floating dtype, as jnp.bfloat16, or None."
+      " `optax.inject_hyperparams` takes a dtype for a schedule: declare it with"
+      f' `optax.inject_hyperparams(..., static_args="{name}")`.'
+    )
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:

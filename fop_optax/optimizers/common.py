@@ -61,6 +61,7 @@ class Options:
   learning_rate: ScalarOrSchedule
   momentum: Scalar | None = None
   sharding: Sharding | None = None
+  factor_dtype: Any = None
   per_example: bool = False  # whether statistics are those of `curvature.per_example_factors`
 
   def __post_init__(self):
@@ -78,6 +79,7 @@ class Options:
     checks.check("norm_constraint", self.norm_constraint, lambda x: x > 0, "above 0")
     checks.check("learning_rate", self.learning_rate, lambda x: x >= 0, "at least 0")
     checks.check("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
+    checks.check_dtype("factor_dtype", self.factor_dtype)
     checks.check_sharding(self.sharding)
 
   def damping_at(self, count: jax.Array) -> Damping:
@@ -99,6 +101,7 @@ class Options:
       self.inverse_update_period,
       self.stagger,
       self.sharding,
+      self.factor_dtype,
     )
 
   @property

@@ -93,6 +93,7 @@ def scale_by_fop(
   norm_constraint: ScalarOrSchedule | None = None,
   learning_rate: ScalarOrSchedule = 1.0,
   fallback: optax.GradientTransformation | None = None,
+  factor_dtype: Any = None,
   sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Turns gradients into FOP's direction; no rate and no sign.
@@ -111,6 +112,7 @@ def scale_by_fop(
     stagger=stagger,
     norm_constraint=norm_constraint,
     learning_rate=learning_rate,
+    factor_dtype=factor_dtype,
     sharding=sharding,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
@@ -186,7 +188,7 @@ def _gradients(
   resolution: float,
 ) -> Gradients:
   """The gradients of a stack with the metric and the inverses of its blocks."""
-  factors, inverse = state.factors, state.inverse
+  factors, inverse = state.running, state.inverse
   solve = functools.partial(jax.vmap(scaling.solve), inverse, damping)
   multiply, fisher_norm = {
     "fisher": (
@@ -222,6 +224,7 @@ def fop(
   contrast_tree: bool = False,
   norm_constraint: ScalarOrSchedule | None = common.NORM_CONSTRAINT,
   fallback: optax.GradientTransformation | None = None,
+  factor_dtype: Any = None,
   sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""FOP: natural gradient plus what the difference of two half-batch gradients tells.
@@ -272,6 +275,7 @@ def fop(
       metric, eta in it.
     fallback: a complete optimizer for leaves that are in no layer; by default Adam at 0.03 of
       `learning_rate`, with `weight_decay` and `mask`.
+    factor_dtype: in which the running factors are held; None: as the arithmetic.
     sharding: over which devices blocks of curvature have owners; None: every device has all of it.
 
   Returns:
@@ -317,6 +321,7 @@ def fop(
     norm_constraint=norm_constraint,
     learning_rate=learning_rate,
     momentum=momentum,
+    factor_dtype=factor_dtype,
     sharding=sharding,
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)

@@ -33,6 +33,7 @@ def scale_by_kfac(
   norm_constraint: ScalarOrSchedule | None = None,
   learning_rate: ScalarOrSchedule = 1.0,
   fallback: optax.GradientTransformation | None = None,
+  factor_dtype: Any = None,
   sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Rescales gradients by K-FAC's inverse; no rate and no sign.
@@ -51,6 +52,7 @@ def scale_by_kfac(
     stagger=stagger,
     norm_constraint=norm_constraint,
     learning_rate=learning_rate,
+    factor_dtype=factor_dtype,
     sharding=sharding,
   )
   inner = precondition(options, checks.check_layers(layers))
@@ -110,6 +112,7 @@ def kfac(
   stagger: bool = False,
   norm_constraint: ScalarOrSchedule | None = common.NORM_CONSTRAINT,
   fallback: optax.GradientTransformation | None = None,
+  factor_dtype: Any = None,
   sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""K-FAC: natural gradient with Kronecker-factored curvature.
@@ -177,6 +180,10 @@ def kfac(
       it predicts. Without decay and fallback, which have no part in it. None: no bound.
     fallback: a complete optimizer for leaves that are in no layer, applied as it is; by default
       Adam at 0.03 of `learning_rate`, with `weight_decay` and `mask` as above.
+    factor_dtype: in which the running factors are held, as `jnp.bfloat16`, with which they take
+      half the bytes; the arithmetic, and inverses, are in float32 or better all the same. Rounded
+      so, what new statistics would change by less than a few percent stays, and damping has to
+      be above some hundredths of a mean eigenvalue (the default is). None: as the arithmetic.
     sharding: :class:`fop_optax.Sharding`: each block of curvature is kept, inverted and applied by
       one device of its mesh, the directions gathered once a step. For batches sharded over the
       mesh and replicated parameters; updates are equal to rounding. With `scaling="eigenvalue"`
@@ -230,6 +237,7 @@ def kfac(
     norm_constraint=norm_constraint,
     learning_rate=learning_rate,
     momentum=momentum,
+    factor_dtype=factor_dtype,
     sharding=sharding,
   )
   inner = precondition(options, checks.check_layers(layers))

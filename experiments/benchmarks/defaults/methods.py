@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 import fop_optax
@@ -93,6 +94,7 @@ VARIANTS = {
   "K-FAC sampled": _kfac("sampled"),
   "K-FAC sampled every step": _kfac("sampled", curvature_update_period=1),
   "K-FAC sampled every 10": _kfac("sampled", curvature_update_period=10),
+  "K-FAC factors in bfloat16": _kfac(factor_dtype=jnp.bfloat16),
   "K-FAC reduce": _kfac(sharing="reduce"),
 }
 METHODS = TABLE | OTHERS | VARIANTS
