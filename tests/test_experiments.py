@@ -325,6 +325,10 @@ BENCHMARKS = {
     ["--blocks", "1", "--forms", "scanned", "--rounds", "1"],
     "1 scanned .* kfac, every 10 .* fop, every 10",
   ),
+  "scaling": (
+    ["--devices", "1", "2", "--methods", "SOAP", "--blocks", "1"],
+    "strong .* SOAP .* replicated .* owned .* weak .* saved results/scaling/scaling.csv",
+  ),
   "loop": (["digits_mlp", "--optimizers", "sgd"], "digits_mlp, sgd .* step .* loop .* input"),
   "curvature_fraction": (["--batch", "256", "--fractions", "1", "0.5"], "1/1 .* 1.0000 .* 1/2"),
 }
