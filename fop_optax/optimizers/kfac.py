@@ -54,7 +54,7 @@ def scale_by_kfac(
     sharding=sharding,
   )
   inner = precondition(options, checks.check_layers(layers))
-  return common.by_layer(layers, inner, fallback or common.wide_adam())
+  return common.by_layer(layers, inner, fallback or common.wide_adam(), sharding)
 
 
 def precondition(options: Options, layers: Layers) -> optax.GradientTransformationExtraArgs:
@@ -178,9 +178,11 @@ def kfac(
     fallback: a complete optimizer for leaves that are in no layer, applied as it is; by default
       Adam at 0.03 of `learning_rate`, with `weight_decay` and `mask` as above.
     sharding: :class:`fop_optax.Sharding`: each block of curvature is kept, inverted and applied by
-      one device of its mesh, the directions gathered once a step. For batches sharded over the
-      mesh and replicated parameters, with `scaling` factored or exact; updates are equal to
-      rounding. None: every device has all of it.
+      one device of its mesh, the directions brought to all once a step. For batches sharded over
+      the mesh, and parameters that are replicated or sharded (`Sharding(mesh, params=...)`; a
+      gradient then goes to the owners piece by piece, and directions come back so), with `scaling`
+      factored or exact; updates are equal to rounding. None: every device has all of it, the
+      gradient too.
 
   Returns:
     A transformation whose `update` takes `stats=`.
@@ -236,4 +238,5 @@ def kfac(
     layers,
     common.complete(options, inner, nesterov, weight_decay, mask),
     common.keep_dtypes(fallback or common.slow_adamw(learning_rate, weight_decay, mask)),
+    sharding,
   )
