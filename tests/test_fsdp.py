@@ -279,18 +279,30 @@ def layers_of():
 
 @pytest.mark.parametrize("case", PASSAGES)
 def test_there_and_back(case):
-  """Owners get whole matrices and contrasts; what they send back is where it came from."""
   axes, specs = PASSAGES[case]
-  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AUTO,) * 2)
-  layers, rng = layers_of(), np.random.default_rng(0)
-  leaves = [rng.normal(size=shape) for shape in layers.shapes]
   lead = [() if i != 1 or case == "blocks" else (None,) for i in range(4) for _ in range(2)]
   flat = [P(*own, *spec) for own, spec in zip(lead, sum(map(list, specs), []), strict=True)]
-  sharding, stacks = Sharding(mesh, axes, flat), plan_stacks(layers)
-  layout, plan = (
-    plan_layout(sharding, layers, stacks, leaves),
-    plan_owners(stacks, sharding.devices),
-  )
+  there_and_back(layers_of(), ("data", "model"), axes, flat, AUTO)
+
+
+@KINDS
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data")], ids=["rows", "columns"])
+def test_parts_of_one_parameter(spec, kind):
+  """q and k of one matrix: its rows stay where they are, its columns are cut, and so gathered."""
+  part = lambda at: (("slice", (0, at), (16, at + 24), (1, 1)), ("reshape", (1, 16, 24)))
+  layers = tuple(Layer(f"w[:, {at}:]", "dense", 0, part(at), 1, 16, 24) for at in (0, 24))
+  there_and_back(Layers(layers, ((16, 48),), ("w",), 1), ("data",), ("data",), [spec], kind)
+
+
+def there_and_back(layers, names, axes, specs, kind):
+  """Owners get whole matrices and contrasts; what they send back is where it came from."""
+  shape = (4, 2) if len(names) > 1 else (8,)
+  mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+  rng = np.random.default_rng(0)
+  leaves = [rng.normal(size=shape) for shape in layers.shapes]
+  sharding, stacks = Sharding(mesh, axes, specs), plan_stacks(layers)
+  layout = plan_layout(sharding, layers, stacks, leaves)
+  plan = plan_owners(stacks, sharding.devices)
 
   def passed(places, pieces):
     exchange = Exchange(sharding, places, plan.slots)
@@ -311,17 +323,17 @@ def test_there_and_back(case):
     )(tuple(map(jnp.asarray, plan.places)), pieces)
     return mine, layout.join(back, leaves), numbers, total
 
-  placed = [
-    jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, flat, strict=True)
-  ]
-  mine, back, numbers, total = run(placed)
+  with jax.set_mesh(mesh):
+    placed = put(mesh, leaves, specs)
+    mine, back, numbers, total = jax.device_get(out := run(placed))
   for stack, places, slots in zip(stacks, plan.places, mine, strict=True):
-    both = [stack_matrices(stack, layers, tree, float) for tree in (leaves, map_exp(leaves))]
+    trees = leaves, [np.asarray(jnp.exp(x)) for x in leaves]
+    both = [stack_matrices(stack, layers, tree, float) for tree in trees]
     np.testing.assert_array_equal(slots[np.array(places)], np.stack(both, axis=1))
     assert not np.delete(slots, places, axis=0).any()
   for ours, expected in zip(back, leaves, strict=True):
     np.testing.assert_array_equal(ours, expected)
-  assert all(map(equivalent, back, placed))
+  assert all(map(equivalent, out[1], placed))
   np.testing.assert_array_equal(numbers, np.arange(len(numbers)))
   assert total == sharding.devices
 
@@ -330,8 +342,100 @@ def equivalent(x, other):
   return x.sharding.is_equivalent_to(other.sharding, x.ndim)
 
 
-def map_exp(leaves):
-  return [np.asarray(jnp.exp(x)) for x in leaves]
+def blocks_loss(kind, p, x, y):
+  """Tokens and places are looked up, three blocks are gone over by a scan."""
+  whole = lambda w: w if kind is not EXPLICIT else jax.reshard(w, P(*[None] * w.ndim))
+  table, place, head = map(whole, (p["table"], p["place"], p["head"]))
+  where = P("data", None, None) if kind is EXPLICIT else None
+
+  def block(h, own):
+    own = jax.tree.map(whole, own)
+    inside = jnp.tanh(h @ own["up"] + own["bias"]) @ own["down"]
+    h = h + inside * own["gain"]
+    return (jax.lax.with_sharding_constraint(h, P("data")) if kind is AUTO else h), None
+
+  h = table.at[x].get(out_sharding=where) if where else table[x]
+  h, _ = jax.lax.scan(block, h + place, p["blocks"])
+  return fop_optax.softmax_cross_entropy(h @ head, y)
+
+
+def blocks_problem(blocks, dtype=float):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: (rng.normal(size=shape) / np.sqrt(shape[-2])).astype(dtype)
+  params = {
+    "table": draw(10, D),
+    "place": draw(2, D),
+    "blocks": {
+      "up": draw(blocks, D, H),
+      "bias": np.zeros((blocks, H), dtype),
+      "down": draw(blocks, H, D),
+      "gain": np.ones((blocks, D), dtype),  # in no layer
+    },
+    "head": draw(D, 10),
+  }
+  specs = {
+    "table": P(None, "data"),
+    "place": P(),
+    "blocks": {
+      "up": P(None, "data"),
+      "bias": P(None, "data"),
+      "down": P(None, None, "data"),
+      "gain": P(),
+    },
+    "head": P("data"),
+  }
+  tokens = rng.integers(0, 10, (N, 3)).astype("int32")
+  return params, specs, (tokens[:, :2], tokens[:, 1:])
+
+
+def blocks_step(kind, params, batch, sharding=None):
+  loss = functools.partial(blocks_loss, kind)
+  captured = fop_optax.capture(loss, params, *batch, groups=2)
+  assert len(captured.layers) == 5 and len(captured.fallbacks) == 1
+  tx = fop_optax.fop(0.1, captured.layers, damping=0.1, sharding=sharding)
+
+  def step(params, state, x, y):
+    _, grads, stats = captured.value_and_grad(params, x, y, refresh=fop_optax.refresh_due(state))
+    updates, state = tx.update(grads, state, params, stats=stats)
+    return optax.apply_updates(params, updates), state
+
+  return tx.init(params), step
+
+
+@pytest.mark.slow
+@KINDS
+def test_scanned_blocks_and_lookups(kind):
+  """Under automatic axes too every array stays where it is, those in no layer too."""
+  params, specs, batch = blocks_problem(3)
+  state, step = blocks_step(None, params, batch)
+  expected, step = (params, state), jax.jit(step)
+  for _ in range(3):
+    expected = step(*expected, *batch)
+  mesh = mesh_of("fsdp", kind)
+  with jax.set_mesh(mesh):
+    placed, batch = put(mesh, params, specs), [put(mesh, x, P("data")) for x in batch]
+    state, step = blocks_step(kind, placed, batch, Sharding(mesh, "data", specs))
+    ours, step = (placed, state), jax.jit(step)
+    for _ in range(3):
+      ours = step(*ours, *batch)
+    same(ours[0], expected[0])
+    assert all(jax.tree.leaves(jax.tree.map(equivalent, ours, (placed, state))))
+    assert step._cache_size() == 1
+
+
+@pytest.mark.slow
+def test_bytes_of_stacked_layers():
+  """To the owners and back go shares of a stack, not all of it as by a gather."""
+  params, specs, batch = blocks_problem(16, "float32")
+  mesh = mesh_of("fsdp", EXPLICIT)
+  with jax.set_mesh(mesh):
+    placed, batch = put(mesh, params, specs), [put(mesh, x, P("data")) for x in batch]
+    state, step = blocks_step(EXPLICIT, placed, batch, Sharding(mesh, "data", specs))
+    found = collectives(jax.jit(step).lower(placed, state, *batch).compile())
+  moved = [size for name, _, size in found if name == "all-to-all"]
+  model = 4 * sum(x.size for x in jax.tree.leaves(params))
+  # a gradient and a contrast, then directions; each device has a slot for what occurs once
+  assert len(moved) == 2 and sum(moved) < 3 * model / 6
 
 
 @pytest.mark.parametrize("refresh", [True, "traced"])
@@ -362,6 +466,34 @@ def test_a_lookup_by_out_sharding(refresh):
       P("data", None), put(mesh, params, specs), *(put(mesh, x, P("data")) for x in batch)
     )
   same(ours, expected)
+
+
+@pytest.mark.slow
+@KINDS
+def test_a_frozen_layer_and_two_dtypes(kind):
+  """One stack has no blocks, another has pieces of two dtypes; inverses of the whole matrix."""
+  params, x, y = inputs()
+  params = params | {"up": params["up"].astype("float32")}
+  labels = {name: "frozen" if "head" in name else "fop" for name in params}
+
+  def step(layout, sharding, params, x, y):
+    captured = fop_optax.capture(loss_of(layout, kind), params, x, y, groups=2)
+    fop = fop_optax.fop(0.1, captured.layers, sharding=sharding, scaling="exact", stagger=True)
+    tx = optax.partition({"fop": fop, "frozen": optax.set_to_zero()}, labels)
+    _, grads, stats = captured.value_and_grad(params, x, y)
+    return tx.update(grads, tx.init(params), params, stats=stats)[0]
+
+  mesh = mesh_of("fsdp+tp", kind)
+  with jax.set_mesh(mesh):
+    placed = put(mesh, params, SPECS["fsdp+tp"])
+    sharding = Sharding(mesh, ("model", "data"), SPECS["fsdp+tp"])
+    own = jax.jit(functools.partial(step, "fsdp+tp", sharding))
+    updates = own(placed, *(put(mesh, each[0], P("data")) for each in (x, y)))
+    plain = jax.jit(functools.partial(step, "fsdp+tp", None))
+    expected = plain(placed, *(put(mesh, each[0], P("data")) for each in (x, y)))
+  same(updates, expected, 1e-5)
+  assert updates["up"].dtype == "float32"
+  assert all(equivalent(updates[name], placed[name]) for name in params if "head" not in name)
 
 
 @pytest.mark.slow
