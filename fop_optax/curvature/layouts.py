@@ -48,8 +48,7 @@ class Family:
     stack: which stack they are of.
     layers: their indices.
     pieces: the weight and, where there is one, the bias.
-    blocks: which blocks of the stack they are.
-    places: int32, shape=(blocks,): of each its place with the owners, owner * slots + slot.
+    places: int32, shape=(blocks,): of each of its blocks where it is owned, owner * slots + slot.
     owned: int32, [owners, slots]: which of its blocks each owner has; as many as there are in a
       slot that stays empty.
     ranks: int32, [owners, slots]: in which slot of the stack that is; past the last likewise.
@@ -58,7 +57,6 @@ class Family:
   stack: int
   layers: tuple[int, ...]
   pieces: tuple[Piece, ...]
-  blocks: tuple[int, ...]
   places: np.ndarray
   owned: np.ndarray
   ranks: np.ndarray
@@ -88,9 +86,8 @@ class Layout:
   def families(self) -> tuple[Family, ...]:
     plan = plan_owners(self.stacks, self.sharding.devices)
     out = []
-    for k, (stack, slots, places) in enumerate(
-      zip(self.stacks, plan.slots, plan.places, strict=True)
-    ):
+    rows = zip(self.stacks, plan.slots, plan.places, strict=True)
+    for k, (stack, slots, places) in enumerate(rows):
       members: dict[tuple[Piece, ...], list[tuple[int, range]]] = {}
       start = 0
       for index in stack.layers:
@@ -98,9 +95,9 @@ class Layout:
         members.setdefault(self._pieces(index), []).append((index, range(start, stop)))
         start = stop
       for pieces, own in members.items():
-        blocks = tuple(b for _, each in own for b in each)
-        tables = _tables([places[b] for b in blocks], slots, self.sharding.devices)
-        out.append(Family(k, tuple(index for index, _ in own), pieces, blocks, *tables))
+        at = [places[b] for _, blocks in own for b in blocks]
+        tables = _tables(at, slots, self.sharding.devices)
+        out.append(Family(k, tuple(index for index, _ in own), pieces, *tables))
     return tuple(out)
 
   @functools.cached_property
@@ -151,10 +148,12 @@ class Layout:
       gaps = [jnp.sum(x - x).astype(jnp.float32) for x in jax.tree.leaves(pieces)]
       return jax.lax.psum(sum(gaps), self.axes)
 
-    specs = self.specs_of(1)
-    mesh = self.sharding.mesh
     total = jax.shard_map(
-      gap, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False
+      gap,
+      mesh=self.sharding.mesh,
+      in_specs=(self.specs_of(1),),
+      out_specs=PartitionSpec(),
+      check_vma=False,
     )
     return total(pieces) == 0
 
