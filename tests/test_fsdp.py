@@ -167,7 +167,7 @@ def slow_but(*quick):
   return [row if row in quick else pytest.param(*row, marks=pytest.mark.slow) for row in rows]
 
 
-@pytest.mark.parametrize(("name", "layout", "kind"), slow_but(("fop", "fsdp+tp", EXPLICIT)))
+@pytest.mark.parametrize(("name", "layout", "kind"), slow_but(("kfac", "fsdp+tp", EXPLICIT)))
 def test_eight_devices_are_one(name, layout, kind):
   """Over refreshes and ordinary steps; every array stays where it is, and one compilation."""
   with jax.set_mesh(mesh_of(layout, kind)):
