@@ -1,6 +1,7 @@
 """The only file that branches on the JAX version, by the parameters that are present."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import functools
 from typing import Any
 
@@ -84,10 +85,47 @@ def vary(tree: Any, axes: frozenset[Any]) -> Any:
 
 def sharded_like(array: jax.Array, aval: Any) -> jax.Array:
   """`array` with the sharding of a type, where that has one (under explicit mesh axes)."""
-  if not isinstance(aval.sharding, jax.sharding.NamedSharding):
+  sharding = _explicit(aval.sharding)
+  there = sharding is None or jax.typeof(array).sharding == sharding
+  return array if there else jax.sharding.reshard(array, sharding)
+
+
+def shape_of(aval: Any) -> jax.ShapeDtypeStruct:
+  """Shape and dtype of a type, with its sharding where it says one (under explicit mesh axes)."""
+  return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=_explicit(aval.sharding))
+
+
+def _explicit(sharding: Any) -> jax.sharding.NamedSharding | None:
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return None
+  explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+  return sharding if explicit else None
+
+
+def leading_like(array: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+  """`array` with its first axis sharded like the second one of `like`, and no other."""
+  sharding = _explicit(like.sharding)
+  if sharding is None or jax.typeof(array).sharding.mesh.axis_types != sharding.mesh.axis_types:
     return array
-  explicit = jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
-  return jax.sharding.reshard(array, aval.sharding) if explicit else array
+  spec = jax.sharding.PartitionSpec(sharding.spec[1], *[None] * (array.ndim - 1))
+  return jax.sharding.reshard(array, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+
+@contextlib.contextmanager
+def mesh_of(arrays: Any) -> Iterator[Callable[[Any], Any]]:
+  """Enters the mesh of the arrays' types, another than that of the context inside `auto_axes`.
+
+  What is yielded brings other arrays on it.
+  """
+  meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(arrays)]
+  context = jax.sharding.get_abstract_mesh()
+  other = [mesh for mesh in meshes if not mesh.empty and mesh.axis_types != context.axis_types]
+  if context.empty or not other:
+    yield lambda tree: tree
+    return
+  whole = jax.sharding.NamedSharding(other[0], jax.sharding.PartitionSpec())
+  with jax.sharding.use_abstract_mesh(other[0]):
+    yield lambda tree: jax.tree.map(lambda x: jax.sharding.reshard(x, whole), tree)
 
 
 @functools.cache

@@ -189,12 +189,19 @@ def with_biases(
   """Matrices `[stack, inputs, outputs]` with their biases as the last row."""
   if not biases:
     return matrix
-  row = (len(matrix), matrix.shape[2])
-  parts = [
-    views.transpose(bias.place, views.replay(bias.view, leaves[bias.leaf]), row) for bias in biases
-  ]
-  bias = functools.reduce(jnp.add, parts)
+  bias = bias_row(biases, leaves, (len(matrix), matrix.shape[2]))
   return jnp.concatenate([matrix, bias[:, None].astype(matrix.dtype)], axis=1)
+
+
+def bias_row(
+  biases: Sequence[Bias], leaves: Sequence[Any] | Mapping[int, Any], shape: tuple[int, int]
+) -> jax.Array:
+  """The biases of a layer, each in its place, `[stack, outputs]`."""
+  parts = [
+    views.transpose(bias.place, views.replay(bias.view, leaves[bias.leaf]), shape)
+    for bias in biases
+  ]
+  return functools.reduce(jnp.add, parts)
 
 
 def spread_biases(
@@ -202,10 +209,15 @@ def spread_biases(
   biases: Sequence[Bias],
   shapes: Sequence[tuple[int, ...]],
   out: dict[int, jax.Array],
+  shardings: Mapping[int, Any] | None = None,
 ) -> dict[int, jax.Array]:
-  """`out` with what each bias receives of that row, `[stack, 1, outputs]`, added to it."""
+  """`out` with what each bias receives of that row, `[stack, 1, outputs]`, added to it.
+
+  Leaves have `shardings` by their types, under explicit mesh axes.
+  """
   for leaf, view, place in biases:
-    share = views.transpose(view, views.replay(place, row[:, 0]), shapes[leaf])
+    sharding = shardings[leaf] if shardings else None
+    share = views.transpose(view, views.replay(place, row[:, 0]), shapes[leaf], sharding)
     out[leaf] = out[leaf] + share if leaf in out else share
   return out
 

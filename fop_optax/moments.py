@@ -37,7 +37,7 @@ def second_moment(v: jax.Array, roles: Roles, diagonal: bool, dtype: Any) -> jax
     v = v.astype(dtype)
   if diagonal:
     moved = v.astype(dtype).transpose(*rows, *stack, *features)
-    return jnp.sum(moved * moved, axis=range(len(rows))).reshape(n_stack, n)
+    return whole(jnp.sum(moved * moved, axis=range(len(rows)))).reshape(n_stack, n)
   product = lax.dot_general(
     v,
     v,
@@ -51,6 +51,12 @@ def second_moment(v: jax.Array, roles: Roles, diagonal: bool, dtype: Any) -> jax
   s, f = len(stack), len(features)
   product = product.transpose(*range(s), *(s + i for i in rank), *(s + f + i for i in rank))
   return product.reshape(n_stack, n, n)
+
+
+def whole(a: jax.Array) -> jax.Array:
+  """`a` on every device where its type says that it is sharded (under explicit mesh axes)."""
+  sharded = any(axes is not None for axes in jax.typeof(a).sharding.spec)
+  return jax.sharding.reshard(a, replicated(a)) if sharded else a
 
 
 def replicated(v: jax.Array) -> jax.sharding.NamedSharding | None:
@@ -96,7 +102,7 @@ def row_sum(v: jax.Array, roles: Roles, dtype: Any) -> jax.Array:
   rows, stack, features = roles
   n_stack = math.prod(v.shape[i] for i in stack)
   moved = v.transpose(*rows, *stack, *features)
-  return jnp.sum(moved, axis=range(len(rows)), dtype=dtype).reshape(n_stack, -1)
+  return whole(jnp.sum(moved, axis=range(len(rows)), dtype=dtype)).reshape(n_stack, -1)
 
 
 def with_count(total: jax.Array, v: jax.Array, rows: Axes) -> jax.Array:

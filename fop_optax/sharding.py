@@ -24,18 +24,33 @@ import numpy as np
 
 from fop_optax.curvature.stacks import Stack
 
+Axes = tuple[str, ...]  # of a mesh, the slowest first
+Spec = tuple[Axes, ...]  # for each axis of an array those along which it is sharded
+
+
+def axes_of(spec: PartitionSpec) -> Spec:
+  """A `PartitionSpec` with a tuple for each axis of the array; without those at its end."""
+  axes = [() if own is None else (own,) if isinstance(own, str) else tuple(own) for own in spec]
+  while axes and not axes[-1]:
+    axes.pop()
+  return tuple(axes)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
   """Over which devices the blocks of curvature are dealt: static and hashable.
 
   Attributes:
-    mesh: the mesh on which parameters are replicated and batches sharded.
+    mesh: the mesh on which parameters and batches are.
     axes: names of those of its axes over which blocks have owners; along the others the owners'
       arrays are replicated. One name may stand for itself.
+    params: how parameters are sharded, where they are (FSDP, tensor parallel): a tree like them of
+      `NamedSharding` or `PartitionSpec`, or the parameters themselves where they are placed; kept
+      as a `PartitionSpec` of each leaf. Under explicit axes types tell, and it can be left out;
+      under automatic ones without it gradients are gathered.
 
   Raises:
-    TypeError: if the mesh is none.
+    TypeError: if the mesh is none, or `params` has something else.
     ValueError: if it has no such axes, or one is named twice.
 
   Example:
@@ -47,6 +62,7 @@ class Sharding:
 
   mesh: Mesh
   axes: tuple[str, ...] = ("data",)
+  params: Any = None
 
   def __post_init__(self):
     if not isinstance(self.mesh, Mesh):
@@ -62,6 +78,30 @@ class Sharding:
         f"`Sharding(mesh, axes={axes!r})` should name axes of the mesh, each once: it has"
         f" {', '.join(map(repr, self.mesh.axis_names))}."
       )
+    if self.params is not None:
+      object.__setattr__(self, "params", self._specs(self.params))
+
+  def _specs(self, params: Any) -> tuple[PartitionSpec, ...]:
+    """Of each leaf, in the order of `jax.tree.leaves`."""
+    is_spec = lambda x: x is None or isinstance(x, PartitionSpec)
+    found = []
+    for leaf in jax.tree.leaves(params, is_leaf=is_spec):
+      sharding = getattr(leaf, "sharding", leaf)
+      spec = PartitionSpec() if sharding is None else getattr(sharding, "spec", sharding)
+      if not isinstance(spec, PartitionSpec):
+        raise TypeError(
+          f"`Sharding(mesh, params=...)` has a {type(leaf).__name__} where it should say how a"
+          " parameter is sharded: pass `jax.tree.map(lambda x: x.sharding, params)` of parameters"
+          " on a mesh, or a tree of `PartitionSpec`."
+        )
+      found.append(PartitionSpec(*(axes or None for axes in axes_of(spec))))
+    named = {axis for own in found for axes in axes_of(own) for axis in axes}
+    if unknown := named - {*self.mesh.axis_names}:
+      raise ValueError(
+        f"`Sharding(mesh, params=...)` shards a parameter along {sorted(unknown)}, and the mesh has"
+        f" {', '.join(map(repr, self.mesh.axis_names))}."
+      )
+    return tuple(found)
 
   @property
   def devices(self) -> int:
@@ -84,6 +124,10 @@ class Sharding:
   def whole(self, array: Any) -> NamedSharding:
     """Of a replicated array."""
     return self._named(array)
+
+  def like(self, array: Any, spec: PartitionSpec) -> NamedSharding:
+    """Of a parameter that is so sharded."""
+    return self._named(array, *spec)
 
   def _named(self, array, *axes):
     if self.explicit:  # as JAX spells it after a step
@@ -214,11 +258,16 @@ class Exchange(NamedTuple):
 
   def share(self) -> Share:
     """That of this device, inside `jax.shard_map`."""
+    table = self.table()
+    own = table[jax.lax.axis_index(self.sharding.axes)]
+    return Share(own, self.slots, self.starts, table.size == self.starts[-1])
+
+  def table(self) -> jax.Array:
+    """Which of all blocks is in each slot of each device, `[devices, slots]`, or their number."""
     devices, blocks = self.sharding.devices, self.starts[-1]
     table = jnp.full(devices * sum(self.slots), blocks, jnp.int32)
-    table = table.at[self._rows()].set(jnp.arange(blocks, dtype=jnp.int32))
-    own = table.reshape(devices, -1)[jax.lax.axis_index(self.sharding.axes)]
-    return Share(own, self.slots, self.starts, len(table) == blocks)
+    table = table.at[self.rows()].set(jnp.arange(blocks, dtype=jnp.int32))
+    return table.reshape(devices, -1)
 
   def collect(
     self, stacks: Sequence[jax.Array], numbers: Any, number: jax.Array
@@ -239,7 +288,7 @@ class Exchange(NamedTuple):
     return found[: len(stacks)], treedef.unflatten(found[len(stacks) :]), total
 
   def _gather(self, arrays, number):
-    rows = [*self.places, *[self._rows()] * (len(arrays) - len(self.places))]
+    rows = [*self.places, *[self.rows()] * (len(arrays) - len(self.places))]
     collect = lambda x: jax.lax.all_gather(x, self.sharding.axes)
     *found, each = _by_dtype(collect, [*arrays, number])
     ordered = [x.reshape(-1, *x.shape[2:])[own] for x, own in zip(found, rows, strict=True)]
@@ -256,7 +305,7 @@ class Exchange(NamedTuple):
     collect = lambda x: jax.lax.psum(x, self.sharding.axes)[None]
     return [x[0] for x in _by_dtype(collect, [*whole, number])]
 
-  def _rows(self) -> jax.Array:
+  def rows(self) -> jax.Array:
     """Of each block its place among the slots of all stacks, device after device."""
     firsts = np.cumsum([0, *self.slots]).tolist()
     return jnp.concatenate(
@@ -271,35 +320,50 @@ def _by_dtype(
   function: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]
 ) -> list[jax.Array]:
   """`function` of all arrays of a dtype as one vector, which makes an axis before it, split."""
+  return beside_one_another(lambda x: function(x[0]), [x[None] for x in arrays])
+
+
+def beside_one_another(
+  function: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array]
+) -> list[jax.Array]:
+  """`function` of all arrays of a dtype as the rows `[n, ...]` of one matrix, split."""
   members: dict[Any, list[int]] = {}
   for index, x in enumerate(arrays):
     members.setdefault(x.dtype, []).append(index)
   out = list(arrays)
   for own in members.values():
-    found = function(jnp.concatenate([arrays[index].reshape(-1) for index in own]))
+    flat = [arrays[index].reshape(len(arrays[index]), -1) for index in own]
+    found = function(jnp.concatenate(flat, axis=1))
     start = 0
-    for index in own:
-      x = arrays[index]
-      out[index] = found[:, start : start + x.size].reshape(len(found), *x.shape)
-      start += x.size
+    for index, x in zip(own, flat, strict=True):
+      stop = start + x.shape[1]
+      out[index] = found[:, start:stop].reshape(len(found), *arrays[index].shape[1:])
+      start = stop
   return out
 
 
 def on_owners(
-  sharding: Sharding, function: Callable[..., Any], owned: Any, whole: Any
-) -> tuple[Any, Any]:
-  """`function(owned, whole)` on every device: what it owns and what all have, before and after.
+  sharding: Sharding,
+  function: Callable[..., Any],
+  owned: Any,
+  whole: Any,
+  pieces: Any,
+  specs: tuple[Any, Any] | None,
+) -> tuple[Any, Any, Any]:
+  """`function(owned, whole, pieces)` on every device: what it owns, what all have, and pieces.
 
-  Outside of `shard_map` XLA would gather the stacks to invert them.
+  Before and after; pieces are sharded by `specs` before and after. Outside of `shard_map` XLA would
+  gather the stacks to invert them.
   """
   check_not_manual(sharding)
+  of_pieces = specs or (PartitionSpec(), PartitionSpec())
   return jax.shard_map(
     function,
     mesh=sharding.mesh,
-    in_specs=(sharding.spec, PartitionSpec()),
-    out_specs=(sharding.spec, PartitionSpec()),
+    in_specs=(sharding.spec, PartitionSpec(), of_pieces[0]),
+    out_specs=(sharding.spec, PartitionSpec(), of_pieces[1]),
     check_vma=False,  # what `gather` returns is the same everywhere, but not by its type
-  )(owned, whole)
+  )(owned, whole, pieces)
 
 
 def check_not_manual(sharding: Sharding) -> None:

@@ -51,9 +51,16 @@ def replay(view: View, leaf: Any) -> Any:
   return leaf
 
 
-def transpose(view: View, cotangent: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """The transpose of `replay(view, .)`: brings `cotangent` back to a leaf of `shape`."""
-  leaf = jax.ShapeDtypeStruct(shape, cotangent.dtype)
+def transpose(
+  view: View, cotangent: jax.Array, shape: tuple[int, ...], sharding: Any = None
+) -> jax.Array:
+  """The transpose of `replay(view, .)`: brings `cotangent` back to a leaf of `shape`.
+
+  Under explicit mesh axes the leaf is of a type with that `sharding`.
+  """
+  if not view:
+    return cotangent
+  leaf = jax.ShapeDtypeStruct(shape, cotangent.dtype, sharding=sharding)
   (result,) = jax.linear_transpose(lambda leaf: replay(view, leaf), leaf)(cotangent)
   return result
 

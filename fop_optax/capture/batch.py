@@ -32,6 +32,20 @@ class Shards(NamedTuple):
   def number(self) -> int:
     return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
+  def wider(self, params: Sequence[Any], examples: int) -> "Shards":
+    """With the axes too along which types say that parameters are sharded, if examples suffice.
+
+    There activations are sharded by features, of which second moments take all of a row.
+    """
+    if self.mesh is None or jax.sharding.AxisType.Explicit not in self.mesh.axis_types:
+      return self
+    specs = [jax.typeof(leaf).sharding.spec for leaf in params]
+    names = [axis for spec in specs for axis in spec if axis is not None]
+    found = {one for axis in names for one in (axis if isinstance(axis, tuple) else (axis,))}
+    more = [axis for axis in self.mesh.axis_names if axis in found and axis not in self.axes]
+    wide = self._replace(axes=(*self.axes, *more))
+    return self if examples % wide.number else wide
+
   def zeros(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
     """Zeros with an axis of the shards behind the first: under explicit axes each at its device."""
     zeros = jnp.zeros((shape[0], self.number, *shape[1:]), dtype)
@@ -149,14 +163,18 @@ class Chunks:
         )
       raise
 
-  @property
-  def shards(self) -> Shards:
-    """How the examples are sharded over devices, as far as that is known."""
+  def shards(self, params: Sequence[Any]) -> Shards:
+    """How rows are summed over devices: as the examples are sharded, as far as that is known.
+
+    And along axes of a mesh along which parameters are, see `Shards.wider`.
+    """
     roles = zip(self.leaves, self.arguments.roles, strict=True)
     found = [_shards(leaf) for leaf, role in roles if role == "batch"]
     found += [_automatic(leaf) for leaf in self.leaves[:1] if isinstance(leaf, jax.core.Tracer)]
     shards = max(found, key=lambda shards: shards.number)
-    return Shards() if self.size // self.every % shards.number else shards
+    if (examples := self.size // self.every) % shards.number:
+      return Shards()
+    return shards.wider(params, examples)
 
   def chunk(self, group: int, micro: Any) -> list[Any]:
     """The traced leaves of piece `micro` (a number, or traced) of `group`."""

@@ -129,9 +129,10 @@ class Captured:
     axes = _compat.varying(signature.args.dynamic(chunks.leaves))
     leaves = _compat.vary(leaves, axes)
     static = isinstance(refresh, (bool, np.bool_))
-    shards = chunks.shards
+    shards = chunks.shards(leaves)
     one_sum = self._spec.sharing == "reduce"  # of sums by example the moment is formed at once
-    if one_sum or (static and (chunks.count == 1 or not refresh)):
+    whole_rows = shards == chunks.shards(())  # no device has but some features of them
+    if one_sum or (static and (not refresh or (chunks.count == 1 and whole_rows))):
       shards = batches.Shards()  # nothing to wait for: a sum is added up where it is formed
     dtypes = [jnp.promote_types(leaves[layer.weight].dtype, jnp.float32) for layer in self.layers]
     zeros = _compat.vary(_zeros(self.layers, dtypes, shards, basis is not None), axes)

@@ -86,8 +86,7 @@ class Moments:
       real = dataclasses.replace(self, product=product, coefficient=1.0, scale=scale)
       return dataclasses.replace(real, examples=examples, every=1)._factors(x, dy, 1, like)
     scale_a, scale_g = (count * scale for scale in self.scale)
-    shards = like.A.shape[1]
-    x_axis, y_axis = self._examples_at(x, dy) if shards > 1 else (None, None)
+    x_axis, y_axis = self._examples_at(x, dy) if like.A.shape[1] > 1 else (None, None)
     shape_a, shape_g = ((f.shape[0], *f.shape[2:]) for f in like)
 
     def inputs(x):
@@ -96,10 +95,10 @@ class Moments:
     def outputs(x, dy):
       return scale_g * self._outputs(x, dy, like.G.dtype).reshape(shape_g)
 
-    A = _by_shard(inputs, (x,), (x_axis,), shards)
+    A = _by_shard(inputs, (x,), (x_axis,), like.A)
     if x_axis is None:  # of a table: x plays no part in G
-      return Factors(A, _by_shard(functools.partial(outputs, x), (dy,), (y_axis,), shards))
-    return Factors(A, _by_shard(outputs, (x, dy), (x_axis, y_axis), shards))
+      return Factors(A, _by_shard(functools.partial(outputs, x), (dy,), (y_axis,), like.G))
+    return Factors(A, _by_shard(outputs, (x, dy), (x_axis, y_axis), like.G))
 
   def _inputs(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     biased, product = self.coordinate != 0, self.product
@@ -156,7 +155,7 @@ class Moments:
       arrays, axis = (examples_first(x, at_x), examples_first(dy, at_y)), 0
     else:  # all of it is of one example, or of none
       arrays, axis = (x[None], dy[None]), None
-    return _by_shard(form, arrays, (axis, axis), like.shape[1])
+    return _by_shard(form, arrays, (axis, axis), like)
 
   def _rows(self, x: jax.Array, dy: jax.Array, dtype: jax.typing.DTypeLike):
     """`[c x_r; h]` and `dy_r`, `[stack, rows, d]`; of a lookup the index instead of the former."""
@@ -265,13 +264,12 @@ def form_moments(
     rotations: for each of them the basis of its second moments, where it has some.
     refresh: a traced bool, or None for always.
   """
-  like = jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype), list(probes))
   types = jax.tree.map(jax.typeof, list(probes))
+  like = jax.tree.map(_compat.shape_of, types)
 
   def form(x, dy, rotations):
     each = zip(moments, like, rotations, strict=True)
-    sums = [own(x, dy, shapes, rotation) for own, shapes, rotation in each]
-    return jax.tree.map(_compat.sharded_like, sums, types)
+    return [own(x, dy, shapes, rotation) for own, shapes, rotation in each]
 
   @jax.custom_vjp
   def identity(y, x, probes, rotations, refresh):
@@ -284,13 +282,15 @@ def form_moments(
 
   def backward(residuals, dy):
     x, rotations, refresh = residuals
-    if refresh is None:
-      return dy, None, form(x, dy, rotations), None, None
-    skip = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), like)
-    skip = jax.tree.map(_compat.sharded_like, skip, types)
-    skip = _compat.vary(skip, _compat.varying((x, dy)))
-    # products only inside the branch: gradients of convolutions would be slow there on CPU
-    statistics = lax.cond(refresh, lambda: form(x, dy, rotations), lambda: skip)
+    placed = lambda sums: jax.tree.map(_compat.sharded_like, sums, types)
+    with _compat.mesh_of((x, dy)) as on_it:
+      if refresh is None:
+        return dy, None, placed(form(x, dy, on_it(rotations))), None, None
+      rotations, refresh = on_it((rotations, refresh))
+      skip = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), like)
+      skip = _compat.vary(placed(skip), _compat.varying((x, dy)))
+      # products only inside the branch: gradients of convolutions would be slow there on CPU
+      statistics = lax.cond(refresh, lambda: placed(form(x, dy, rotations)), lambda: skip)
     return dy, None, statistics, None, None
 
   identity.defvjp(forward, backward)
@@ -301,25 +301,29 @@ def _by_shard(
   form: Callable[..., jax.Array],
   arrays: Sequence[jax.Array],
   axes: Sequence[int | None],
-  shards: int,
+  like: jax.Array | jax.ShapeDtypeStruct,
 ) -> jax.Array:
-  """`form` of each shard of the arrays along these axes, `[stack, shards, ...]`.
+  """`form` of each shard of the arrays along these axes, `[stack, shards, ...]` as `like` is.
 
   What has no such axis is formed as a whole, and counts for the first.
   """
+  shards = like.shape[1]
   if shards == 1 or None in axes:
     whole = form(*arrays)[:, None]
     first = jnp.arange(shards) == 0
     return whole if shards == 1 else jnp.where(first.reshape(-1, *[1] * (whole.ndim - 2)), whole, 0)
-  split = [_split(a, i, shards) for a, i in zip(arrays, axes, strict=True) if i is not None]
+  split = [_split(a, i, like) for a, i in zip(arrays, axes, strict=True) if i is not None]
   return jax.vmap(form, out_axes=1)(*split)
 
 
-def _split(array: jax.Array, axis: int, shards: int) -> jax.Array:
-  """An axis cut into shards, which come first."""
-  before, after = array.shape[:axis], array.shape[axis + 1 :]
+def _split(array: jax.Array, axis: int, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+  """An axis cut into shards, which come first, each whole on the device that `like` has it on.
+
+  Axes of a mesh along which features were sharded are taken by the shards: an all-to-all.
+  """
+  shards, before, after = like.shape[1], array.shape[:axis], array.shape[axis + 1 :]
   parts = array.reshape(*before, shards, array.shape[axis] // shards, *after)
-  return jnp.moveaxis(parts, axis, 0)
+  return _compat.leading_like(jnp.moveaxis(parts, axis, 0), like)
 
 
 def _padded(array: jax.Array, sides: int | None = None) -> jax.Array:

@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fop_optax import _compat
 from fop_optax.curvature.damping import trace_of
 from fop_optax.layers import Factors, Layers, is_masked, side_shapes
+from fop_optax.moments import whole
 from fop_optax.tensors import Tensors
 
 Blocks = Layers | Tensors
@@ -78,12 +80,15 @@ def _masked(layers: Blocks, index: int, leaves: Sequence[Any]) -> bool:
 
 
 def stack_matrices(stack: Stack, layers: Blocks, leaves: Sequence[Any], dtype: Any) -> jax.Array:
-  """The blocks of `stack` out of the leaves of a tree like params: `[blocks, *dims]`."""
+  """The blocks of `stack` out of the leaves of a tree like params: `[blocks, *dims]`.
+
+  They are on every device: under explicit mesh axes leaves that are sharded are gathered.
+  """
   if not stack.layers:
     return jnp.zeros((stack.blocks, *stack.dims), dtype)
   matrices = []
   for layer in (layers[i] for i in stack.layers):
-    wide = {leaf: jnp.asarray(leaves[leaf], dtype) for leaf in layer.leaves}
+    wide = {leaf: whole(jnp.asarray(leaves[leaf], dtype)) for leaf in layer.leaves}
     matrices.append(layer.gather(wide))
   return _concatenate(matrices)
 
@@ -117,7 +122,10 @@ def stack_squares(
 def unstack(
   stacks: Sequence[Stack], layers: Blocks, matrices: Sequence[jax.Array], leaves: Sequence[Any]
 ) -> list[Any]:
-  """`leaves` with those in a layer replaced by what `matrices` hold for them, in their dtype."""
+  """`leaves` with those in a layer replaced by what `matrices` hold for them.
+
+  In their dtype, and as they are sharded by their types.
+  """
   shares: dict[int, jax.Array] = {}
   for stack, blocks in zip(stacks, matrices, strict=True):
     start = 0
@@ -128,7 +136,8 @@ def unstack(
         shares[leaf] = shares[leaf] + share if leaf in shares else share
   out = list(leaves)
   for leaf, share in shares.items():
-    out[leaf] = share.astype(dtype_of(leaves[leaf]))
+    share = share.astype(dtype_of(leaves[leaf]))
+    out[leaf] = _compat.sharded_like(share, jax.typeof(leaves[leaf]))
   return out
 
 

@@ -13,6 +13,7 @@ from fop_optax import _compat
 from fop_optax.curvature import factors, per_example_factors
 from fop_optax.curvature.damping import Damping
 from fop_optax.curvature.inverse import SCALINGS, Scaling
+from fop_optax.curvature.layouts import Layout, laid_like, plan_layout
 from fop_optax.curvature.owned import Directions, Method, StackedGradients, advance_owned
 from fop_optax.curvature.stacks import (
   Stack,
@@ -127,6 +128,7 @@ class Step(NamedTuple):
   curvature: CurvatureState
   updates: Any
   leaves: list[Any]
+  layout: Layout | None = None  # of the gradient, where parameters are sharded
 
 
 def init(options: Options, layers: Layers, params: Any) -> tuple[tuple[Stack, ...], CurvatureState]:
@@ -157,37 +159,60 @@ def begin(
   leaves = layers.leaves(updates, "The gradient")
   stacks = plan_stacks(layers, leaves)
   check_state(stacks, state, options.sharding)
+  trees = [layers.leaves(tree, "A contrast in `stats`") for tree in stats.contrasts if contrasts]
+  damping = options.damping_at(state.steps.count)
+  resolutions = [_resolution(stack, layers, leaves) for stack in stacks]
+  layout = None
+  if options.sharding is not None:
+    layout = plan_layout(options.sharding, layers, stacks, leaves)
+  if layout is not None:
+    pieces = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *map(layout.split, [leaves, *trees]))
+    gradients = StackedGradients([], [], resolutions, value, pieces)
+    gradients_finite = layout.finite(pieces)
+  else:
+    gradients = _stacked(stacks, layers, state, leaves, trees, resolutions, value)
+    own = {leaf for stack in stacks for i in stack.layers for leaf in layers[i].leaves}
+    # Leaf by leaf: looked through side by side, in their stacks, they are long to compile.
+    gradients_finite = all_finite([tree[leaf] for tree in [leaves, *trees] for leaf in own])
+  finite = Finite(jnp.isfinite(stats.loss), gradients_finite & fallback_finite)
+  if options.sharding is None or not stacks:
+    curvature = advance(state, stacks, stats, finite, damping, options.curvature)
+    found = method(curvature.stacks, curvature.damping, gradients)
+  else:
+    curvature, found = advance_owned(
+      state, stacks, stats, finite, damping, options.curvature, gradients, method, layout
+    )
+  return Step(stacks, found, curvature, updates, leaves, layout)
+
+
+def _stacked(
+  stacks: Sequence[Stack],
+  layers: Layers,
+  state: CurvatureState,
+  leaves: Sequence[Any],
+  trees: Sequence[Sequence[Any]],
+  resolutions: list[float],
+  value: jax.Array | None,
+) -> StackedGradients:
+  """A gradient, and contrasts, that every device has."""
   dtypes = [s.dtype for s in state.stacks]
   gather = lambda leaves: [
     stack_matrices(stack, layers, leaves, dtype)
     for stack, dtype in zip(stacks, dtypes, strict=True)
   ]
   matrices = gather(leaves)
-  trees = [layers.leaves(tree, "A contrast in `stats`") for tree in stats.contrasts if contrasts]
   others = [jnp.stack(parts, axis=1) for parts in zip(*map(gather, trees), strict=True)]
-  own = {leaf for stack in stacks for i in stack.layers for leaf in layers[i].leaves}
-  # Leaf by leaf: looked through side by side, in their stacks, they are long to compile.
-  gradients = all_finite([tree[leaf] for tree in [leaves, *trees] for leaf in own])
-  finite = Finite(jnp.isfinite(stats.loss), gradients & fallback_finite)
-  damping = options.damping_at(state.steps.count)
-  gradients = StackedGradients(
-    matrices, others, [_resolution(stack, layers, leaves) for stack in stacks], value
-  )
-  if options.sharding is None or not stacks:
-    curvature = advance(state, stacks, stats, finite, damping, options.curvature)
-    found = method(curvature.stacks, curvature.damping, gradients)
-  else:
-    curvature, found = advance_owned(
-      state, stacks, stats, finite, damping, options.curvature, gradients, method
-    )
-  return Step(stacks, found, curvature, updates, leaves)
+  return StackedGradients(matrices, others, resolutions, value)
 
 
 def finish(options: Options, layers: Layers, step: Step, count: jax.Array) -> Any:
   """The directions as a tree like the gradient, within the norm constraint."""
   scale = constrain(options, step.found.norm2, count)
-  directions = [scale.astype(d.dtype) * d for d in step.found.directions]
-  leaves = unstack(step.stacks, layers, directions, step.leaves)
+  directions = jax.tree.map(lambda d: scale.astype(d.dtype) * d, step.found.directions)
+  if step.layout is not None:
+    leaves = step.layout.join(directions, step.leaves)
+  else:
+    leaves = unstack(step.stacks, layers, directions, step.leaves)
   return layers.tree(step.updates, leaves)
 
 
@@ -218,9 +243,15 @@ def constrain(options: Options, norm2: jax.Array, count: jax.Array) -> jax.Array
 
 
 def by_layer(
-  layers: Layers, inside: optax.GradientTransformation, outside: optax.GradientTransformation
+  layers: Layers,
+  inside: optax.GradientTransformation,
+  outside: optax.GradientTransformation,
+  sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Leaves in a layer go through `inside`, the others through `outside`; frozen ones stay."""
+  """Leaves in a layer go through `inside`, the others through `outside`; frozen ones stay.
+
+  All are sharded like their parameters, where `sharding` says how: XLA is free to choose otherwise.
+  """
   covered, frozen = layers.covered, layers.frozen
 
   def label(index, leaf):
@@ -243,6 +274,9 @@ def by_layer(
 
   def update(updates, state, params=None, **extra_args):
     leaves = layers.leaves(updates, "The gradient")
+    if sharding is not None and sharding.params is not None:
+      leaves = laid_like(sharding, layers, leaves)
+      updates = layers.tree(updates, leaves)
     others = [leaf for index, leaf in enumerate(leaves) if index not in covered]
     finite = all_finite(others)
     return inner.update(updates, state, params, fallback_finite=finite, **extra_args)

@@ -56,7 +56,7 @@ def scale_by_kfac(
     sharding=sharding,
   )
   inner = precondition(options, checks.check_layers(layers))
-  return common.by_layer(layers, inner, fallback or common.wide_adam())
+  return common.by_layer(layers, inner, fallback or common.wide_adam(), sharding)
 
 
 def precondition(options: Options, layers: Layers) -> optax.GradientTransformationExtraArgs:
@@ -185,10 +185,12 @@ def kfac(
       so, what new statistics would change by less than a few percent stays, and damping has to
       be above some hundredths of a mean eigenvalue (the default is). None: as the arithmetic.
     sharding: :class:`fop_optax.Sharding`: each block of curvature is kept, inverted and applied by
-      one device of its mesh, the directions gathered once a step. For batches sharded over the
-      mesh and replicated parameters; updates are equal to rounding. With `scaling="eigenvalue"`
-      the bases are gathered besides where statistics are taken, as every device measures in them.
-      None: every device has all of it.
+      one device of its mesh, the directions brought to all once a step. For batches sharded over
+      the mesh, and parameters that are replicated or sharded (`Sharding(mesh, params=...)`; a
+      gradient then goes to the owners piece by piece, and directions come back so); updates are
+      equal to rounding. With `scaling="eigenvalue"` the bases are gathered besides where statistics
+      are taken, as every device measures in them. None: every device has all of it, the gradient
+      too.
 
   Returns:
     A transformation whose `update` takes `stats=`.
@@ -245,4 +247,5 @@ def kfac(
     layers,
     common.complete(options, inner, nesterov, weight_decay, mask),
     common.keep_dtypes(fallback or common.slow_adamw(learning_rate, weight_decay, mask)),
+    sharding,
   )

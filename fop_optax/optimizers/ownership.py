@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
 from fop_optax.curvature.inverse import (
@@ -16,6 +17,7 @@ from fop_optax.curvature.inverse import (
 )
 from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.state import CurvatureState, StackState, in_order
+from fop_optax.layers import is_masked
 from fop_optax.optimizers.owned_tensors import OwnedStack
 from fop_optax.optimizers.shampoo import ScaleByShampooState
 from fop_optax.optimizers.soap import ScaleBySoapState
@@ -24,6 +26,9 @@ from fop_optax.sharding import Sharding, laid, noted, plan_owners
 
 def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
   """Where each array of `tx.init(params)` is: what has owners on them, all else on every device.
+
+  What it has of each parameter, as momentum, is sharded as the parameter is: by
+  `Sharding(mesh, params=...)`, or as `params` are placed.
 
   For `jax.jit(step, out_shardings=...)`, for `jax.device_put`, and for what Orbax restores into
   on the devices that the state was saved from (for others see :func:`fop_optax.to_blocks`).
@@ -66,7 +71,31 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
     return jax.tree.map(sharding.owned, own)._replace(place=sharding.whole(own.place))
 
   is_stack = lambda x: isinstance(x, StackState | OwnedStack)
-  return jax.tree.map(lambda x: stack(x) if is_stack(x) else whole(x), state, is_leaf=is_stack)
+  out = jax.tree.map(lambda x: stack(x) if is_stack(x) else whole(x), state, is_leaf=is_stack)
+  return _like_params(tx, sharding, params, state, out)
+
+
+def _like_params(
+  tx: optax.GradientTransformation, sharding: Sharding, params: Any, state: Any, shardings: Any
+) -> Any:
+  """`shardings` of a state, with those of parameters for what it has of each."""
+  leaves, treedef = jax.tree.flatten(params)
+  specs = sharding.params or list(map(_spec_of, leaves))
+  own = [sharding.like(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)]
+
+  def place(found, param, own):
+    return own if not is_masked(found) and found.shape == jnp.shape(param) else found
+
+  placed = optax.tree.map_params(
+    tx.init, place, state, params, treedef.unflatten(own), is_leaf=is_masked
+  )
+  named = lambda x: isinstance(x, NamedSharding)
+  return jax.tree.map(lambda own, other: own if named(own) else other, placed, shardings)
+
+
+def _spec_of(leaf: Any) -> PartitionSpec:
+  sharding = getattr(leaf, "sharding", None)
+  return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
 
 
 def to_blocks(opt_state: Any) -> Any:
@@ -140,7 +169,11 @@ def _converted(
       f"`{who}` found {had}. Pass the state of an optimizer {_WITH[owned]} `sharding`, as"
       " `tx.init(params)` and `tx.update` return it."
     )
-  place = lambda x: x if sharding is None else _put(x, sharding.whole(x))
+
+  def place(x):
+    there = sharding is None or getattr(getattr(x, "sharding", None), "mesh", None) == sharding.mesh
+    return x if there else _put(x, sharding.whole(x))
+
   out = [convert(own) if is_curvature(own) and own.stacks else place(own) for own in leaves]
   return treedef.unflatten(out)
 

@@ -1,0 +1,338 @@
+"""How the matrices of layers are sharded, where parameters are.
+
+A gradient that is sharded like its parameter need not be whole on a device that does not own its
+block. A *piece* is what a device has of a weight, as matrices `[blocks, rows, columns]`, or of its
+bias, as one row each: the two are joined where the block is owned, along axes that are whole there.
+Layers of one stack whose pieces are alike are a *family*, their blocks side by side.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from fop_optax import views
+from fop_optax.curvature.stacks import Stack, dtype_of
+from fop_optax.layers import Layer, Layers, bias_row, is_masked, spread_biases
+from fop_optax.sharding import Axes, Sharding, Spec, axes_of, laid, plan_owners
+
+
+class Piece(NamedTuple):
+  """The weight or the bias of a family of layers, `[blocks, rows, columns]`, and its sharding."""
+
+  number: int  # 0 the weight, 1 the bias
+  shape: tuple[int, int]
+  rows: Axes
+  columns: Axes
+
+  @property
+  def axes(self) -> Axes:
+    return (*self.rows, *self.columns)
+
+  @property
+  def spec(self) -> Spec:
+    return (), self.rows, self.columns
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+  """Layers of one stack whose pieces are sharded alike.
+
+  Attributes:
+    stack: which stack they are of.
+    layers: their indices.
+    pieces: the weight and, where there is one, the bias.
+    places: int32, shape=(blocks,): of each of its blocks where it is owned, owner * slots + slot.
+    owned: int32, [owners, slots]: which of its blocks each owner has; as many as there are in a
+      slot that stays empty.
+    ranks: int32, [owners, slots]: in which slot of the stack that is; past the last likewise.
+  """
+
+  stack: int
+  layers: tuple[int, ...]
+  pieces: tuple[Piece, ...]
+  places: np.ndarray
+  owned: np.ndarray
+  ranks: np.ndarray
+
+  @property
+  def slots(self) -> int:
+    return self.owned.shape[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+  """Where the gradient of the layers of some stacks is.
+
+  Attributes:
+    sharding: which devices own the blocks.
+    layers: the layers.
+    stacks: their stacks.
+    specs: of each leaf of the parameters.
+  """
+
+  sharding: Sharding
+  layers: Layers
+  stacks: tuple[Stack, ...]
+  specs: tuple[Spec, ...]
+
+  @functools.cached_property
+  def families(self) -> tuple[Family, ...]:
+    plan = plan_owners(self.stacks, self.sharding.devices)
+    out = []
+    rows = zip(self.stacks, plan.slots, plan.places, strict=True)
+    for k, (stack, slots, places) in enumerate(rows):
+      members: dict[tuple[Piece, ...], list[tuple[int, range]]] = {}
+      start = 0
+      for index in stack.layers:
+        stop = start + self.layers[index].stack
+        members.setdefault(self._pieces(index), []).append((index, range(start, stop)))
+        start = stop
+      for pieces, own in members.items():
+        at = [places[b] for _, blocks in own for b in blocks]
+        tables = _tables(at, slots, self.sharding.devices)
+        out.append(Family(k, tuple(index for index, _ in own), pieces, *tables))
+    return tuple(out)
+
+  @functools.cached_property
+  def axes(self) -> Axes:
+    """Those of the mesh along which some piece is sharded."""
+    found = {axis for own in self.families for piece in own.pieces for axis in piece.axes}
+    return tuple(axis for axis in self.sharding.mesh.axis_names if axis in found)
+
+  def specs_of(self, lead: int) -> list[list[PartitionSpec]]:
+    """Of the pieces of each family, with so many axes behind that of the blocks."""
+    spec = lambda piece: _spec((piece.spec[0], *[()] * lead, *piece.spec[1:]))
+    return [[spec(piece) for piece in own.pieces] for own in self.families]
+
+  def split(self, leaves: Sequence[Any]) -> list[list[jax.Array]]:
+    """The pieces of each family out of the leaves of a tree like params, in their dtypes."""
+
+    def part(index, piece):
+      own = self._usable(index, piece.number)
+      known = {leaf: self.laid(jnp.asarray(leaves[leaf]), spec) for leaf, spec in own.items()}
+      return self.laid(_gather(self.layers[index], piece.number, known), piece.spec)
+
+    each = lambda own, piece: _joined([part(index, piece) for index in own.layers])
+    return [[each(own, piece) for piece in own.pieces] for own in self.families]
+
+  def join(self, pieces: Sequence[Sequence[jax.Array]], leaves: Sequence[Any]) -> list[Any]:
+    """`leaves` with those in a layer replaced by what the pieces hold for them.
+
+    In their dtype, each sharded like the parameter that it is of.
+    """
+    shares: dict[int, jax.Array] = {}
+    for own, arrays in zip(self.families, pieces, strict=True):
+      start = 0
+      for index in own.layers:
+        stop = start + self.layers[index].stack
+        for piece, array in zip(own.pieces, arrays, strict=True):
+          for leaf, share in self._spread(index, piece.number, array[start:stop]).items():
+            shares[leaf] = shares[leaf] + share if leaf in shares else share
+        start = stop
+    out = list(leaves)
+    for leaf, share in shares.items():
+      out[leaf] = share.astype(dtype_of(leaves[leaf]))
+    return out
+
+  def finite(self, pieces: Sequence[Sequence[jax.Array]]) -> jax.Array:
+    """Whether all of some pieces is, by one sum over devices: XLA would make one of each leaf."""
+
+    def gap(pieces):
+      gaps = [jnp.sum(x - x).astype(jnp.float32) for x in jax.tree.leaves(pieces)]
+      return jax.lax.psum(sum(gaps), self.axes)
+
+    total = jax.shard_map(
+      gap,
+      mesh=self.sharding.mesh,
+      in_specs=(self.specs_of(1),),
+      out_specs=PartitionSpec(),
+      check_vma=False,
+    )
+    return total(pieces) == 0
+
+  def laid(self, array: jax.Array, spec: Spec) -> jax.Array:
+    return laid(array, NamedSharding(self.sharding.mesh, _spec(spec)))
+
+  def _spread(self, index: int, number: int, array: jax.Array) -> dict[int, jax.Array]:
+    layer, own = self.layers[index], self._usable(index, number)
+    array = self.laid(array, self._axes(index, number))
+    mesh, typed = self.sharding.mesh, self.sharding.explicit
+    like = {leaf: NamedSharding(mesh, _spec(spec)) if typed else None for leaf, spec in own.items()}
+    found = _scatter(layer, number, array, self.layers.shapes, like)
+    return {leaf: self.laid(share, self.specs[leaf]) for leaf, share in found.items()}
+
+  def _pieces(self, index: int) -> tuple[Piece, ...]:
+    layer, mesh = self.layers[index], self.sharding.mesh
+    shapes = [(layer.inputs, layer.outputs), (1, layer.outputs)][: 1 + bool(layer.biases)]
+    moved = lambda number, shape: _along(self._axes(index, number), shape, mesh)
+    return tuple(Piece(i, shape, *moved(i, shape)) for i, shape in enumerate(shapes))
+
+  def _usable(self, index: int, number: int) -> dict[int, Spec]:
+    """The shardings in which a layer takes its leaves: whole where its view could not go along."""
+    layer = self.layers[index]
+    leaves = [layer.weight] if number == 0 else [bias.leaf for bias in layer.biases]
+    own = {leaf: self.specs[leaf] for leaf in leaves}
+    if _viewed(layer, number, self.layers.shapes, tuple(own.items()), self.sharding.mesh) is None:
+      return {leaf: ((),) * len(spec) for leaf, spec in own.items()}
+    return own
+
+  def _axes(self, index: int, number: int) -> Spec:
+    own = tuple(self._usable(index, number).items())
+    found = _viewed(self.layers[index], number, self.layers.shapes, own, self.sharding.mesh)
+    assert found is not None
+    return found
+
+
+def plan_layout(
+  sharding: Sharding, layers: Layers, stacks: Sequence[Stack], leaves: Sequence[Any]
+) -> Layout | None:
+  """The layout of a gradient with these leaves; None where every device has all of it.
+
+  Under explicit axes types tell, or else `sharding.params`.
+
+  Raises:
+    ValueError: if `sharding.params` is of other parameters.
+  """
+  typed = lambda x: sharding.explicit and not is_masked(x)
+  none = PartitionSpec()
+  if sharding.params is None:
+    specs = _whole(layers, [jax.typeof(x).sharding.spec if typed(x) else none for x in leaves])
+  else:
+    specs = _whole(layers, sharding.params)
+  size = sharding.mesh.shape
+  wide = [tuple(tuple(a for a in axes if size[a] > 1) for axes in spec) for spec in specs]
+  own = {leaf for stack in stacks for i in stack.layers for leaf in layers[i].leaves}
+  if not any(any(wide[leaf]) for leaf in own):
+    return None
+  return Layout(sharding, layers, tuple(stacks), tuple(wide))
+
+
+def laid_like(sharding: Sharding, layers: Layers, leaves: Sequence[Any]) -> list[Any]:
+  """Leaves of a tree like params, sharded as `sharding.params` says.
+
+  Raises:
+    ValueError: if that is of other parameters.
+  """
+  specs = map(_spec, _whole(layers, sharding.params))
+  put = lambda x, spec: laid(x, NamedSharding(sharding.mesh, spec))
+  return [x if is_masked(x) else put(x, spec) for x, spec in zip(leaves, specs, strict=True)]
+
+
+def _whole(layers: Layers, specs: Sequence[PartitionSpec]) -> list[Spec]:
+  """With an entry for each axis of each leaf."""
+  if len(specs) != len(layers.shapes):
+    raise ValueError(
+      f"`Sharding(mesh, params=...)` has the shardings of {len(specs)} parameters, but these layers"
+      f" were captured from params with {len(layers.shapes)}. Pass a tree like those, as"
+      " `jax.tree.map(lambda x: x.sharding, params)`."
+    )
+  out = []
+  for spec, shape, path in zip(map(axes_of, specs), layers.shapes, layers.paths, strict=True):
+    if len(spec) > len(shape):
+      raise ValueError(
+        f"`Sharding(mesh, params=...)` shards {len(spec)} axes of {path}, which has shape {shape}."
+      )
+    out.append((*spec, *[()] * (len(shape) - len(spec))))
+  return out
+
+
+def _spec(spec: Spec) -> PartitionSpec:
+  return PartitionSpec(*(axes or None for axes in spec))
+
+
+def _joined(arrays: Sequence[jax.Array]) -> jax.Array:
+  return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+
+
+def _tables(places: Sequence[int], slots: int, owners: int) -> tuple[np.ndarray, ...]:
+  """`places`, `owned` and `ranks` of a family whose blocks are at these places of the stack."""
+  by_owner: list[list[tuple[int, int]]] = [[] for _ in range(owners)]
+  for number, place in enumerate(places):
+    by_owner[place // slots].append((place % slots, number))
+  most = max(map(len, by_owner))
+  found = np.zeros(len(places), np.int32)
+  owned = np.full((owners, most), len(places), np.int32)
+  ranks = np.full((owners, most), slots, np.int32)
+  for owner, own in enumerate(by_owner):
+    for slot, (rank, number) in enumerate(sorted(own)):
+      found[number] = owner * most + slot
+      owned[owner, slot], ranks[owner, slot] = number, rank
+  return found, owned, ranks
+
+
+def _along(spec: Spec, shape: tuple[int, int], mesh: Mesh) -> tuple[Axes, Axes]:
+  """The axes of rows and columns once those of the blocks are along one of the two.
+
+  A device has a share of every block then, which goes to who owns it. Where neither can be cut so
+  often, it has all of it.
+  """
+  blocks, rows, columns = spec
+  cut = lambda axes, n: n % math.prod(mesh.shape[axis] for axis in axes) == 0
+  if blocks and cut((*rows, *blocks), shape[0]):
+    return (*rows, *blocks), columns
+  if blocks and cut((*columns, *blocks), shape[1]):
+    return rows, (*columns, *blocks)
+  return rows, columns
+
+
+def _gather(layer: Layer, number: int, leaves: Mapping[int, jax.Array]) -> jax.Array:
+  """The weight or the bias of a layer, `[blocks, rows, columns]`."""
+  if number == 0:
+    return views.replay(layer.view, leaves[layer.weight])
+  return bias_row(layer.biases, leaves, (layer.stack, layer.outputs))[:, None]
+
+
+def _scatter(
+  layer: Layer,
+  number: int,
+  array: jax.Array,
+  shapes: Sequence[tuple[int, ...]],
+  shardings: Mapping[int, NamedSharding | None],
+) -> dict[int, jax.Array]:
+  """The transpose of `_gather`: what each leaf receives, so sharded by its type (or not typed)."""
+  if number == 1:
+    return spread_biases(array, layer.biases, shapes, {}, shardings)
+  leaf = layer.weight
+  return {leaf: views.transpose(layer.view, array, shapes[leaf], shardings[leaf])}
+
+
+@functools.lru_cache(maxsize=4096)
+def _viewed(
+  layer: Layer,
+  number: int,
+  shapes: tuple[tuple[int, ...], ...],
+  specs: tuple[tuple[int, Spec], ...],
+  mesh: Mesh,
+) -> Spec | None:
+  """How the weight or the bias of a layer is sharded if its leaves are; None: they have to move.
+
+  By the rules of explicit axes, which refuse what would have to communicate.
+  """
+  explicit = AbstractMesh(
+    mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
+  )
+  named = {leaf: NamedSharding(explicit, _spec(spec)) for leaf, spec in specs}
+  like = {
+    leaf: jax.ShapeDtypeStruct(shapes[leaf], "float32", sharding=s) for leaf, s in named.items()
+  }
+
+  def there_and_back(leaves):
+    array = _gather(layer, number, leaves)
+    return array, _scatter(layer, number, array, shapes, named)
+
+  try:
+    with jax.sharding.use_abstract_mesh(explicit):
+      array, back = jax.eval_shape(there_and_back, like)
+  except Exception:  # JAX exports no name of what it refuses with
+    return None
+  if any(back[leaf].sharding.spec != like[leaf].sharding.spec for leaf in like):
+    return None
+  spec = axes_of(array.sharding.spec)
+  return (*spec, *[()] * (3 - len(spec)))
