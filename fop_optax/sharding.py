@@ -347,8 +347,8 @@ def on_owners(
   function: Callable[..., Any],
   owned: Any,
   whole: Any,
-  pieces: Any,
-  specs: tuple[Any, Any] | None,
+  pieces: Any = (),
+  specs: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any, Any]:
   """`function(owned, whole, pieces)` on every device: what it owns, what all have, and pieces.
 

@@ -89,7 +89,7 @@ def step_owned(
   sharding: Sharding = options.sharding
   slots = plan_owners(tuple(stacks), sharding.devices).slots
 
-  def local(owned, given):
+  def local(owned, given, pieces):
     places, arrays, count, gradients, more = given
     exchange = Exchange(sharding, places, slots)
     share = exchange.share()
@@ -99,11 +99,11 @@ def step_owned(
     directions, after = step(here, count, owned, mine(gradients), share=share, **more)
     nothing = jnp.zeros((), directions[0].dtype)
     directions, _, _ = exchange.collect(directions, (), nothing)
-    return after, directions
+    return after, directions, pieces
 
   places = tuple(own.place for own in states)
   given = places, _arrays(options, count), count, gradients, more
-  after, directions = on_owners(sharding, local, tuple(own.slots for own in states), given)
+  after, directions, _ = on_owners(sharding, local, tuple(own.slots for own in states), given)
   pairs = zip(states, after, strict=True)
   return directions, tuple(own._replace(slots=new) for own, new in pairs)
 
