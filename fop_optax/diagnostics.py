@@ -62,6 +62,7 @@ def diagnostics(
     with FOP's numbers.
 
   Raises:
+    TypeError: if `layers` are none.
     ValueError: if there is no such state or more than one; under `jax.jit`, without `layers` or
       where some of them are masked.
 
@@ -77,6 +78,11 @@ def diagnostics(
     >>> print(layer["folds"], layer["inverses"], layer["beta"])  # equal halves: beta is 0
     [1] [1] [[0.]]
   """
+  if layers is not None and not isinstance(layers, Layers):
+    raise TypeError(
+      f"`diagnostics(opt_state, layers)` has a {type(layers).__name__} for layers: pass"
+      " `captured.layers`."
+    )
   state = _find(opt_state)
   if isinstance(state, STACKED):
     return {**state.steps._asdict(), "stacks": _by_shape(state)}

@@ -477,4 +477,7 @@ def test_table():
   assert "Warning: many are left to the fallback optimizer" in str(captured)
   with warnings.catch_warnings():  # what no gradient reaches is not left to it
     warnings.simplefilter("error")
-    fop_optax.capture(mlp, params, x, y)
+    text = str(fop_optax.capture(mlp, params, x, y))
+  assert "Warning: 103 parameters are reached by no gradient: the loss stops it, or takes" in text
+  with pytest.raises(ValueError, match="it should not close over the parameters"):
+    fop_optax.capture(lambda p, x, y: mlp(params, x, y), params, x, y)

@@ -311,7 +311,7 @@ BAD = {
                                                P, X, Y),
                      r"returned a tuple. Pass has_aux=True"),
   "missing aux": (lambda: fop_optax.capture(cross_entropy, P, X, Y, has_aux=True),
-                  r"must return a pair `\(loss, aux\)`"),
+                  r"must return a pair `\(loss, aux\)`, but it returned one array"),
   "wrong tree": (lambda: whole(fop_optax.capture(cross_entropy, P, X, Y), {"w": P["w"]}, X, Y),
                  r"params has 1 leaves, but .* captured from params with 2: \['b'\], \['w'\]"),
   "wrong shape": (lambda: whole(fop_optax.capture(cross_entropy, P, X, Y), P | {"b": P["w"]}, X, Y),

@@ -34,6 +34,13 @@ BATCH = problems.make_batch()
     ({"factor_dtype": "half?"}, "`factor_dtype='half[?]'` should be a floating dtype"),
     ({"factor_dtype": jnp.ones(())}, 'declare it with .*static_args="factor_dtype"'),
     ({"mask": True}, '`mask=True` .*static_args="mask"'),
+    ({"learning_rate": None}, "`learning_rate=None`: it takes a number"),
+    ({"learning_rate": True}, "`learning_rate` should be one number .* not True"),
+    (
+      {"learning_rate": LAYERS},
+      r"the rate comes first, as in `fop_optax.kfac\(0.1, captured.layers",
+    ),
+    ({"learning_rate": optax.adam(0.1)}, "not a GradientTransformation"),
     ({"learning_rate": [0.1, 0.2]}, r"`learning_rate` should be one number .* not \[0.1, 0.2\]"),
     ({"learning_rate": np.ones(2)}, r"not float64\[2\]. For parameters .* `optax.partition`"),
     ({"damping": jnp.ones((1,))}, r"`damping` should be one number .* not float32\[1\]"),
@@ -114,6 +121,19 @@ def update(change=lambda grads, stats: (grads, stats), make=fop_optax.fop):
   return tx.update(grads, tx.init(PARAMS), PARAMS, stats=stats)
 
 
+def test_statistics_go_by_name():
+  tx = fop_optax.kfac(0.1, LAYERS)
+  _, grads, stats = problems.value_and_grad(PARAMS, BATCH)
+  with pytest.raises(TypeError, match="write `tx.update.grads, opt_state, params, stats=stats"):
+    tx.update(grads, tx.init(PARAMS), PARAMS, stats)
+
+
+def test_diagnostics_take_layers():
+  state = fop_optax.kfac(0.1, LAYERS).init(PARAMS)
+  with pytest.raises(TypeError, match="has a tuple for layers: pass `captured.layers`"):
+    fop_optax.diagnostics(state, (LAYERS,))
+
+
 def other_factors(grads, stats):
   return grads, stats._replace(factors=stats.factors[::-1])
 
@@ -135,7 +155,7 @@ def fewer_factors(grads, stats):
     (
       lambda g, s: (g, {"A": 1}),
       TypeError,
-      "`stats` is a dict: pass what `captured.value_and_grad`",
+      "`stats` is a dict: pass the third of what `captured.value_and_grad`",
     ),
     (other_factors, ValueError, "`stats` are of another loss: their factors have shapes"),
     (fewer_factors, ValueError, "`stats` are of another loss"),

@@ -58,9 +58,11 @@ def norms(w):
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
 def test_norms_stay_and_steps_are_relative(size):
   """One sphere for each scanned matrix, whatever the length of the direction."""
-  params = draw(2, 4, 6)
+  rng = np.random.default_rng(0)  # the bounds below are not of any draw
+  own = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  params, directions = own(2, 4, 6), own(20, 2, 4, 6)
   tx = fop_optax.hyperball(1e-2, dimension_numbers=fop_optax.DimensionNumbers(1, 2))
-  after = run(tx, params, size * draw(20, 2, 4, 6))
+  after = run(tx, params, size * directions)
   np.testing.assert_allclose(norms(after), norms(params)[None] + jnp.zeros((21, 2)), rtol=1e-6)
   steps = norms(after[1:] - after[:-1]) / norms(params)
   assert jnp.all((steps > 0.8e-2) & (steps < 1.001e-2))  # but for what points along the weight

@@ -83,7 +83,8 @@ class Arguments:
       text += (
         f" If the batch has {common} examples, write"
         f" `capture(loss, params, *args, batch_argnums={numbers})`, counted within `args`: state"
-        " and constants are left out."
+        " and constants are left out. If it is another axis of an argument, hand that over with the"
+        " batch as its leading axis, and transpose it in the loss."
       )
     for number in mixed:
       text += f" args[{number}] has leaves with {common} and others: make two arguments of it."

@@ -221,7 +221,9 @@ class Check:
     loss = self._whole.loss
     numbers = f"({float(loss):.6g} and {float(again):.6g})"
     if not distance([loss], [again]) >= self._tolerance:  # NaN is the same twice
-      return Finding("repeatable", True, f"Evaluated again the loss is the same {numbers}.")
+      rounding = "" if float(loss) == float(again) else f", to the rounding of {self._dtype}"
+      text = f"Evaluated again the loss is the same{rounding} {numbers}."
+      return Finding("repeatable", True, text)
     text = (
       f"Evaluated again the loss is another {numbers}: it draws random numbers that no argument"
       " determines (NumPy's, or a callback's). Pass it a key of `jax.random` as an argument."

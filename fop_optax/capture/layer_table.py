@@ -48,6 +48,12 @@ def table(layers: Layers, fallbacks: Mapping[str, str], notes: Sequence[str] = (
   lines.append(f"{inside:,} of {total:,} parameters ({inside / max(total, 1):.1%}) are in layers.")
   if left_out(layers, fallbacks):
     lines.append("Warning: many are left to the fallback optimizer; the reasons stand above.")
+  unreached = sum(math.prod(layers.shapes[leaf]) for leaf in layers.frozen)
+  if unreached >= LARGE * total:
+    lines.append(
+      f"Warning: {unreached:,} parameters are reached by no gradient: the loss stops it, or takes"
+      " them from elsewhere than its first argument."
+    )
   return "\n".join([*lines, *notes])
 
 
@@ -78,9 +84,13 @@ def refusal(layers: Layers, fallbacks: Mapping[str, str]) -> str:
   """The message of the error when no parameter, or with `strict` not every one, is in a layer."""
   reasons = "\n".join(f"  {path}: {why}" for path, why in fallbacks.items())
   if not len(layers):
+    closed = (
+      " The loss does not seem to use its first argument: it should not close over the parameters."
+    )
     return (
       "`fop_optax.capture` found no layer: every parameter would be left to the fallback optimizer."
-      " A layer is a product of a parameter with something that depends on the batch.\n" + reasons
+      " A layer is a product of a parameter with something that depends on the batch."
+      f"{closed if len(layers.frozen) == len(layers.shapes) else ''}\n{reasons}"
     )
   return f"`fop_optax.capture(strict=True)`: these parameters are in no layer.\n{reasons}"
 

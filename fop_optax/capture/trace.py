@@ -62,7 +62,7 @@ class Signature:
     if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
       raise ValueError(
         "With has_aux=True the loss must return a pair `(loss, aux)`, but it returned"
-        f" {type(out).__name__}."
+        f" {'one array' if isinstance(out, jax.Array) else f'a {type(out).__name__}'}."
       )
     loss, aux = out if self.has_aux else (out, ())
     if isinstance(loss, (tuple, list, dict)):

@@ -27,16 +27,27 @@ def check(name: str, value: Any, valid: Callable[[Any], bool], wanted: str) -> N
   """Checks a hyperparameter: one number, in range where that is known before the step is run."""
   if value is None or callable(value):
     return
-  if isinstance(value, numbers.Real):
+  if isinstance(value, numbers.Real) and not isinstance(value, bool):
     if not valid(value):
       raise ValueError(f"`{name}={value}` should be {wanted}.")
+  elif isinstance(value, Layers):
+    raise ValueError(
+      f"`{name}` is the layers: the rate comes first, as in `fop_optax.kfac(0.1, captured.layers)`."
+    )
   elif not hasattr(value, "dtype") or jnp.ndim(value) > 0:
-    got = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
+    shown = repr(value) if len(repr(value)) < 80 else f"a {type(value).__name__}"
+    got = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else shown
     raise ValueError(
       f"`{name}` should be one number (a Python number, an array without axes or a schedule), not"
       f" {got}. For parameters that need values of their own give each group an optimizer, with"
       " `optax.partition`."
     )
+
+
+def check_given(name: str, value: Any) -> None:
+  """Checks that a hyperparameter which has no default is there."""
+  if value is None:
+    raise ValueError(f"`{name}=None`: it takes a number, an array without axes or a schedule.")
 
 
 def check_period(name: str, value: Any) -> None:
@@ -71,7 +82,8 @@ def check_factors(layers: Layers, stats: Any) -> None:
   """Checks that `stats` are of a loss with these layers."""
   if not isinstance(stats, Stats):
     raise TypeError(
-      f"`stats` is a {type(stats).__name__}: pass what `captured.value_and_grad` returned."
+      f"`stats` is a {type(stats).__name__}: pass the third of what"
+      " `captured.value_and_grad` returned."
     )
   shapes = [tuple(tuple(x.shape) for x in f) for f in stats.factors]
   if shapes != [layer.factor_shapes for layer in layers]:

@@ -78,6 +78,7 @@ class Options:
     for name in ("curvature_update_period", "inverse_update_period"):
       checks.check_period(name, getattr(self, name))
     checks.check("norm_constraint", self.norm_constraint, lambda x: x > 0, "above 0")
+    checks.check_given("learning_rate", self.learning_rate)
     checks.check("learning_rate", self.learning_rate, lambda x: x >= 0, "at least 0")
     checks.check("momentum", self.momentum, lambda x: 0 <= x < 1, "in [0, 1)")
     checks.check_dtype("factor_dtype", self.factor_dtype)

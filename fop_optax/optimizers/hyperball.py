@@ -79,6 +79,7 @@ def hyperball(
     Wen et al., `Fantastic Pretraining Optimizers and Where to Find Them II: Hyperball Optimization
     <https://arxiv.org/abs/2606.16899>`_, 2026
   """
+  checks.check_given("learning_rate", learning_rate)
   checks.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
   by_tensor.check_views(dimension_numbers, layers)
 

@@ -223,6 +223,7 @@ def shampoo(
     layers=layers,
     sharding=sharding,
   )
+  checks.check_given("learning_rate", learning_rate)
   checks.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
   checks.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
   decay = by_tensor.decay(weight_decay, mask)

@@ -240,6 +240,7 @@ def soap(
     statistics_dtype=statistics_dtype,
     sharding=sharding,
   )
+  checks.check_given("learning_rate", learning_rate)
   checks.check("learning_rate", learning_rate, lambda x: x >= 0, "at least 0")
   checks.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
   after = by_tensor.decay_after_step(learning_rate, weight_decay, mask, skip_first)

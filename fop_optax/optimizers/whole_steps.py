@@ -38,7 +38,12 @@ def whole_steps(
     updates = jax.tree.map(lambda u: jnp.where(taken, u, jnp.zeros_like(u)), updates)
     return updates, jax.tree.map(keep, state, before, is_leaf=is_counted)
 
-  def update(updates, state, params=None, **extra_args):
+  def update(updates, state, params=None, *more, **extra_args):
+    if more:
+      raise TypeError(
+        "`tx.update(grads, opt_state, params, ...)` takes further arguments by their names: write"
+        " `tx.update(grads, opt_state, params, stats=stats)`."
+      )
     return settle(*inner.update(updates, state, params, **extra_args), state)
 
   def init(params):
