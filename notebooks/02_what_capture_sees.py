@@ -90,8 +90,11 @@ def loss_fn(params, x, y):
 
 
 params, (x, y) = init(0), (train_x[:256], train_y[:256])
-captured = fop_optax.capture(loss_fn, params, x, y)
+with warnings.catch_warnings(record=True) as caught:
+  captured = fop_optax.capture(loss_fn, params, x, y)
 print(captured)
+print()
+print("It warned:", caught[0].message)
 
 # %% [markdown]
 # Read a row like this: `['kernel']` is a convolution whose weight, as a matrix, has 9 rows (3 x 3

@@ -23,6 +23,8 @@ if not all(map(importlib.util.find_spec, ("fop_optax", "experiments"))):  # as o
   sys.path.insert(0, "fop_optax_clone")
 
 # %%
+import warnings
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -298,9 +300,13 @@ def gain_after(params, x, y):
 
 
 params = init() | {"gain": jnp.ones(128)}
-before = fop_optax.capture(gain_before, params, *next(batches(256, 1)))
+with warnings.catch_warnings(record=True) as caught:
+  before = fop_optax.capture(gain_before, params, *next(batches(256, 1)))
 after = fop_optax.capture(gain_after, params, *next(batches(256, 1)))
 print(before)
+print()
+print("It warned:", caught[0].message)
+print()
 curves = {}
 for name, own, options in (
   ("gain before the product", before, {}),

@@ -11,7 +11,7 @@ from notebooks.execute import execute, read
 by_name = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 COLAB = "https://colab.research.google.com/github"
 # Where somebody's files are, terminal colours, and what a kernel warns of.
-UNTIDY = r"(?<![\w.])/(home|root|tmp|work|usr|opt|Users|content)/|\x1b|Warning: "
+UNTIDY = r"(?<![\w.])/(home|root|tmp|work|usr|opt|Users|content)/|\x1b|\wWarning: "
 
 
 def outputs(notebook):
