@@ -177,7 +177,8 @@ def scalars_to(path: pathlib.Path, step: int) -> Any:
     raise SystemExit(
       "--tensorboard needs tensorboardX: pip install 'fop_optax[tensorboard]'."
     ) from error
-  return SummaryWriter(str(path), purge_step=step)
+  # Its files are named by the second: those of two starts within one would be the same.
+  return SummaryWriter(str(path), purge_step=step, filename_suffix=f".{step}")
 
 
 def check_same(record: dict[str, Any], run: dict[str, Any], path: pathlib.Path) -> None:

@@ -148,6 +148,7 @@ def captured(loss, args, p=P, **options):
   """The captured loss, any warning an error."""
   with warnings.catch_warnings():
     warnings.simplefilter("error", UserWarning)
+    warnings.filterwarnings("ignore", ".*of the parameters are in no layer")
     return fop_optax.capture(loss, p, *args, **options)
 
 
