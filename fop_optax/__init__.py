@@ -5,6 +5,7 @@ from fop_optax.capture import capture as capture
 from fop_optax.capture.quadratic_model import QuadraticModel as QuadraticModel
 from fop_optax.capture.quadratic_model import quadratic_model as quadratic_model
 from fop_optax.diagnostics import diagnostics as diagnostics
+from fop_optax.diagnostics import diagnostics_table as diagnostics_table
 from fop_optax.dimensions import DimensionNumbers as DimensionNumbers
 from fop_optax.dimensions import LayerDimensionNumbers as LayerDimensionNumbers
 from fop_optax.dimensions import dimension_numbers as dimension_numbers

@@ -215,3 +215,52 @@ def _owners(curvature: CurvatureState, layers: Layers | None) -> np.ndarray:
       " another loss): call it outside."
     )
   return np.concatenate([np.repeat(p.layers, [layers[i].stack for i in p.layers]) for p in plan])
+
+
+def diagnostics_table(numbers: dict[str, Any]) -> str:
+  """What :func:`fop_optax.diagnostics` returned, as a table: a row a layer, a column a number.
+
+  Of a layer of several matrices (stacked, in parts) or contrasts there are the smallest and the
+  largest, as `0.2..0.9`.
+
+  Args:
+    numbers: a dictionary of `diagnostics`, of arrays that have values (not under `jax.jit`).
+
+  Returns:
+    The table; the line above it has the steps that were taken and left out.
+
+  Example:
+    >>> import fop_optax, jax.numpy as jnp
+    >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+    >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+    >>> captured = fop_optax.capture(loss, params, x)
+    >>> tx = fop_optax.kfac(0.1, captured.layers, damping=0.5, scaling="exact")
+    >>> _, grads, stats = captured.value_and_grad(params, x)
+    >>> _, state = tx.update(grads, tx.init(params), params, stats=stats)
+    >>> print(fop_optax.diagnostics_table(fop_optax.diagnostics(state, captured.layers)))
+    steps taken: 1; left out for losses, gradients, directions: 0, 0, 0
+    layer  folds  nonfinite_statistics  inverses  failed_inverses  damping  added
+    ['w']  1      0                     1         0                0.5      0
+  """
+  skipped = [numbers[f"nonfinite_{what}"] for what in ("losses", "gradients", "directions")]
+  lines = [
+    f"steps taken: {int(numbers['count'])}; left out for losses, gradients, directions:"
+    f" {', '.join(str(int(count)) for count in skipped)}"
+  ]
+  kind = "layers" if "layers" in numbers else "stacks"
+  found = numbers.get(kind, {})
+  columns = list(dict.fromkeys(name for own in found.values() for name in own))
+  rows = [(kind[:-1], *columns)]
+  for path, own in found.items():
+    rows.append((path, *(_shown(own[name]) if name in own else "" for name in columns)))
+  if len(rows) > 1:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pad = lambda row: "  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)).rstrip()
+    lines += map(pad, rows)
+  return "\n".join(lines)
+
+
+def _shown(values: Any) -> str:
+  """The smallest and the largest, or the one there is."""
+  low, high = np.min(values), np.max(values)
+  return f"{low:.3g}" if low == high or np.isnan(low) else f"{low:.3g}..{high:.3g}"
