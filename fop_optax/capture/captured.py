@@ -214,7 +214,7 @@ class Captured:
       >>> params, x = {"w": jnp.ones((3, 2))}, jnp.arange(24.0).reshape(8, 3)
       >>> captured = fop_optax.capture(loss_fn, params, x)
       >>> findings = captured.check(params, x)  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
-      holds: The loss, 25848, and its gradient are finite. ...
+      holds: The loss, 25848, and its gradient are finite.
       holds: Evaluated again the loss is the same (25848 and 25848).
       does not hold: The batch taken twice has twice the loss (25848 and 51696, gradients 0.5
       apart). It is a sum over the examples, or divided by a number written into it: ...
