@@ -101,8 +101,8 @@ class Method(NamedTuple):
   of_rows: bool = False  # whether the factors are second moments of rows
   squares: bool = False  # whether there are second moments in their basis, too
   moments: bool = False  # whether two moments of each block, and two counts, are kept beside them
-  bfloat16: str = "factor_dtype=jnp.bfloat16"
-  one_sided: str = "the shorter side of each matrix alone (no option yet)"
+  bfloat16: str | None = "factor_dtype=jnp.bfloat16"  # what holds factors so, where there is a way
+  one_sided: str | None = None  # what keeps the shorter side of each matrix alone
 
 
 def _matrices(layers: Layers, sizes: Sequence[int], limit: int) -> list[Block]:
@@ -225,7 +225,7 @@ METHODS = {
     blocks=_shampoo_blocks,
     longest=BLOCK_SIZE,
     limit="shampoo(block_size={})",
-    bfloat16="factors in bfloat16 (no option yet)",
+    bfloat16=None,
     products=lambda layers: 2,  # statistics, roots
     temporaries=_by_tensor(2),
     remake=lambda d, size: (EIGH + 2) * d**3,
@@ -358,6 +358,8 @@ def savings(
   limited = {m: held(blocks_of(method, layers, leaves, m)) for m in below}
   halving = [m for m in below if limited[m] <= now / 2]
   ways = {method.limit.format(m): limited[m] for m in (halving or below)[:1]}
-  ways[method.bfloat16] = held(blocks, min(itemsize or 2, 2))
-  ways[method.one_sided] = held([block.one_sided() for block in blocks])
+  if method.bfloat16:
+    ways[method.bfloat16] = held(blocks, min(itemsize or 2, 2))
+  if method.one_sided:
+    ways[method.one_sided] = held([block.one_sided() for block in blocks])
   return [Saving(how, now - then) for how, then in ways.items() if then < now]

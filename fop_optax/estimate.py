@@ -139,7 +139,6 @@ def estimate(
     each step 9.19 GFLOP, a refresh 40.4 GFLOP more
     smaller by 67.1 MB: capture(max_dim=1024)
     smaller by 18 MB: factor_dtype=jnp.bfloat16
-    smaller by 67.1 MB: the shorter side of each matrix alone (no option yet)
     >>> estimate.state_bytes
     78552200
   """
