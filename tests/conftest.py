@@ -27,6 +27,9 @@ def pytest_configure(config):
   jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  # Of several programs over eight devices in flight on two cores one may wait for a thread that
+  # another has, until XLA gives up: one at a time.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 hypothesis.settings.register_profile(
