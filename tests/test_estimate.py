@@ -2,14 +2,13 @@
 
 import math
 
-import hlo
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from selection import slow_but
 
-from experiments.benchmarks import cases
+from experiments.benchmarks import cases, hlo
 import fop_optax
 from fop_optax.curvature.stacks import plan_stacks
 from fop_optax.curvature.state import StackState

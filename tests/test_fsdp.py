@@ -9,8 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 import pytest
-from test_sharding import collectives
 
+from experiments.benchmarks.hlo import collectives
 import fop_optax
 from fop_optax.curvature.layouts import plan_layout
 from fop_optax.curvature.passage import Passage

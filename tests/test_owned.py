@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import pytest
 from test_contract import factorised
-from test_sharding import collectives
 
+from experiments.benchmarks.hlo import collectives
 import fop_optax
 from fop_optax.curvature.inverse import EigenvalueInverse, ExactInverse
 from fop_optax.curvature.stacks import Stack, plan_stacks

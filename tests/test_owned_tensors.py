@@ -2,7 +2,6 @@
 
 import functools
 
-import hlo
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
@@ -13,8 +12,9 @@ from selection import slow_but
 from test_contract import factorised
 import test_owned
 from test_owned import KINDS, TYPES, captured_of, mesh_of, put, same, same_places
-from test_sharding import collectives
 
+from experiments.benchmarks import hlo
+from experiments.benchmarks.hlo import collectives
 import fop_optax
 from fop_optax.optimizers.owned_tensors import OwnedStack
 from fop_optax.sharding import Sharding

@@ -1,8 +1,5 @@
 """A batch sharded over a mesh of eight devices: the numbers of one, and one all-reduce."""
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -10,6 +7,7 @@ import numpy as np
 import pytest
 from selection import slow_but
 
+from experiments.benchmarks.hlo import collectives
 import fop_optax
 
 N, T, D, C = 64, 3, 16, 4
@@ -76,20 +74,6 @@ def test_eight_devices_are_one(options):
       ours = jax.jit(step)(*put(mesh, params, x, y))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
     jax.tree.map(close, ours, expected)
-
-
-def collectives(compiled):
-  """What moves between devices in a compiled program: operation, computation it is in, bytes."""
-  where, found = "", []
-  for line in compiled.as_text().splitlines():
-    if start := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-      where = "entry" if start[1] else start[2]
-    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    if match := re.match(rf"\s+(?:ROOT )?\S+ = (.*?) ({names})(?:-start)?\(", line):
-      shapes = re.findall(r"(?:f32|s32|u32)\[([\d,]*)\]", match[1])
-      sizes = [math.prod(int(d) for d in shape.split(",") if d) for shape in shapes]
-      found.append((match[2], where, 4 * sum(sizes)))
-  return found
 
 
 def size(tree):
