@@ -87,7 +87,8 @@ def test_curvature_in_other_units(convolution, pooled):
   assert set(blocks) == set(ratios())
   for name, block in blocks.items():
     ratio = ratios()[name][int(convolution)](N, T, R)
-    np.testing.assert_allclose(block, ratio * ours, rtol=1e-10, atol=1e-12, err_msg=name)
+    rounding = 1e-12 * np.abs(block).max()  # some are small as a whole
+    np.testing.assert_allclose(block, ratio * ours, rtol=1e-10, atol=rounding, err_msg=name)
 
 
 ORACLES = pathlib.Path(__file__).parent / "oracles"

@@ -43,8 +43,8 @@ def table(layers: Layers, fallbacks: Mapping[str, str], notes: Sequence[str] = (
     "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     for row in rows
   ]
-  total = sum(_sizes(layers).values())
-  inside = total - sum(_sizes(layers)[path] for path in fallbacks)
+  total = sum(map(math.prod, layers.shapes))
+  inside = sum(math.prod(layers.shapes[leaf]) for leaf in layers.covered)
   lines.append(f"{inside:,} of {total:,} parameters ({inside / max(total, 1):.1%}) are in layers.")
   if left_out(layers, fallbacks):
     lines.append("Warning: many are left to the fallback optimizer; the reasons stand above.")
@@ -59,7 +59,7 @@ def table(layers: Layers, fallbacks: Mapping[str, str], notes: Sequence[str] = (
 
 def left_out(layers: Layers, fallbacks: Mapping[str, str]) -> str | None:
   """What to warn of where a large share of the trained parameters is in no layer."""
-  sizes = _sizes(layers)
+  sizes = dict(zip(layers.paths, map(math.prod, layers.shapes), strict=True))
   frozen = {layers.paths[leaf] for leaf in layers.frozen}
   left = [path for path in fallbacks if path not in frozen]
   trained = sum(sizes.values()) - sum(sizes[path] for path in frozen)
@@ -73,11 +73,6 @@ def left_out(layers: Layers, fallbacks: Mapping[str, str]) -> str | None:
     f" fallback optimizer. The largest:\n{reasons}\nWrite the loss so that they are found, or give"
     " the optimizer a `fallback=` that suits them; `print(captured)` lists all."
   )
-
-
-def _sizes(layers: Layers) -> dict[str, int]:
-  """Path -> number of entries of every parameter."""
-  return dict(zip(layers.paths, map(math.prod, layers.shapes), strict=True))
 
 
 def refusal(layers: Layers, fallbacks: Mapping[str, str]) -> str:
