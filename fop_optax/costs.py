@@ -18,7 +18,7 @@ from fop_optax.optimizers.shampoo import shampoo
 from fop_optax.optimizers.shampoo_options import BLOCK_SIZE
 from fop_optax.optimizers.soap import soap
 from fop_optax.optimizers.soap_options import MAX_PRECOND_DIM
-from fop_optax.sharding import plan_owners
+from fop_optax.owners import plan_owners
 from fop_optax.tensors import Tensor, tensors
 
 EIGH, QR = 9, 8 / 3  # times d^3: LAPACK's eigenvectors; a square QR, with its Q written out

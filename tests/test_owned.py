@@ -19,7 +19,8 @@ import fop_optax
 from fop_optax.curvature.inverse import EigenvalueInverse, ExactInverse
 from fop_optax.curvature.stacks import Stack, plan_stacks
 from fop_optax.curvature.state import CurvatureState
-from fop_optax.sharding import Sharding, plan_owners
+from fop_optax.owners import plan_owners
+from fop_optax.sharding import Sharding
 
 pytestmark = pytest.mark.usefixtures("x64")
 

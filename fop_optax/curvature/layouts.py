@@ -20,7 +20,8 @@ import numpy as np
 from fop_optax import views
 from fop_optax.curvature.stacks import Stack, dtype_of
 from fop_optax.layers import Layer, Layers, bias_row, is_masked, spread_biases
-from fop_optax.sharding import Axes, Sharding, Spec, axes_of, laid, plan_owners
+from fop_optax.owners import plan_owners
+from fop_optax.sharding import Axes, Sharding, Spec, axes_of, laid
 
 
 class Piece(NamedTuple):

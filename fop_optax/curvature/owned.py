@@ -21,7 +21,8 @@ from fop_optax.curvature.state import (
 )
 from fop_optax.curvature.steps import Finite
 from fop_optax.layers import Stats
-from fop_optax.sharding import Exchange, on_owners, plan_owners
+from fop_optax.owners import plan_owners
+from fop_optax.sharding import Exchange, on_owners
 
 Pieces = Sequence[Sequence[jax.Array]]  # for each family those of its weight and bias
 

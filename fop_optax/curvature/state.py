@@ -27,7 +27,8 @@ from fop_optax.curvature.stacks import (
 )
 from fop_optax.curvature.steps import Finite, Period, Steps, no_steps, whole_period
 from fop_optax.layers import Factors, Layers, Stats, side_shapes
-from fop_optax.sharding import Sharding, Share, check_not_manual, note, placed, plan_owners, whole
+from fop_optax.owners import plan_owners
+from fop_optax.sharding import Sharding, Share, check_not_manual, note, placed, whole
 
 
 class StackState(NamedTuple):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.steps import whole_period
+from fop_optax.owners import plan_owners
 from fop_optax.sharding import (
   Exchange,
   Sharding,
@@ -21,7 +22,6 @@ from fop_optax.sharding import (
   note,
   on_owners,
   placed,
-  plan_owners,
   whole,
 )
 

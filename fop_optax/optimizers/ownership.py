@@ -21,7 +21,8 @@ from fop_optax.layers import is_masked
 from fop_optax.optimizers.owned_tensors import OwnedStack
 from fop_optax.optimizers.shampoo import ScaleByShampooState
 from fop_optax.optimizers.soap import ScaleBySoapState
-from fop_optax.sharding import Sharding, laid, noted, plan_owners
+from fop_optax.owners import plan_owners
+from fop_optax.sharding import Sharding, laid, noted
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
