@@ -182,8 +182,8 @@ def kfac(
       Adam at 0.03 of `learning_rate`, with `weight_decay` and `mask` as above.
     factor_dtype: in which the running factors are held, as `jnp.bfloat16`, with which they take
       half the bytes; the arithmetic, and inverses, are in float32 or better all the same. Rounded
-      so, what new statistics would change by less than a few percent stays, and damping has to
-      be above some hundredths of a mean eigenvalue (the default is). None: as the arithmetic.
+      so, an entry stays that new statistics would change by less than its rounding. Tried with the
+      default damping; one far below it may not survive the rounding. None: as the arithmetic.
     sharding: :class:`fop_optax.Sharding`: each block of curvature is kept, inverted and applied by
       one device of its mesh, the directions brought to all once a step. For batches sharded over
       the mesh, and parameters that are replicated or sharded (`Sharding(mesh, params=...)`; a
