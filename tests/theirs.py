@@ -1,7 +1,7 @@
 """Other people's optimizers, where there are no stored numbers, from their formulas.
 
-In NumPy and float64: ASDL's K-FAC with its scales and SGD, for a network of two layers; and Shampoo
-as its JAX ancestor has it. And the names of all others' arguments.
+In NumPy and float64: ASDL's K-FAC with its scales and SGD, for a network of two layers. And the
+names of all others' arguments.
 """
 
 import numpy as np
@@ -57,31 +57,6 @@ def asdl(weights, x, y, *, lr, momentum, weight_decay, damping, scale, grad_scal
       trace[i] = momentum * trace[i] + direction + weight_decay * w
       weights[i] = np.concatenate([w - lr * trace[i], bias])
     after.append(list(weights))
-  return after
-
-
-def power(F, exponent):
-  values, Q = np.linalg.eigh(F)
-  return Q @ np.diag(values**exponent) @ Q.T
-
-
-def scalable_shampoo(w, grads, *, learning_rate, beta1, beta2, matrix_epsilon, diagonal_epsilon,
-                     weight_decay, graft_type, nesterov, exponent):  # fmt: skip
-  """A matrix after each step: momentum of the grafted, preconditioned gradient."""
-  L, R = (matrix_epsilon * np.eye(d) for d in w.shape)
-  trace, v, after = 0.0, 0.0, []
-  for g in grads:
-    L = beta2 * L + (1 - beta2) * g @ g.T
-    R = beta2 * R + (1 - beta2) * g.T @ g
-    roots = [power(F + matrix_epsilon * np.eye(len(F)), -1 / exponent) for F in (L, R)]
-    v = {"sgd": 0.0, "adagrad": v + g**2, "rmsprop": beta2 * v + (1 - beta2) * g**2}[graft_type]
-    graft = g if graft_type == "sgd" else g / (np.sqrt(v) + diagonal_epsilon)
-    direction = roots[0] @ g @ roots[1]
-    direction *= np.linalg.norm(graft) / np.linalg.norm(direction)
-    direction = direction + weight_decay * w
-    trace = beta1 * trace + direction
-    w = w - learning_rate * (direction + beta1 * trace if nesterov else trace)
-    after.append(w)
   return after
 
 
