@@ -1,11 +1,35 @@
-"""Other people's optimizers as windows of steps; their packages are the user's to install."""
+"""Other people's optimizers; their packages are the user's to install."""
 
+from collections.abc import Callable
+import functools
+import pathlib
+import runpy
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks.cases import Case
+
+
+def from_file(path: pathlib.Path, period: int) -> tuple[Callable[[], Any], str]:
+  """An optimizer that somebody's file makes, and the method whose FLOPs are counted for it.
+
+  The file has a function `optimizer(period)`, an optax transformation with a rate of 1e-3 whose
+  matrices are new every `period` steps, and may have `LIKE`, a name in the table of methods::
+
+      import soap_jax
+
+      LIKE = "SOAP"
+
+
+      def optimizer(period):
+        return soap_jax.soap(1e-3, precondition_frequency=period)
+  """
+  given = runpy.run_path(str(path))
+  if "optimizer" not in given:
+    raise SystemExit(f"{path} has no function optimizer(period)")
+  return functools.partial(given["optimizer"], period), given.get("LIKE", "")
 
 
 class KfacJax:

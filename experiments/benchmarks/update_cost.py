@@ -1,6 +1,6 @@
 """What an update of the methods that need gradients alone costs over one of `optax.adamw`.
 
-    python -m experiments.benchmarks.update_cost [--cases 1024 transformer] [--soap-jax FOLDER]
+    python -m experiments.benchmarks.update_cost [--cases 1024 transformer] [--peers FILE.py ...]
 
 A case is one matrix of that side, or the parameters of a decoder-only transformer of four blocks
 ("transformer") or of GPT-2's shapes ("gpt2-8").
@@ -22,7 +22,7 @@ is that of a whole step over AdamW's: of the transformer on 16 x 64 tokens ("ste
 from collections.abc import Callable
 import concurrent.futures
 import dataclasses
-import functools
+import pathlib
 import statistics
 import sys
 import time
@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 import tyro
 
-from experiments.benchmarks import cases, compile_time, timing
+from experiments.benchmarks import cases, compile_time, peers, timing
 import fop_optax
 
 PERIOD = 10
@@ -99,7 +99,8 @@ class Config:
     methods: names; AdamW always runs.
     rounds: rounds of alternating windows of ten updates.
     compile_threads: how many updates are compiled at a time.
-    soap_jax: the `src` of github.com/haydn-jones/SOAP_JAX, to time it too.
+    peers: Python files of other people's optimizers, to time them too, as
+      `experiments.benchmarks.peers.from_file` takes them.
     out: a CSV file to write.
   """
 
@@ -107,7 +108,7 @@ class Config:
   methods: tuple[str, ...] = tuple(METHODS)
   rounds: int = 7
   compile_threads: int = 1
-  soap_jax: str | None = None
+  peers: tuple[pathlib.Path, ...] = ()
   out: str | None = None
 
 
@@ -200,13 +201,10 @@ def chosen(config: Config) -> dict[str, Method]:
   if unknown := set(config.methods) - set(METHODS):
     raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; methods are {', '.join(METHODS)}")
   methods = {name: METHODS[name] for name in dict.fromkeys(("AdamW", *config.methods))}
-  if config.soap_jax is not None:
-    sys.path.insert(0, config.soap_jax)
-    import soap_jax
-
-    own = METHODS["SOAP"]
-    make = functools.partial(soap_jax.soap, 1e-3, precondition_frequency=PERIOD)
-    methods["SOAP_JAX"] = Method(make, own.flops, own.refresh)
+  for path in config.peers:
+    make, like = peers.from_file(path, PERIOD)
+    own = METHODS.get(like, Method(make))
+    methods[path.stem] = own._replace(make=make)
   return methods
 
 
