@@ -106,6 +106,7 @@ class Layers(Sequence[Layer]):
     paths: printable path of every leaf.
     groups: number of groups of examples the gradient is taken over; contrasts are one fewer.
     frozen: indices of the leaves that no gradient of the loss reaches: they are left as they are.
+    fisher: whose labels the output factors are of, as `fop_optax.capture` takes it.
   """
 
   entries: tuple[Layer, ...]
@@ -113,6 +114,7 @@ class Layers(Sequence[Layer]):
   paths: tuple[str, ...]
   groups: int
   frozen: frozenset[int] = frozenset()
+  fisher: str = "empirical"
 
   @overload
   def __getitem__(self, index: int) -> Layer: ...

@@ -178,7 +178,7 @@ def capture(
   if chunks.count > 1:
     roles = auxiliary.roles(traced, twice, len(leaves), signature.args.batch, chunks.size)
   fallbacks = {paths[leaf]: why for leaf, why in resolved.fallbacks.items()}
-  layers = Layers(resolved.layers, shapes, paths, groups, resolved.frozen)
+  layers = Layers(resolved.layers, shapes, paths, groups, resolved.frozen, fisher)
   if not resolved.layers or (strict and fallbacks):
     raise ValueError(layer_table.refusal(layers, fallbacks))
   if warning := layer_table.left_out(layers, fallbacks):

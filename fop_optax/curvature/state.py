@@ -66,6 +66,7 @@ class BlockNumbers(NamedTuple):
   layer: jax.Array  # int32, shape=(blocks,): the layer of each block, -1 for none
   folds: jax.Array  # int32, shape=(blocks,): statistics folded in
   nonfinite: jax.Array  # int32, shape=(blocks,): statistics refused because they were not finite
+  residual: jax.Array  # float32, shape=(blocks,): running average of half the trace of G
   inversions: Inversions
 
   @property
@@ -91,6 +92,23 @@ class CurvatureState(NamedTuple):
     own = self.per_stack(self.blocks.inversions.damping)
     cast = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
     return [cast(tree, stack.dtype) for tree, stack in zip(own, self.stacks, strict=True)]
+
+  def size_of(self, loss: jax.typing.ArrayLike) -> jax.Array:
+    r"""How many nats of a likelihood a loss stands for, by its gradients and at least one.
+
+    With the labels given the Fisher matrix of a squared error :math:`r^2 / 2` is :math:`r^2` times
+    its Gauss-Newton matrix: twice the loss, half the square of its gradient. Of a cross entropy it
+    is about that matrix, and half the square below 1. So
+
+    .. math::
+      s = \max(1, \min(L, \tfrac{1}{2} \operatorname{median}_l \operatorname{tr} G_l))
+
+    with the present loss L, which may have an offset, and the traces' running averages.
+    """
+    if self.blocks is None:
+      return jnp.ones(())
+    known = jnp.where(self.blocks.layer >= 0, self.blocks.residual, jnp.nan)
+    return jnp.maximum(1, jnp.minimum(loss, jnp.nan_to_num(jnp.nanmedian(known))))
 
   def per_stack(self, flat: Any) -> list[Any]:
     """Numbers of all blocks (or None), stack by stack."""
@@ -162,6 +180,7 @@ def init_curvature(
     layer=jnp.asarray(owners, jnp.int32),
     folds=jnp.zeros(len(owners), jnp.int32),
     nonfinite=jnp.zeros(len(owners), jnp.int32),
+    residual=jnp.zeros(len(owners), jnp.float32),
     inversions=init_inversions(len(owners), options.scaling, dtype),
   )
   return empty_curvature(options.periods(0), numbers if states else None, states)
@@ -301,30 +320,35 @@ def _folded(
   known = blocks.inversions.made > 0
   mine = (lambda numbers: numbers) if share is None else share.numbers
 
-  def fold_all(folds, nonfinite, averages, S):
-    new, new_S, sound = _statistics(stats, stacks, dtypes, S, share)
+  def fold_all(folds, nonfinite, residual, averages, S):
+    new, new_S, sound, traces_of_G = _statistics(stats, stacks, dtypes, S, share)
     folds = folds + sound
     weight = old_weight(folds, jnp.asarray(turn.decay), jnp.result_type(*dtypes))
+    blended = weight * residual + (1 - weight) * traces_of_G / 2
+    residual = jnp.where(sound, blended, residual).astype(residual.dtype)
     folded = per_stack(mine((sound, weight)), sizes)
     measured = per_stack(mine((sound & known, weight)), sizes)
     averages = tuple(map(functools.partial(_fold, options.fold), averages, new, folded))
-    return folds, nonfinite + ~sound, averages, tuple(map(_averaged, S, new_S, measured))
+    S = tuple(map(_averaged, S, new_S, measured))
+    return folds, nonfinite + ~sound, residual, averages, S
 
   inverses = [own.inverse for own in kept]
   S = tuple(own.S if isinstance(own, EigenvalueInverse) else None for own in inverses)
-  folds, nonfinite, averages, S = jax.lax.cond(
+  numbers = blocks.folds, blocks.nonfinite, blocks.residual
+  *numbers, averages, S = jax.lax.cond(
     turn.refresh,
     fold_all,
     lambda *same: same,
-    *(blocks.folds, blocks.nonfinite, tuple(own.factors for own in kept), S),
+    *(*numbers, tuple(own.factors for own in kept), S),
   )
-  blocks = blocks._replace(folds=folds, nonfinite=nonfinite)
+  folds, nonfinite, residual = numbers
+  blocks = blocks._replace(folds=folds, nonfinite=nonfinite, residual=residual)
   rows = zip(kept, averages, map(_with_S, inverses, S), strict=True)
   return blocks, tuple(own._replace(factors=a, inverse=i) for own, a, i in rows)
 
 
 def _statistics(stats, stacks, dtypes, S, share):
-  """Factors and second moments (or None) stack by stack, and which blocks' are finite: of all."""
+  """Factors and second moments (or None) stack by stack; of all blocks: finite or not, tr G."""
   mine = (lambda index, tree: tree) if share is None else share.stack
   new, traces = [], []
   for index, (stack, dtype) in enumerate(zip(stacks, dtypes, strict=True)):
@@ -332,15 +356,16 @@ def _statistics(stats, stacks, dtypes, S, share):
     new.append(mine(index, factors))
     traces.append(own)
   tell = [jnp.concatenate(side) for side in zip(*traces, strict=True)]
+  traces_of_G = tell[1]
   if S[0] is None:
-    return new, S, jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0)
+    return new, S, jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0), traces_of_G
   squares = [
     stack_squares(stack, stats.second_moments, dtype)
     for stack, dtype in zip(stacks, dtypes, strict=True)
   ]
   tell.append(jnp.concatenate([gap for _, gap in squares]))
   squares_of = [mine(index, own) for index, (own, _) in enumerate(squares)]
-  return new, squares_of, jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0)
+  return new, squares_of, jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0), traces_of_G
 
 
 def _fold(function, average, new, numbers):

@@ -33,6 +33,7 @@ from fop_optax.curvature.steps import Finite
 from fop_optax.layers import Layers, Stats, is_masked
 from fop_optax.optimizers import checks
 from fop_optax.optimizers.bases import check_second_moments
+from fop_optax.optimizers.momentum import with_momentum
 from fop_optax.optimizers.refresh import WarmupPeriod
 from fop_optax.optimizers.whole_steps import all_finite, whole_steps
 from fop_optax.sharding import Sharding
@@ -84,6 +85,14 @@ class Options:
     checks.check_dtype("factor_dtype", self.factor_dtype)
     checks.check_sharding(self.sharding)
 
+  def in_units_of_the_loss(self, layers: Layers) -> bool:
+    """Whether steps grow with the loss: bounded ones, with damping in the curvature's units alone.
+
+    Other labels than those given make a curvature that needs nothing of the kind.
+    """
+    given = self.norm_constraint is not None and self.damping is None and not self.per_example
+    return given and layers.fisher == "empirical"
+
   def damping_at(self, count: jax.Array) -> Damping:
     """Damping at a step: what was given, and the default where nothing was."""
     relative = self.relative_damping
@@ -130,6 +139,7 @@ class Step(NamedTuple):
   updates: Any
   leaves: list[Any]
   layout: Layout | None = None  # of the gradient, where parameters are sharded
+  size: jax.typing.ArrayLike = 1.0  # of the loss, in whose units a step is
 
 
 def init(options: Options, layers: Layers, params: Any) -> tuple[tuple[Stack, ...], CurvatureState]:
@@ -183,7 +193,8 @@ def begin(
     curvature, found = advance_owned(
       state, stacks, stats, finite, damping, options.curvature, gradients, method, layout
     )
-  return Step(stacks, found, curvature, updates, leaves, layout)
+  size = curvature.size_of(stats.loss) if options.in_units_of_the_loss(layers) else 1.0
+  return Step(stacks, found, curvature, updates, leaves, layout, size)
 
 
 def _stacked(
@@ -207,8 +218,8 @@ def _stacked(
 
 
 def finish(options: Options, layers: Layers, step: Step, count: jax.Array) -> Any:
-  """The directions as a tree like the gradient, within the norm constraint."""
-  scale = constrain(options, step.found.norm2, count)
+  """The directions as a tree like the gradient: within the bound, in units of the loss."""
+  scale = step.size * constrain(options, step.found.norm2, count)
   directions = jax.tree.map(lambda d: scale.astype(d.dtype) * d, step.found.directions)
   if step.layout is not None:
     leaves = step.layout.join(directions, step.leaves)
@@ -357,7 +368,10 @@ def complete(
   weight_decay: Scalar,
   mask: Any,
 ) -> optax.GradientTransformationExtraArgs:
-  """An optimizer out of a direction: momentum, weight decay, rate."""
+  """An optimizer out of a direction: momentum, weight decay, rate.
+
+  A bounded step is meant to go downhill: with `norm_constraint` momentum starts anew where not.
+  """
   checks.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
   if isinstance(mask, bool | jax.Array) or any(
     isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(mask)
@@ -367,9 +381,12 @@ def complete(
       " `optax.inject_hyperparams` takes any callable for a schedule: declare it with"
       ' `optax.inject_hyperparams(..., static_args="mask")`.'
     )
-  stages = [] if options.momentum is None else [optax.trace(options.momentum, nesterov)]
-  stages += _decay_and_rate(options.learning_rate, weight_decay, mask)
-  return optax.chain(precondition, keep_dtypes(optax.chain(*stages)))
+  if options.momentum is not None:
+    # an update out of examples' gradients has no mean gradient to compare with
+    restart = options.norm_constraint is not None and not options.per_example
+    precondition = keep_dtypes(with_momentum(precondition, options.momentum, nesterov, restart))
+  rest = optax.chain(*_decay_and_rate(options.learning_rate, weight_decay, mask))
+  return optax.chain(precondition, keep_dtypes(rest))
 
 
 def slow_adamw(

@@ -140,6 +140,16 @@ def kfac(
   Then come momentum, decoupled weight decay and the learning rate. Statistics of the present batch
   enter before its gradient is preconditioned, so that the first step is exact.
 
+  Steps are in units of the loss. With the labels given (`fisher="empirical"`) the Fisher matrix of
+  a squared error is about twice the loss times its Gauss-Newton matrix, so that a step that is
+  bounded, with `relative_damping` alone, is
+
+  .. math::
+    s = \max(1, \min(L, \tfrac{1}{2} \operatorname{median}_l \operatorname{tr} G_l))
+
+  times as large, L the present loss: 1 of a cross entropy. And where momentum would carry a bounded
+  step uphill, by the present gradient, it begins anew (O'Donoghue and Candes, 2015).
+
   If the loss, a gradient or the update is not finite, the whole step is skipped: the update is zero
   for every parameter, and momentum, weight decay and fallback stand still with the count. Skipped
   steps are counted by their cause, as are statistics that are not finite and inverses that fail
@@ -162,7 +172,7 @@ def kfac(
       come down. With both, their sum.
     decay: weight of the old average when statistics are folded in; less in the beginning, so that
       the average starts exact.
-    momentum: decay of the trace of directions, None for none.
+    momentum: decay of the trace of directions, None for none. See above for where it begins anew.
     nesterov: whether momentum looks ahead.
     weight_decay: decoupled decay, times the learning rate; of leaves in layers and of those that
       the default `fallback` takes care of.
@@ -177,7 +187,8 @@ def kfac(
     stagger: whether blocks take turns to remake their inverses, so that no step pays for all.
     norm_constraint: kappa, a number or a schedule: the step that is taken, rate and momentum in it,
       has at most this squared length in the damped Fisher metric, which is twice the KL divergence
-      it predicts. Without decay and fallback, which have no part in it. None: no bound.
+      it predicts (times s squared, s as above). Without decay and fallback, which have no part in
+      it. None: no bound, and nothing of the other two things that go with it.
     fallback: a complete optimizer for leaves that are in no layer, applied as it is; by default
       Adam at 0.03 of `learning_rate`, with `weight_decay` and `mask` as above.
     factor_dtype: in which the running factors are held, as `jnp.bfloat16`, with which they take

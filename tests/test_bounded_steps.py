@@ -1,0 +1,150 @@
+"""What goes with a bounded step: momentum that begins anew, and the units of the loss."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fop_optax
+from fop_optax.optimizers.momentum import with_momentum
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def scaled(factor):
+  """Directions that are so many times the gradient."""
+  return optax.with_extra_args_support(optax.scale(factor))
+
+
+@pytest.mark.parametrize("nesterov", (False, True))
+@pytest.mark.parametrize("restart", (False, True))
+def test_the_trace_against_its_equations(restart, nesterov):
+  """Of gradients that turn around: for some steps the old trace points uphill, then it does not."""
+  gradients = (
+    np.random.default_rng(0).normal(size=(30, 2, 3)) + np.sin(np.arange(30))[:, None, None]
+  )
+  tx = with_momentum(scaled(2.0), 0.9, nesterov, restart)
+  state = tx.init({"a": jnp.zeros(3), "b": jnp.zeros(3)})
+  v, restarts = np.zeros((2, 3)), 0
+  for g in gradients:
+    updates, state = tx.update({"a": jnp.asarray(g[0]), "b": jnp.asarray(g[1])}, state)
+    d = 2 * g
+    uphill = np.sum(g * (0.9 * v + d)) < 0
+    restarts += uphill
+    v = d if restart and uphill else 0.9 * v + d
+    want = d + 0.9 * v if nesterov else v
+    np.testing.assert_allclose(np.stack([updates["a"], updates["b"]]), want, rtol=1e-12)
+  assert 0 < restarts < 15
+
+
+def test_masked_leaves_and_narrow_dtypes():
+  tx = with_momentum(scaled(1.0), 0.5, False, True)
+  params = {"a": jnp.ones(3, jnp.bfloat16), "b": optax.MaskedNode()}
+  state = tx.init(params)
+  _, state = tx.update(params, state)
+  updates, state = tx.update({"a": -0.1 * params["a"], "b": optax.MaskedNode()}, state)
+  np.testing.assert_allclose(np.asarray(updates["a"], np.float32), -0.1, rtol=1e-2)
+  assert updates["a"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("method", "groups"), ((fop_optax.kfac, 1), (fop_optax.fop, 2)))
+def test_layers_that_mend_the_same_error_together(method, groups):
+  """Six layers side by side, each reckoned alone: the curvature along all is six times as large."""
+  keys = jax.random.split(jax.random.key(0), 8)
+  x = jax.random.normal(keys[0], (64, 8))
+  y = x @ jax.random.normal(keys[1], (8, 4))
+  params = [jnp.zeros((8, 4)) for _ in range(6)]
+
+  def loss(params, x, y):
+    return fop_optax.squared_error(sum(x @ w for w in params), y)
+
+  captured = fop_optax.capture(loss, params, x, y, groups=groups, fisher="exact")
+
+  def losses(**options):
+    tx = method(0.3, captured.layers, **options)
+
+    @jax.jit
+    def step(carry, _):
+      params, state = carry
+      value, grads, stats = captured.value_and_grad(params, x, y)
+      updates, state = tx.update(grads, state, params, stats=stats)
+      return (optax.apply_updates(params, updates), state), value
+
+    return jax.lax.scan(step, (params, tx.init(params)), length=60)[1]
+
+  # A bound that is never reached restarts; none does not.
+  rises = lambda curve: float(jnp.sum(jnp.maximum(jnp.diff(curve), 0)))
+  restarted, carried = losses(norm_constraint=1e9), losses(norm_constraint=None)
+  assert rises(restarted) < 0.1 * rises(carried)
+  assert restarted[-1] < 1e-6 * carried[-1]
+
+
+def regression(factor=1.0, residual=10.0, offset=0.0):
+  """Two layers, targets far away; the loss so many times, beside an offset."""
+  keys = jax.random.split(jax.random.key(1), 4)
+  x = jax.random.normal(keys[0], (32, 5))
+  y = residual * jax.random.normal(keys[1], (32, 2))
+  params = {"v": jax.random.normal(keys[2], (5, 6)), "w": jax.random.normal(keys[3], (6, 2))}
+
+  def loss(params, x, y):
+    rows = jnp.sum((jnp.tanh(x @ params["v"]) @ params["w"] - y) ** 2, axis=1)
+    return factor * jnp.mean(rows) / 2 + offset
+
+  return loss, params, x, y
+
+
+def first_step(method, problem, fisher=None, **options):
+  """Its update, the statistics it is of, and the loss."""
+  loss, params, x, y = problem
+  captured = fop_optax.capture(loss, params, x, y, groups=1 if method is fop_optax.kfac else 2)
+  layers = captured.layers
+  if fisher is not None:
+    layers = dataclasses.replace(layers, fisher=fisher)
+  tx = method(0.1, layers, **options)
+
+  @jax.jit
+  def step(params):
+    value, grads, stats = captured.value_and_grad(params, x, y)
+    return tx.update(grads, tx.init(params), params, stats=stats)[0], stats, value
+
+  return step(params)
+
+
+@pytest.mark.parametrize(
+  ("method", "residual", "offset"),
+  (
+    (fop_optax.kfac, 10.0, 0.0),
+    (fop_optax.fop, 10.0, 1e3),
+    (fop_optax.kfac, 10.0, -1e3),
+    (fop_optax.kfac, 0.1, 0.0),
+  ),
+)
+def test_a_step_in_units_of_the_loss(method, residual, offset):
+  """Many nats of a squared error: the step is as many times what other labels would make of it."""
+  problem = regression(residual=residual, offset=offset)
+  updates, stats, value = first_step(method, problem)
+  plain, _, _ = first_step(method, problem, fisher="sampled")
+  traces = [np.trace(factors.G[0]) for factors in stats.factors]
+  size = max(1.0, min(float(value), float(np.median(traces)) / 2))
+  assert (size > 10) == (residual == 10.0 and offset >= 0)
+  for name, update in updates.items():
+    np.testing.assert_allclose(update, size * plain[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("factor", (3.0, 1e4))
+def test_a_loss_in_other_units_takes_the_same_step(factor):
+  ours, *_ = first_step(fop_optax.kfac, regression())
+  times, *_ = first_step(fop_optax.kfac, regression(factor))
+  for name in ours:
+    np.testing.assert_allclose(times[name], ours[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", ({"damping": 1e-2}, {"norm_constraint": None}))
+def test_values_of_papers_mean_what_they_mean_there(options):
+  ours, *_ = first_step(fop_optax.kfac, regression(), **options)
+  plain, *_ = first_step(fop_optax.kfac, regression(), fisher="sampled", **options)
+  for name in ours:
+    np.testing.assert_array_equal(ours[name], plain[name])
