@@ -122,7 +122,10 @@ class Setup:
     self.sharding = None
     if layout and owners:
       self.sharding = Sharding(self.mesh, self.mesh.axis_names, self.params)
-    self.tx = getattr(fop_optax, name)(
+    self.tx = self.optimizer(name)
+
+  def optimizer(self, name):
+    return getattr(fop_optax, name)(
       0.1, self.captured.layers, damping=0.1, curvature_update_period=2, sharding=self.sharding
     )
 
@@ -198,6 +201,32 @@ def test_without_owners(name, layout, kind):
   assert where(ours[0]) == where(ours[1]) == where(ours[2])
   if kind is EXPLICIT:
     assert step._cache_size() == 1
+
+
+class EigenvalueSetup(Setup):
+  """EKFAC, whose statistics are taken in the bases of the state."""
+
+  def optimizer(self, name):
+    own = {"scaling": "eigenvalue", "curvature_update_period": 2, "sharding": self.sharding}
+    return getattr(fop_optax, name)(0.1, self.captured.layers, damping=0.1, **own)
+
+  def gradient(self, params, state, x, y):
+    flags = {"refresh": fop_optax.refresh_due(state), "basis": fop_optax.bases(state)}
+    return self.captured.value_and_grad(params, x, y, **flags)
+
+
+@pytest.mark.slow
+@KINDS
+@pytest.mark.parametrize("layout", ["fsdp", "tp", "fsdp+tp"])
+def test_in_the_bases_of_owners(layout, kind):
+  expected = EigenvalueSetup("fop").train()[0]
+  with jax.set_mesh(mesh_of(layout, kind)):
+    ours, step = EigenvalueSetup("fop", layout, kind).train()
+    for own, one in zip(ours, expected, strict=True):
+      same(own[0], one[0])
+  where = lambda tree: [(jax.typeof(x), x.sharding) for x in jax.tree.leaves(tree)]
+  assert where(ours[0]) == where(ours[1]) == where(ours[2])
+  assert step._cache_size() == 1
 
 
 # Beyond the gradient and its statistics: to the owners and back, and sums of one number, which tell
