@@ -123,7 +123,7 @@ class Layout:
     each = lambda own, piece: _joined([part(index, piece) for index in own.layers])
     return [[each(own, piece) for piece in own.pieces] for own in self.families]
 
-  def join(self, pieces: Sequence[Sequence[jax.Array]], leaves: Sequence[Any]) -> list[Any]:
+  def join(self, pieces: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
     """`leaves` with those in a layer replaced by what the pieces hold for them.
 
     In their dtype, each sharded like the parameter that it is of.

@@ -117,7 +117,6 @@ def by_tensor(
         leaves, *others = (laid_like(sharding, found, tree) for tree in [leaves, *others])
       layout = plan_layout(sharding, found, stacks, leaves)
     gradients, more, finite = _gathered(stacks, found, dtypes, layout, leaves, others)
-    directions: list[Any]
     if stats is not None:
       more["refresh"] = stats.refresh
       more["sides"] = [_sides(*each, found, stats) for each in zip(stacks, dtypes, strict=True)]
