@@ -225,3 +225,20 @@ def test_in_the_fisher_basis(kind):
     same(ours[-1][0], expected[0])
   assert where(ours[0]) == where(ours[1]) == where(ours[2])
   assert step._cache_size() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["soap", "shampoo"])
+@pytest.mark.parametrize("bad", [np.nan, 1e200])
+def test_a_gradient_that_is_not_finite(name, bad):
+  """On one device, or so large that its square is not: the step is skipped and counted."""
+  mesh, specs = mesh_of("fsdp+tp", EXPLICIT), SPECS["fsdp+tp"]
+  with jax.set_mesh(mesh):
+    params = put(mesh, inputs()[0], specs)
+    tx = make(name, Sharding(mesh, mesh.axis_names))
+    (grads, contrast), *_ = batches()
+    grads = grads | {"d": np.where(np.arange(8) == 5, bad, grads["d"])}
+    placed = [put(mesh, tree, specs) for tree in (grads, contrast)]
+    after, state = jax.jit(step_of(tx))(params, tx.init(params), *placed)
+    same(after, params, 0)
+    assert fop_optax.diagnostics(state)["nonfinite_gradients"] == 1
