@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 Axes = tuple[str, ...]  # of a mesh, the slowest first
@@ -114,20 +114,22 @@ class Sharding:
 
   def owned(self, array: Any) -> NamedSharding:
     """Of an array with a leading axis of owners."""
-    return self._named(array, *self.spec)
+    return named(self.mesh, array, *self.spec)
 
   def whole(self, array: Any) -> NamedSharding:
     """Of a replicated array."""
-    return self._named(array)
+    return named(self.mesh, array)
 
   def like(self, array: Any, spec: PartitionSpec) -> NamedSharding:
     """Of a parameter that is so sharded."""
-    return self._named(array, *spec)
+    return named(self.mesh, array, *spec)
 
-  def _named(self, array, *axes):
-    if self.explicit:  # as JAX spells it after a step
-      axes += (None,) * (jnp.ndim(array) - len(axes))
-    return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+def named(mesh: Mesh | AbstractMesh, array: Any, *axes: Any) -> NamedSharding:
+  """Of an array, along these axes of a mesh, as JAX spells it after a step."""
+  if AxisType.Explicit in mesh.axis_types:
+    axes += (None,) * (jnp.ndim(array) - len(axes))
+  return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 _noted: contextvars.ContextVar[list[Sharding]] = contextvars.ContextVar("noted")

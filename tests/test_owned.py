@@ -157,6 +157,39 @@ def test_eight_devices_are_one():
   same(owned, state, 0)
 
 
+def programs(function, *args):
+  """How many programs are compiled for a call, and what it returns."""
+  found = []
+  note = lambda event, *_, **__: found.append(event)
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    out = function(*args)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+  return found.count("/jax/core/compile/backend_compile_duration"), out
+
+
+@pytest.mark.parametrize("kind", [TYPES[0], pytest.param(TYPES[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scaling", ["eigenvalue", pytest.param("exact", marks=pytest.mark.slow)])
+def test_there_and_back_by_one_program(scaling, kind):
+  """Each way, and exactly: of what is on a mesh or on the host, in all its dtypes."""
+  mesh = mesh_of(kind)
+  make_one = functools.partial(make, "kfac", scaling=scaling, factor_dtype=jnp.bfloat16)
+  state = make_one(Sharding(mesh)).init(put(mesh, inputs()[0]))
+  count, blocks = programs(fop_optax.to_blocks, state)
+  assert count == 1
+  assert shapes(blocks) == shapes(make_one().init(inputs()[0]))
+  count, owned = programs(fop_optax.to_owners, blocks, Sharding(mesh))
+  assert count == 1
+  for back in (owned, fop_optax.to_owners(jax.device_get(blocks), Sharding(mesh))):
+    assert shapes(back) == shapes(state)
+    same_places(back, jax.tree.map(lambda x: x.sharding, state))
+    same(back, state, 0)
+  assert all(
+    isinstance(x, np.ndarray) for x in jax.tree.leaves(fop_optax.to_blocks(jax.device_get(state)))
+  )
+
+
 @pytest.mark.slow
 @KINDS
 @REFRESHES

@@ -8,7 +8,7 @@ import warnings
 import jax
 from jax.extend.core import primitives
 
-from fop_optax.capture import auxiliary, flow, layer_table, second_moments
+from fop_optax.capture import auxiliary, flow, layer_table, second_moments, tiles
 from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import check_params, classify
 from fop_optax.capture.captured import Captured, Spec
@@ -39,6 +39,7 @@ def capture(
   curvature_fraction: float = 1.0,
   terms_per_example: int | None = None,
   max_dim: int = 8192,
+  block_size: int | None = None,
   strict: bool = False,
 ) -> Captured:
   """Finds the layers of a loss, for gradients by group of examples and Kronecker statistics.
@@ -110,6 +111,12 @@ def capture(
       counts of a mask) are taken of, where that is clear, else 1; the table says which. Sampled and
       exact statistics have no use for it.
     max_dim: a factor with a longer side is kept as its diagonal.
+    block_size: the longest block of a factor; None: whole factors. A longer side is split into
+      equal ranges, the bias with the last: what correlates one with another is taken for zero,
+      which changes the curvature, and so the steps. A weight of m by n such ranges is as many
+      layers, whose blocks are kept, inverted and owned by devices each by itself; `A_i` is kept n
+      times and `G_j` m times. Statistics of a batch are formed whole and then cut. Not for
+      `scaling="eigenvalue"`, nor for `layers=` where it should say which matrices there are.
     strict: raise if any parameter is in no layer, instead of listing it in `fallbacks`.
 
   Returns:
@@ -135,7 +142,9 @@ def capture(
     >>> stats.factors[0].A.shape, stats.factors[0].G.shape
     ((1, 5, 5), (1, 8, 8))
   """
-  _check_options(groups, micro_batches, fisher, sharing, terms_per_example, max_dim)
+  counts = {"groups": groups, "micro_batches": micro_batches, "max_dim": max_dim}
+  counts |= {} if block_size is None else {"block_size": block_size}
+  _check_options(counts, fisher, sharing, terms_per_example)
   every = _every(curvature_fraction)
   flat, treedef = jax.tree_util.tree_flatten_with_path(params)
   paths = tuple(layer_table.printable(path) for path, _ in flat)
@@ -199,11 +208,13 @@ def capture(
   convolutions = flow.contains(traced.jaxpr, primitives.conv_general_dilated_p)
   looping = not (convolutions and jax.default_backend() == "cpu")
   long = len(uses) > _LONG or flow.contains(traced.jaxpr, primitives.scan_p)
+  parts, grid = tiles.split(layers, block_size)
+  row_counts = rows_of(resolved, reduced, chunks)
   return Captured(
-    layers=layers,
+    layers=parts,
     fallbacks=fallbacks,
     notes=tuple(notes),
-    rows=rows_of(resolved, reduced, chunks),
+    rows=tuple(row_counts[tile.layer] for tile in grid),
     examples=chunks.count * chunks.size // every,
     _spec=spec,
     _terms=examples.terms,
@@ -212,11 +223,13 @@ def capture(
     _found=tuple(traced.found.uses),
     _accepted=tuple(uses),
     _loops=batches.Loops(groups=looping and long, micro_batches=looping),
+    _whole=layers,
+    _tiles=grid,
   )
 
 
-def _check_options(groups, micro_batches, fisher, sharing, terms, max_dim):
-  for name, value in (("groups", groups), ("micro_batches", micro_batches), ("max_dim", max_dim)):
+def _check_options(counts, fisher, sharing, terms):
+  for name, value in counts.items():
     if not isinstance(value, int) or value < 1:
       raise ValueError(f"`capture({name}=...)` takes a whole number of at least 1, not {value!r}.")
   if terms is not None and (not isinstance(terms, int) or terms < 1):

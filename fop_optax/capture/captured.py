@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fop_optax import _compat
-from fop_optax.capture import auxiliary, layer_table, second_moments, sharing
+from fop_optax.capture import auxiliary, layer_table, second_moments, sharing, tiles
 from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import classify
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
@@ -72,6 +72,8 @@ class Captured:
   _found: tuple[Key, ...]  # uses at the time of capture, and those of them that are layers
   _accepted: tuple[Key, ...]
   _loops: batches.Loops
+  _whole: Layers  # layers before long sides were split
+  _tiles: tuple[tiles.Tile, ...]  # which part of them each of `layers` is
 
   def __str__(self) -> str:
     return layer_table.table(self.layers, self.fallbacks, self.notes)
@@ -134,11 +136,17 @@ class Captured:
     whole_rows = shards == chunks.shards(())  # no device has but some features of them
     if one_sum or (static and (not refresh or (chunks.count == 1 and whole_rows))):
       shards = batches.Shards()  # nothing to wait for: a sum is added up where it is formed
-    dtypes = [jnp.promote_types(leaves[layer.weight].dtype, jnp.float32) for layer in self.layers]
-    zeros = _compat.vary(_zeros(self.layers, dtypes, shards, basis is not None), axes)
+    whole = self._whole
+    dtypes = [jnp.promote_types(leaves[layer.weight].dtype, jnp.float32) for layer in whole]
+    zeros = _compat.vary(_zeros(whole, dtypes, shards, basis is not None), axes)
     rotations, flag = None, None if static else jnp.asarray(refresh)
     if basis is not None:
-      rotations = second_moments.rotations(self.layers, basis, dtypes, flag)
+      if whole != self.layers:
+        raise ValueError(
+          "`basis=` measures second moments of whole matrices, and `capture(block_size=...)` has"
+          ' split some: capture without it for `scaling="eigenvalue"`.'
+        )
+      rotations = second_moments.rotations(whole, basis, dtypes, flag)
       rotations = _compat.vary(rotations, axes)
     if static and not refresh:
       backward = plain(signature, leaves, chunks.leaves, zeros, loss_scale)
@@ -162,7 +170,7 @@ class Captured:
     loss = batches.mean([result.loss for result in results])
     stats = Stats(
       jnp.asarray(refresh, bool),
-      tuple(own.factors for own in statistics),
+      tiles.cut([own.factors for own in statistics], self._tiles),
       tuple(map(unflatten, contrasts)),
       loss,
       tuple(own.S for own in statistics if own.S is not None),
@@ -271,7 +279,7 @@ class Captured:
     else:  # the program depends on the batch size
       traced, twice = trace_twice(signature, leaves, chunks.leaves, size, chunk)
       uses = growing(traced, twice, size)
-    layers = self.layers
+    layers = self._whole
     resolved = resolve(traced.found, uses, layers.shapes, layers.paths, self._spec.max_dim)
     if resolved.layers != layers.entries:
       raise ValueError(

@@ -1,12 +1,12 @@
-"""How the matrices of layers are sharded, where parameters are.
+"""How the blocks of layers (or tensors) are sharded, where parameters are.
 
 A gradient that is sharded like its parameter need not be whole on a device that does not own its
-block. A *piece* is what a device has of a weight, as matrices `[blocks, rows, columns]`, or of its
-bias, as one row each: the two are joined where the block is owned, along axes that are whole there.
+block. A *piece* is what a device has of a weight, as tensors `[blocks, *dims]`, or of its bias, as
+one row each: the two are joined where the block is owned, along axes that are whole there.
 Layers of one stack whose pieces are alike are a *family*, their blocks side by side.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -18,27 +18,27 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 import numpy as np
 
 from fop_optax import views
-from fop_optax.curvature.stacks import Stack, dtype_of
+from fop_optax.curvature.stacks import Blocks, Stack, dtype_of
 from fop_optax.layers import Layer, Layers, bias_row, is_masked, spread_biases
 from fop_optax.owners import plan_owners
 from fop_optax.sharding import Axes, Sharding, Spec, axes_of, laid
+from fop_optax.tensors import Tensor
 
 
 class Piece(NamedTuple):
-  """The weight or the bias of a family of layers, `[blocks, rows, columns]`, and its sharding."""
+  """The weight or the bias of a family of layers, `[blocks, *shape]`, and its sharding."""
 
   number: int  # 0 the weight, 1 the bias
-  shape: tuple[int, int]
-  rows: Axes
-  columns: Axes
+  shape: tuple[int, ...]
+  along: Spec  # of each axis of `shape`
 
   @property
   def axes(self) -> Axes:
-    return (*self.rows, *self.columns)
+    return sum(self.along, ())
 
   @property
   def spec(self) -> Spec:
-    return (), self.rows, self.columns
+    return (), *self.along
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,13 +73,13 @@ class Layout:
 
   Attributes:
     sharding: which devices own the blocks.
-    layers: the layers.
+    layers: the layers, or the tensors.
     stacks: their stacks.
     specs: of each leaf of the parameters.
   """
 
   sharding: Sharding
-  layers: Layers
+  layers: Blocks
   stacks: tuple[Stack, ...]
   specs: tuple[Spec, ...]
 
@@ -123,7 +123,7 @@ class Layout:
     each = lambda own, piece: _joined([part(index, piece) for index in own.layers])
     return [[each(own, piece) for piece in own.pieces] for own in self.families]
 
-  def join(self, pieces: Sequence[Sequence[jax.Array]], leaves: Sequence[Any]) -> list[Any]:
+  def join(self, pieces: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
     """`leaves` with those in a layer replaced by what the pieces hold for them.
 
     In their dtype, each sharded like the parameter that it is of.
@@ -149,14 +149,28 @@ class Layout:
       gaps = [jnp.sum(x - x).astype(jnp.float32) for x in jax.tree.leaves(pieces)]
       return jax.lax.psum(sum(gaps), self.axes)
 
-    total = jax.shard_map(
-      gap,
+    return self._on_pieces(gap, pieces) == 0
+
+  def squares(self, pieces: Sequence[Sequence[jax.Array]]) -> jax.Array:
+    """The sum of squares of each piece over all devices, in float32 or better."""
+    size = lambda axes: math.prod(self.sharding.mesh.shape[axis] for axis in axes)
+    copies = [size(self.axes) // size(piece.axes) for own in self.families for piece in own.pieces]
+    wide = lambda x: x.astype(jnp.result_type(x, jnp.float32))
+
+    def sums(pieces):
+      own = zip(jax.tree.leaves(pieces), copies, strict=True)
+      return jax.lax.psum(jnp.stack([jnp.sum(wide(x) ** 2) / n for x, n in own]), self.axes)
+
+    return self._on_pieces(sums, pieces)
+
+  def _on_pieces(self, function: Callable[[Any], jax.Array], pieces: Any) -> jax.Array:
+    return jax.shard_map(
+      function,
       mesh=self.sharding.mesh,
       in_specs=(self.specs_of(1),),
       out_specs=PartitionSpec(),
       check_vma=False,
-    )
-    return total(pieces) == 0
+    )(pieces)
 
   def laid(self, array: jax.Array, spec: Spec) -> jax.Array:
     return laid(array, NamedSharding(self.sharding.mesh, _spec(spec)))
@@ -171,9 +185,10 @@ class Layout:
 
   def _pieces(self, index: int) -> tuple[Piece, ...]:
     layer, mesh = self.layers[index], self.sharding.mesh
-    shapes = [(layer.inputs, layer.outputs), (1, layer.outputs)][: 1 + bool(layer.biases)]
+    rows, *rest = layer.dims
+    shapes = [(rows - bool(layer.biases), *rest), (1, *rest)][: 1 + bool(layer.biases)]
     moved = lambda number, shape: _along(self._axes(index, number), shape, mesh)
-    return tuple(Piece(i, shape, *moved(i, shape)) for i, shape in enumerate(shapes))
+    return tuple(Piece(i, shape, moved(i, shape)) for i, shape in enumerate(shapes))
 
   def _usable(self, index: int, number: int) -> dict[int, Spec]:
     """The shardings in which a layer takes its leaves: whole where its view could not go along."""
@@ -192,7 +207,7 @@ class Layout:
 
 
 def plan_layout(
-  sharding: Sharding, layers: Layers, stacks: Sequence[Stack], leaves: Sequence[Any]
+  sharding: Sharding, layers: Blocks, stacks: Sequence[Stack], leaves: Sequence[Any]
 ) -> Layout | None:
   """The layout of a gradient with these leaves; None where every device has all of it.
 
@@ -202,11 +217,11 @@ def plan_layout(
     ValueError: if `sharding.params` is of other parameters.
   """
   typed = lambda x: sharding.explicit and not is_masked(x)
-  none = PartitionSpec()
-  if sharding.params is None:
-    specs = _whole(layers, [jax.typeof(x).sharding.spec if typed(x) else none for x in leaves])
-  else:
-    specs = _whole(layers, sharding.params)
+  given = sharding.params
+  if given is None:
+    none = PartitionSpec()
+    given = [jax.typeof(x).sharding.spec if typed(x) else none for x in leaves]
+  specs = _whole(layers, given, leaves)
   size = sharding.mesh.shape
   wide = [tuple(tuple(a for a in axes if size[a] > 1) for axes in spec) for spec in specs]
   own = {leaf for stack in stacks for i in stack.layers for leaf in layers[i].leaves}
@@ -215,27 +230,32 @@ def plan_layout(
   return Layout(sharding, layers, tuple(stacks), tuple(wide))
 
 
-def laid_like(sharding: Sharding, layers: Layers, leaves: Sequence[Any]) -> list[Any]:
+def laid_like(sharding: Sharding, layers: Blocks, leaves: Sequence[Any]) -> list[Any]:
   """Leaves of a tree like params, sharded as `sharding.params` says.
 
   Raises:
     ValueError: if that is of other parameters.
   """
-  specs = map(_spec, _whole(layers, sharding.params))
+  specs = map(_spec, _whole(layers, sharding.params, leaves))
   put = lambda x, spec: laid(x, NamedSharding(sharding.mesh, spec))
   return [x if is_masked(x) else put(x, spec) for x, spec in zip(leaves, specs, strict=True)]
 
 
-def _whole(layers: Layers, specs: Sequence[PartitionSpec]) -> list[Spec]:
-  """With an entry for each axis of each leaf."""
+def _whole(layers: Blocks, specs: Sequence[PartitionSpec], leaves: Sequence[Any]) -> list[Spec]:
+  """With an entry for each axis of each leaf; none of one that is masked."""
   if len(specs) != len(layers.shapes):
+    captured = isinstance(layers, Layers)
+    here = "these layers were captured from params" if captured else "the gradient is a tree"
     raise ValueError(
-      f"`Sharding(mesh, params=...)` has the shardings of {len(specs)} parameters, but these layers"
-      f" were captured from params with {len(layers.shapes)}. Pass a tree like those, as"
-      " `jax.tree.map(lambda x: x.sharding, params)`."
+      f"`Sharding(mesh, params=...)` has the shardings of {len(specs)} parameters, but {here} with"
+      f" {len(layers.shapes)}. Pass a tree like those, as `jax.tree.map(lambda x: x.sharding,"
+      " params)`; where a whole subtree is masked, mask each leaf of it."
     )
   out = []
-  for spec, shape, path in zip(map(axes_of, specs), layers.shapes, layers.paths, strict=True):
+  rows = zip(map(axes_of, specs), layers.shapes, layers.paths, leaves, strict=True)
+  for spec, shape, path, leaf in rows:
+    if is_masked(leaf):
+      spec = ()
     if len(spec) > len(shape):
       raise ValueError(
         f"`Sharding(mesh, params=...)` shards {len(spec)} axes of {path}, which has shape {shape}."
@@ -268,30 +288,29 @@ def _tables(places: Sequence[int], slots: int, owners: int) -> tuple[np.ndarray,
   return found, owned, ranks
 
 
-def _along(spec: Spec, shape: tuple[int, int], mesh: Mesh) -> tuple[Axes, Axes]:
-  """The axes of rows and columns once those of the blocks are along one of the two.
+def _along(spec: Spec, shape: tuple[int, ...], mesh: Mesh) -> Spec:
+  """Of each axis of `shape`, once those of the blocks are along one of them, the first that can.
 
-  A device has a share of every block then, which goes to who owns it. Where neither can be cut so
+  A device has a share of every block then, which goes to who owns it. Where none can be cut so
   often, it has all of it.
   """
-  blocks, rows, columns = spec
-  cut = lambda axes, n: n % math.prod(mesh.shape[axis] for axis in axes) == 0
-  if blocks and cut((*rows, *blocks), shape[0]):
-    return (*rows, *blocks), columns
-  if blocks and cut((*columns, *blocks), shape[1]):
-    return rows, (*columns, *blocks)
-  return rows, columns
+  blocks, *along = spec
+  for axis, n in enumerate(shape if blocks else ()):
+    own = (*along[axis], *blocks)
+    if n % math.prod(mesh.shape[name] for name in own) == 0:
+      return *along[:axis], own, *along[axis + 1 :]
+  return tuple(along)
 
 
-def _gather(layer: Layer, number: int, leaves: Mapping[int, jax.Array]) -> jax.Array:
-  """The weight or the bias of a layer, `[blocks, rows, columns]`."""
+def _gather(layer: Layer | Tensor, number: int, leaves: Mapping[int, jax.Array]) -> jax.Array:
+  """The weight or the bias of a layer, `[blocks, *dims]` or `[blocks, 1, outputs]`."""
   if number == 0:
     return views.replay(layer.view, leaves[layer.weight])
-  return bias_row(layer.biases, leaves, (layer.stack, layer.outputs))[:, None]
+  return bias_row(layer.biases, leaves, (layer.stack, layer.dims[1]))[:, None]
 
 
 def _scatter(
-  layer: Layer,
+  layer: Layer | Tensor,
   number: int,
   array: jax.Array,
   shapes: Sequence[tuple[int, ...]],
@@ -306,7 +325,7 @@ def _scatter(
 
 @functools.lru_cache(maxsize=4096)
 def _viewed(
-  layer: Layer,
+  layer: Layer | Tensor,
   number: int,
   shapes: tuple[tuple[int, ...], ...],
   specs: tuple[tuple[int, Spec], ...],
@@ -336,4 +355,4 @@ def _viewed(
   if any(back[leaf].sharding.spec != like[leaf].sharding.spec for leaf in like):
     return None
   spec = axes_of(array.sharding.spec)
-  return (*spec, *[()] * (3 - len(spec)))
+  return (*spec, *[()] * (array.ndim - len(spec)))

@@ -125,15 +125,16 @@ class Passage:
 
   def _whole(self, piece: Piece, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A piece put together from parts `[senders, slots, entries]`; `shape` is that of a part."""
-    axes, (n, rows, columns) = self.layout.axes, shape
-    order = (*piece.rows, *piece.columns, *self._missing(piece))
-    slots = x.shape[1]
+    axes, slots = self.layout.axes, x.shape[1]
+    order = (*piece.axes, *self._missing(piece))
     x = x.reshape(*map(self._size, axes), slots, -1)
     x = x.transpose(len(axes), *map(axes.index, order), len(axes) + 1)
-    cuts = self._size(*piece.rows), self._size(*piece.columns)
-    x = x.reshape(slots, *cuts, -1)[..., : n * rows * columns]
-    x = x.reshape(slots, *cuts, n, rows, columns).transpose(0, 3, 1, 4, 2, 5)
-    return x.reshape(slots, n, *piece.shape)
+    cuts = self._cuts(piece)
+    x = x.reshape(slots, *cuts, -1)[..., : math.prod(shape)].reshape(slots, *cuts, *shape)
+    k = len(cuts)  # now [slots, *cuts, n, *rest], of which each cut goes before its axis
+    pairs = ((1 + axis, 2 + k + axis) for axis in range(k))
+    x = x.transpose(0, 1 + k, *itertools.chain.from_iterable(pairs))
+    return x.reshape(slots, shape[0], *piece.shape)
 
   def _stack(
     self, k: int, joined: Sequence[jax.Array], groups: int, dtype: Any, here: jax.Array
@@ -154,12 +155,18 @@ class Passage:
     return _take(jnp.concatenate([joined[f] for f in own]), jnp.asarray(order[:, :slots])[here])
 
   def _pieces(self, piece: Piece, x: jax.Array, places: Sequence[Coordinates]) -> jax.Array:
-    """What devices at these places have of `x[slots, rows, columns]`, `[places, slots, ...]`."""
-    cuts = self._size(*piece.rows), self._size(*piece.columns)
-    rows, columns = (n // cut for n, cut in zip(piece.shape, cuts, strict=True))
-    x = x.reshape(len(x), cuts[0], rows, cuts[1], columns).transpose(1, 3, 0, 2, 4)
-    x = x.reshape(-1, *x.shape[2:])
+    """What devices at these places have of `x[slots, *shape]`, `[places, slots, ...]`."""
+    cuts = self._cuts(piece)
+    split = [(cut, n // cut) for cut, n in zip(cuts, piece.shape, strict=True)]
+    axes = range(len(cuts))
+    x = x.reshape(len(x), *itertools.chain.from_iterable(split))
+    x = x.transpose(*(1 + 2 * axis for axis in axes), 0, *(2 + 2 * axis for axis in axes))
+    x = x.reshape(-1, *x.shape[len(cuts) :])
     return x[jnp.stack([self._index(piece.axes, at) for at in places])]
+
+  def _cuts(self, piece: Piece) -> list[int]:
+    """Into how many parts each axis of a piece is cut."""
+    return [self._size(*own) for own in piece.along]
 
   def _collect(self, arrays: list[jax.Array], tables: Sequence["_Table"]) -> list[jax.Array]:
     """Of all blocks `[blocks, ...]` what came from owners along `back`, `[back, slots, ...]`.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fop_optax.curvature.layouts import Layout, laid_like, plan_layout
 from fop_optax.curvature.precondition import Side
 from fop_optax.curvature.stacks import Stack, dtype_of, plan_stacks, stack_matrices, unstack
 from fop_optax.curvature.steps import Finite, no_steps
@@ -106,30 +107,29 @@ def by_tensor(
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
   def apply(updates, state, trees, stats):
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_masked)
-    found = options.tensors(updates)
+    found, sharding = options.tensors(updates), options.sharding
     stacks = plan_stacks(found)
-    _check_state(stacks, state.stacks, options.sharding)
-    gather = lambda leaves: [
-      stack_matrices(stack, found, leaves, s.dtype)
-      for stack, s in zip(stacks, state.stacks, strict=True)
-    ]
-    gradients = gather(leaves)
-    others = [gather(jax.tree.leaves(tree, is_leaf=is_masked)) for tree in trees]
-    contrasts = [jnp.stack(parts, axis=1) for parts in zip(*others, strict=True)]
-    # Of a tensor whose square overflows the second moments would.
-    finite = all_finite([jnp.sum(g**2) for g in [*gradients, *contrasts]])
-    more: dict[str, Any] = {"contrasts": contrasts} if options.contrast else {}
+    _check_state(stacks, state.stacks, sharding)
+    others = [jax.tree.leaves(tree, is_leaf=is_masked) for tree in trees]
+    dtypes, count, layout = [s.dtype for s in state.stacks], state.steps.count, None
+    if sharding is not None and stacks:
+      if sharding.params is not None:
+        leaves, *others = (laid_like(sharding, found, tree) for tree in [leaves, *others])
+      layout = plan_layout(sharding, found, stacks, leaves)
+    gradients, more, finite = _gathered(stacks, found, dtypes, layout, leaves, others)
     if stats is not None:
-      dtypes = [s.dtype for s in state.stacks]
       more["refresh"] = stats.refresh
       more["sides"] = [_sides(*each, found, stats) for each in zip(stacks, dtypes, strict=True)]
-    count = state.steps.count
-    if options.sharding is None or not stacks:
+    if sharding is None or not stacks:
       directions, after = step(options, count, state.stacks, gradients, **more)
     else:
-      directions, after = step_owned(step, options, stacks, count, state.stacks, gradients, more)
+      owned = options, stacks, count, state.stacks
+      directions, after = step_owned(step, *owned, gradients, more, layout)
     steps = state.steps.counted(Finite(jnp.asarray(True), finite))
-    leaves = unstack(stacks, found, directions, leaves)
+    if layout is None:
+      leaves = unstack(stacks, found, directions, leaves)
+    else:
+      leaves = layout.join(directions, leaves)
     return jax.tree.unflatten(treedef, leaves), state_of(steps, after)
 
   def update(updates, state, params=None, *, stats: Any = None, **extra_args):
@@ -137,12 +137,36 @@ def by_tensor(
     if not jax.tree.leaves(updates):
       return updates, state
     check_floating(updates)
-    if options.sharding is not None:
-      _check_replicated(updates)
     trees = _contrasts(updates, stats) if options.contrast else ()
     return apply(updates, state, trees, None if fisher is None else _statistics(fisher, stats))
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _gathered(
+  stacks: Sequence[Stack],
+  found: Tensors,
+  dtypes: Sequence[Any],
+  layout: Layout | None,
+  leaves: Sequence[Any],
+  others: Sequence[Sequence[Any]],
+) -> tuple[list[Any], dict[str, Any], jax.Array]:
+  """The gradient stack by stack, contrasts if there are some, and whether all of it is finite.
+
+  With a layout as pieces, contrasts beside the gradient. Of a tensor whose square overflows the
+  second moments would: it counts as not finite.
+  """
+  if layout is not None:
+    beside = lambda *x: jnp.stack(x, axis=1)
+    pieces = jax.tree.map(beside, *map(layout.split, [leaves, *others]))
+    return pieces, {}, all_finite(layout.squares(pieces))
+  gather = lambda leaves: [
+    stack_matrices(stack, found, leaves, dtype) for stack, dtype in zip(stacks, dtypes, strict=True)
+  ]
+  gradients = gather(leaves)
+  contrasts = [jnp.stack(parts, axis=1) for parts in zip(*map(gather, others), strict=True)]
+  finite = all_finite([jnp.sum(g**2) for g in [*gradients, *contrasts]])
+  return gradients, {"contrasts": contrasts} if others else {}, finite
 
 
 def _sides(stack: Stack, dtype: Any, found: Tensors, stats: Stats) -> tuple[Side, ...]:
@@ -261,18 +285,6 @@ def _check_state(
       f" but this gradient has {need}. Make a state with `tx.init(params)`."
       f"{checks.of_owners(owned, sharding)}"
     )
-
-
-def _check_replicated(updates: Any) -> None:
-  """Checks that no gradient is sharded by its type, under explicit mesh axes."""
-  for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]:
-    spec = jax.typeof(leaf).sharding.spec
-    if any(axis is not None for axis in spec):
-      raise ValueError(
-        f"The gradient is sharded, {spec}, at {jax.tree_util.keystr(path)}, and owners"
-        " (`sharding=`) take it whole: keep parameters replicated, or give gradients and updates"
-        " other shardings around `tx.update`, with `jax.sharding.reshard`."
-      )
 
 
 def check_floating(updates: Any) -> None:

@@ -1,7 +1,8 @@
 """Stacks of tensors whose blocks have owners: each device takes the step of its slots alone.
 
 What differs between devices is the state of the stacks. Gradients come in on every device,
-directions go out on every device, by one gather or sum; in between nothing moves.
+directions go out on every device, by one gather or sum; or pieces of both where parameters are
+sharded, by one all-to-all each (see `fop_optax.curvature.passage`). In between nothing moves.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fop_optax.curvature.layouts import Layout
+from fop_optax.curvature.passage import Passage
 from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.steps import whole_period
 from fop_optax.owners import plan_owners
@@ -79,12 +82,15 @@ def step_owned(
   stacks: Sequence[Stack],
   count: jax.Array,
   states: Sequence[OwnedStack],
-  gradients: list[jax.Array],
+  gradients: list[Any],
   more: dict[str, Any],
-) -> tuple[list[jax.Array], tuple[OwnedStack, ...]]:
+  layout: Layout | None = None,
+) -> tuple[list[Any], tuple[OwnedStack, ...]]:
   """A `by_tensor.Step` of all stacks, of which each device takes that of its blocks.
 
-  What `more` has as lists is stack by stack, as the gradients; all else is of all of them.
+  What `more` has as lists is stack by stack, as the gradients; all else is of all of them. With a
+  `layout` gradients are pieces `[blocks, groups, ...]`, of the gradient and then the contrasts, and
+  so are the directions, `[blocks, ...]`.
   """
   sharding: Sharding = options.sharding
   slots = plan_owners(tuple(stacks), sharding.devices).slots
@@ -95,17 +101,30 @@ def step_owned(
     share = exchange.share()
     mine = lambda given: [share.stack(k, own) for k, own in enumerate(given)]
     more = {name: mine(x) if isinstance(x, list) else x for name, x in more.items()}
-    here = _with_arrays(options, arrays)
-    directions, after = step(here, count, owned, mine(gradients), share=share, **more)
+    here, passage = _with_arrays(options, arrays), None
+    if layout is None:
+      gradients = mine(gradients)
+    else:
+      passage = Passage(layout, exchange)
+      found = passage.to_owners(pieces, [own.dtype for own in owned])
+      gradients = [g[:, 0] for g in found]
+      if options.contrast:
+        more["contrasts"] = [g[:, 1:] for g in found]
+    directions, after = step(here, count, owned, gradients, share=share, **more)
     nothing = jnp.zeros((), directions[0].dtype)
-    directions, _, _ = exchange.collect(directions, (), nothing)
-    return after, directions, pieces
+    collect = exchange.collect if passage is None else passage.from_owners
+    directions, _, _ = collect(directions, (), nothing)
+    return after, *((directions, []) if passage is None else ([], directions))
 
   places = tuple(own.place for own in states)
-  given = places, _arrays(options, count), count, gradients, more
-  after, directions, _ = on_owners(sharding, local, tuple(own.slots for own in states), given)
+  whole, pieces = (gradients, []) if layout is None else ([], gradients)
+  given = places, _arrays(options, count), count, whole, more
+  specs = None if layout is None else (layout.specs_of(1), layout.specs_of(0))
+  owned = tuple(own.slots for own in states)
+  after, whole, pieces = on_owners(sharding, local, owned, given, pieces, specs)
   pairs = zip(states, after, strict=True)
-  return directions, tuple(own._replace(slots=new) for own, new in pairs)
+  after = tuple(own._replace(slots=new) for own, new in pairs)
+  return whole if layout is None else pieces, after
 
 
 def numbers_of(blocks: int, share: Share | None) -> jax.Array:

@@ -1,11 +1,13 @@
 """Where the arrays of an optimizer's state are, and states that know no mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 import optax
 
 from fop_optax.curvature.inverse import (
@@ -22,7 +24,7 @@ from fop_optax.optimizers.owned_tensors import OwnedStack
 from fop_optax.optimizers.shampoo import ScaleByShampooState
 from fop_optax.optimizers.soap import ScaleBySoapState
 from fop_optax.owners import plan_owners
-from fop_optax.sharding import Sharding, laid, noted
+from fop_optax.sharding import Sharding, laid, named, noted
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
@@ -64,6 +66,11 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
       " device: `NamedSharding(mesh, PartitionSpec())` for each of its arrays."
     )
   (sharding,) = set(found)
+  return _like_params(tx, sharding, params, state, _by_owner(sharding, state))
+
+
+def _by_owner(sharding: Sharding, state: Any) -> Any:
+  """What has owners on them, all else on every device."""
   whole = lambda tree: jax.tree.map(sharding.whole, tree)
 
   def stack(own: StackState | OwnedStack) -> Any:
@@ -72,8 +79,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
     return jax.tree.map(sharding.owned, own)._replace(place=sharding.whole(own.place))
 
   is_stack = lambda x: isinstance(x, StackState | OwnedStack)
-  out = jax.tree.map(lambda x: stack(x) if is_stack(x) else whole(x), state, is_leaf=is_stack)
-  return _like_params(tx, sharding, params, state, out)
+  return jax.tree.map(lambda x: stack(x) if is_stack(x) else whole(x), state, is_leaf=is_stack)
 
 
 def _like_params(
@@ -128,7 +134,14 @@ def to_blocks(opt_state: Any) -> Any:
     >>> jax.tree.structure(state) == jax.tree.structure(plain)
     True
   """
-  return _converted(opt_state, "to_blocks", True, _ordered)
+  rest, states, join = _split(opt_state, "to_blocks", owned=True)
+  arrays = jax.tree.leaves(states)
+  shardings = [x.sharding for x in arrays if _concrete(x)]
+  meshes = [own.mesh for own in shardings if isinstance(own, NamedSharding)]
+  if not meshes:  # traced, or on the host
+    return join(rest, _ordered(states))
+  whole = jax.tree.map(lambda x: named(meshes[0], x), jax.eval_shape(_ordered, states))
+  return join(rest, jax.jit(_ordered, out_shardings=whole)(states))
 
 
 def to_owners(opt_state: Any, sharding: Sharding) -> Any:
@@ -150,19 +163,23 @@ def to_owners(opt_state: Any, sharding: Sharding) -> Any:
       "`to_owners(opt_state, sharding)` takes a `fop_optax.Sharding(mesh)`, not a"
       f" {type(sharding).__name__}."
     )
-  return _converted(opt_state, "to_owners", False, lambda state: _dealt(state, sharding), sharding)
+  rest, states, join = _split(opt_state, "to_owners", owned=False)
+  arrive = lambda tree: jax.tree.map(lambda x: _arrived(x, sharding), tree)
+  rest, deal = arrive(rest), functools.partial(_dealt, sharding=sharding)
+  shardings = _by_owner(sharding, jax.eval_shape(deal, states))
+  arrays = jax.tree.leaves(states)
+  if any(isinstance(x, jax.core.Tracer) for x in arrays):
+    return join(rest, jax.tree.map(laid, deal(states), shardings))
+  if any(isinstance(x, jax.Array) for x in arrays):
+    return join(rest, jax.jit(deal, out_shardings=shardings)(arrive(states)))
+  return join(rest, jax.device_put(deal(states), shardings))  # from the host each has its own
 
 
-def _converted(
-  opt_state: Any,
-  who: str,
-  owned: bool,
-  convert: Callable[[Any], Any],
-  sharding: Sharding | None = None,
-) -> Any:
-  is_curvature = lambda x: isinstance(x, CurvatureState | TensorStates)
+def _split(opt_state: Any, who: str, owned: bool) -> tuple[list[Any], list[Any], Callable]:
+  """Of a state all else, its curvature, and what puts them together."""
+  is_curvature = lambda x: isinstance(x, CurvatureState | TensorStates) and bool(x.stacks)
   leaves, treedef = jax.tree.flatten(opt_state, is_leaf=is_curvature)
-  found = [own for own in leaves if is_curvature(own) and own.stacks]
+  found = [own for own in leaves if is_curvature(own)]
   wrong = [own for own in found if (getattr(own.stacks[0], "place", None) is not None) != owned]
   if not found or wrong:
     had = "no curvature state" if not found else f"a state whose blocks have {_NOT[owned]}"
@@ -171,12 +188,23 @@ def _converted(
       " `tx.init(params)` and `tx.update` return it."
     )
 
-  def place(x):
-    there = sharding is None or getattr(getattr(x, "sharding", None), "mesh", None) == sharding.mesh
-    return x if there else _put(x, sharding.whole(x))
+  def join(rest: Sequence[Any], states: Sequence[Any]) -> Any:
+    others, curvature = iter(rest), iter(states)
+    return treedef.unflatten(next(curvature if is_curvature(x) else others) for x in leaves)
 
-  out = [convert(own) if is_curvature(own) and own.stacks else place(own) for own in leaves]
-  return treedef.unflatten(out)
+  return [x for x in leaves if not is_curvature(x)], found, join
+
+
+def _concrete(x: Any) -> bool:
+  return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+
+
+def _arrived(x: Any, sharding: Sharding) -> Any:
+  """An array on the mesh: as it is there, or from elsewhere on every device of it."""
+  if not _concrete(x):
+    return x if isinstance(x, jax.core.Tracer) else jax.device_put(x, sharding.whole(x))
+  there = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == sharding.mesh
+  return x if there else jax.device_put(x, sharding.whole(x))
 
 
 TensorStates = ScaleBySoapState | ScaleByShampooState
@@ -185,48 +213,48 @@ _NOT = {True: "no owners", False: "owners already"}
 _WITH = {True: "with", False: "without"}
 
 
-def _ordered(state: Any) -> Any:
-  """A state whose blocks have owners, in the order of blocks."""
-  if isinstance(state, CurvatureState):
-    return in_order(state)
-  return state._replace(stacks=tuple(own.in_order(own.slots) for own in state.stacks))
+def _ordered(states: Sequence[Any]) -> list[Any]:
+  """States whose blocks have owners, in the order of blocks."""
+
+  def ordered(state):
+    if isinstance(state, CurvatureState):
+      return in_order(state)
+    return state._replace(stacks=tuple(own.in_order(own.slots) for own in state.stacks))
+
+  return list(map(ordered, states))
 
 
-def _dealt(state: Any, sharding: Sharding) -> Any:
-  """A state in the order of blocks, with owners."""
-  deal = _dealt_tensors if isinstance(state, TensorStates) else _dealt_curvature
-  return deal(state, sharding)
+def _dealt(states: Sequence[Any], sharding: Sharding) -> list[Any]:
+  """States in the order of blocks, with owners; on the host those that are there."""
+
+  def dealt(state):
+    stacks = tuple(map(_stack_of, state.stacks))
+    plan = plan_owners(stacks, sharding.devices)
+    rows = zip(state.stacks, plan.slots, plan.places, strict=True)
+    return state._replace(stacks=tuple(_deal(*row, sharding.devices) for row in rows))
+
+  return list(map(dealt, states))
 
 
-def _dealt_tensors(state: Any, sharding: Sharding) -> Any:
-  stacks = tuple(Stack((), own.dims[0], own.dims[1:], own.diagonal) for own in state.stacks)
-  plan = plan_owners(stacks, sharding.devices)
+def _deal(own: Any, slots: int, place: Sequence[int], devices: int) -> StackState | OwnedStack:
+  index = np.array(place, np.int32)
 
-  def deal(own: Any, slots: int, place: Any) -> OwnedStack:
-    index = jnp.asarray(place, jnp.int32)
-    rows = lambda x: jnp.zeros((sharding.devices * slots, *x.shape[1:]), x.dtype).at[index].set(x)
-    dealt = jax.tree.map(lambda x: _put(rows(x), sharding.owned(x)), own)
-    return OwnedStack(dealt, _put(index, sharding.whole(index)))
+  def deal(x, empty):
+    """`x` in its slots; in the others the one row that `empty` has."""
+    shape = (devices * slots, *x.shape[1:])
+    if not isinstance(x, jax.Array):
+      out = np.array(np.broadcast_to(np.asarray(empty, x.dtype), shape))
+      out[index] = x
+      return out
+    return jnp.broadcast_to(empty.astype(x.dtype), shape).at[index].set(x)
 
-  steps = jax.tree.map(lambda x: _put(x, sharding.whole(x)), state.steps)
-  return type(state)(steps, tuple(map(deal, state.stacks, plan.slots, plan.places)))
-
-
-def _dealt_curvature(state: CurvatureState, sharding: Sharding) -> CurvatureState:
-  plan = plan_owners(tuple(map(_stack_of, state.stacks)), sharding.devices)
-
-  def deal(own: StackState, slots: int, place: Any) -> StackState:
-    index = jnp.asarray(place, jnp.int32)
-    rows = lambda x: jnp.zeros((sharding.devices * slots, *x.shape[1:]), x.dtype)
-    factors = jax.tree.map(rows, own.factors)
-    empty = factors, jax.vmap(_scaling_of(own.inverse).empty)(factors)
-    deal_one = lambda empty, x: _put(empty.at[index].set(x), sharding.owned(empty))
-    dealt = jax.tree.map(deal_one, empty, (own.factors, own.inverse))
-    return StackState(*dealt, place=_put(index, sharding.whole(index)))
-
-  whole = lambda tree: jax.tree.map(lambda x: _put(x, sharding.whole(x)), tree)
-  stacks = tuple(map(deal, state.stacks, plan.slots, plan.places))
-  return whole(state._replace(stacks=()))._replace(stacks=stacks)
+  one = lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype)
+  if not isinstance(own, StackState):
+    return OwnedStack(jax.tree.map(deal, own, jax.tree.map(one, own)), jnp.asarray(index))
+  factors = jax.tree.map(one, own.factors)
+  inverse = jax.vmap(_scaling_of(own.inverse).empty)(factors)
+  dealt = jax.tree.map(deal, (own.factors, own.inverse), (factors, inverse))
+  return StackState(*dealt, place=jnp.asarray(index))
 
 
 def _scaling_of(inverse: Inverse) -> Scaling:
@@ -235,12 +263,9 @@ def _scaling_of(inverse: Inverse) -> Scaling:
   return SCALINGS["exact" if isinstance(inverse, ExactInverse) else "factored"]
 
 
-def _stack_of(own: StackState) -> Stack:
+def _stack_of(own: Any) -> Stack:
   """The plan of a stack, of which the owners need the sides alone."""
-  sides = tuple(own.factors)
-  dims = tuple(x.shape[1] for x in sides)
-  return Stack((), own.blocks, dims, tuple(x.ndim == 2 for x in sides))
-
-
-def _put(x: Any, sharding: jax.sharding.NamedSharding) -> jax.Array:
-  return laid(x, sharding) if isinstance(x, jax.core.Tracer) else jax.device_put(x, sharding)
+  if not isinstance(own, StackState):
+    return Stack((), own.dims[0], own.dims[1:], own.diagonal)
+  dims = tuple(x.shape[1] for x in own.factors)
+  return Stack((), own.blocks, dims, tuple(x.ndim == 2 for x in own.factors))

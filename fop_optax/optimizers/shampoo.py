@@ -169,8 +169,8 @@ def shampoo(
       in :func:`fop_optax.soap`.
     sharding: :class:`fop_optax.Sharding`: each block has one owner among the devices of its mesh,
       which keeps its state, remakes its roots and finds its direction; directions are gathered once
-      a step. For replicated parameters and gradients; updates are equal to rounding. None: every
-      device has all of it.
+      a step, or where parameters are sharded go piece by piece, as in :func:`fop_optax.kfac`.
+      Updates are equal to rounding. None: every device has all of it.
 
   Returns:
     A transformation; its `update` needs params where there is weight decay.

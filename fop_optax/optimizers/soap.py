@@ -183,8 +183,8 @@ def soap(
     statistics_dtype: that of the statistics, likewise; bases are in that of the arithmetic.
     sharding: :class:`fop_optax.Sharding`: each tensor has one owner among the devices of its mesh,
       which keeps its state, remakes its bases and finds its direction; directions are gathered once
-      a step. For replicated parameters and gradients; updates are equal to rounding. None: every
-      device has all of it.
+      a step, or where parameters are sharded go piece by piece, as in :func:`fop_optax.kfac`.
+      Updates are equal to rounding. None: every device has all of it.
 
   Returns:
     A transformation; its `update` needs params where there is weight decay.
