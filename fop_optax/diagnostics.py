@@ -1,5 +1,6 @@
 """Read-outs of an optimizer's state: what each layer did, and what went wrong."""
 
+import collections
 from collections.abc import Iterator
 from typing import Any
 
@@ -227,7 +228,8 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     numbers: a dictionary of `diagnostics`, of arrays that have values (not under `jax.jit`).
 
   Returns:
-    The table; the line above it has the steps that were taken and left out.
+    The table; the lines above it have the steps that were taken and left out, and how many layers
+    did not move at all, and why: without statistics there is no direction.
 
   Example:
     >>> import fop_optax, jax.numpy as jnp
@@ -249,6 +251,9 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
   ]
   kind = "layers" if "layers" in numbers else "stacks"
   found = numbers.get(kind, {})
+  if int(numbers["count"]) and kind == "layers":
+    reasons = collections.Counter(filter(None, map(_still, found.values())))
+    lines += [f"{n} of {len(found)} layers did not move: {why}" for why, n in reasons.items()]
   columns = list(dict.fromkeys(name for own in found.values() for name in own))
   rows = [(kind[:-1], *columns)]
   for path, own in found.items():
@@ -258,6 +263,17 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     pad = lambda row: "  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)).rstrip()
     lines += map(pad, rows)
   return "\n".join(lines)
+
+
+def _still(own: dict[str, Any]) -> str:
+  """Why a layer had no step so far, if it had none."""
+  if np.any(own.get("inverses", 1)):
+    return ""
+  if np.any(own["failed_inverses"]):
+    return "inverses failed, as of statistics that are zero"
+  if np.any(own["nonfinite_statistics"]):
+    return "no statistics were finite"
+  return "no statistics came. `captured.value_and_grad(..., refresh=fop_optax.refresh_due(state))`"
 
 
 def _shown(values: Any) -> str:

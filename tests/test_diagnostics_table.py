@@ -22,6 +22,32 @@ def test_a_row_a_layer():
   assert rows[0].split()[header.split().index("rho2")] == f"{rho2:.3g}"
 
 
+def test_layers_that_did_not_move():
+  params, batch = problems.make_params(), problems.make_batch()
+  layers = problems.layers_of(params)
+  tx = fop_optax.kfac(0.1, layers)
+  _, grads, stats = problems.value_and_grad(params, batch)
+
+  def second_line(stats):
+    updates, state = tx.update(grads, tx.init(params), params, stats=stats)
+    still = [not jnp.any(updates[name]["w"]) for name in ("fc0", "fc1", "fc2")]
+    return still, fop_optax.diagnostics_table(fop_optax.diagnostics(state, layers)).split("\n")[1]
+
+  still, line = second_line(stats._replace(refresh=jnp.asarray(False)))
+  assert all(still)
+  assert line.startswith("3 of 3 layers did not move: no statistics came. `captured.value_and_grad")
+  assert "refresh=fop_optax.refresh_due(state)" in line
+  first, *others = stats.factors
+  for factor, why in (
+    (jnp.zeros_like(first.G), "inverses failed, as of statistics that are zero"),
+    (jnp.nan * first.G, "no statistics were finite"),
+  ):
+    still, line = second_line(stats._replace(factors=(first._replace(G=factor), *others)))
+    assert line == f"1 of 3 layers did not move: {why}"
+    assert still == [True, False, False]
+  assert second_line(stats)[1].startswith("layer ")
+
+
 def test_ranges_over_matrices_and_methods_without_layers():
   loss = lambda p, x: jnp.mean(jax.vmap(jnp.matmul)(jnp.stack([x, x + 1]), p["w"]) ** 2)
   params = {"w": jnp.stack([jnp.eye(3), 5 * jnp.eye(3)])}

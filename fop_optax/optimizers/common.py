@@ -247,9 +247,12 @@ def by_layer(
   layers: Layers,
   inside: optax.GradientTransformation,
   outside: optax.GradientTransformation,
+  kind: type,
   sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Leaves in a layer go through `inside`, the others through `outside`; frozen ones stay.
+
+  `kind` is the type of the state that `inside` has.
 
   All are sharded like their parameters, where `sharding` says how: XLA is free to choose otherwise.
   """
@@ -282,7 +285,7 @@ def by_layer(
     finite = all_finite(others)
     return inner.update(updates, state, params, fallback_finite=finite, **extra_args)
 
-  return whole_steps(optax.GradientTransformationExtraArgs(inner.init, update))
+  return whole_steps(optax.GradientTransformationExtraArgs(inner.init, update), kind)
 
 
 def keep_dtypes(

@@ -117,7 +117,7 @@ def scale_by_fop(
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
   inner = project(options, fop_options, checks.check_layers(layers))
-  return common.by_layer(layers, inner, fallback or common.wide_adam(), sharding)
+  return common.by_layer(layers, inner, fallback or common.wide_adam(), ScaleByFopState, sharding)
 
 
 def project(
@@ -330,5 +330,6 @@ def fop(
     layers,
     common.complete(options, inner, nesterov, weight_decay, mask),
     common.keep_dtypes(fallback or common.slow_adamw(learning_rate, weight_decay, mask)),
+    ScaleByFopState,
     sharding,
   )

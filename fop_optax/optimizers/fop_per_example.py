@@ -58,7 +58,7 @@ def scale_by_fop_per_example(
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector, groups)
-  return whole_steps(_project(options, fop_options, settings))
+  return whole_steps(_project(options, fop_options, settings), ScaleByFopState, examples=True)
 
 
 def _project(
@@ -231,4 +231,4 @@ def fop_per_example(
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector, groups)
   inner = _project(options, fop_options, settings)
   complete = common.complete(options, inner, nesterov, weight_decay, mask)
-  return whole_steps(complete)
+  return whole_steps(complete, ScaleByFopState, examples=True)

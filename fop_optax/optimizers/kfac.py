@@ -56,7 +56,7 @@ def scale_by_kfac(
     sharding=sharding,
   )
   inner = precondition(options, checks.check_layers(layers))
-  return common.by_layer(layers, inner, fallback or common.wide_adam(), sharding)
+  return common.by_layer(layers, inner, fallback or common.wide_adam(), ScaleByKfacState, sharding)
 
 
 def precondition(options: Options, layers: Layers) -> optax.GradientTransformationExtraArgs:
@@ -247,5 +247,6 @@ def kfac(
     layers,
     common.complete(options, inner, nesterov, weight_decay, mask),
     common.keep_dtypes(fallback or common.slow_adamw(learning_rate, weight_decay, mask)),
+    ScaleByKfacState,
     sharding,
   )
