@@ -8,7 +8,7 @@ import warnings
 import jax
 from jax.extend.core import primitives
 
-from fop_optax.capture import auxiliary, flow, layer_table, second_moments
+from fop_optax.capture import auxiliary, counted, flow, layer_table, second_moments
 from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import check_params, classify
 from fop_optax.capture.captured import Captured, Spec
@@ -106,9 +106,10 @@ def capture(
     terms_per_example: R above, the number of terms the mean loss has for an example: 1 for a label
       an example, the tokens of an example for a mean over tokens, the entries of an example for a
       mean over all of an array. By default what `fop_optax.softmax_cross_entropy` or
-      `squared_error` in the loss say, else the entries that the loss's last means (or sums over
-      counts of a mask) are taken of, where that is clear, else 1; the table says which. Sampled and
-      exact statistics have no use for it.
+      `squared_error` in the loss say, else the entries that the loss's last means are taken of,
+      where that is clear, else 1; of a mean with weights (a mask of tokens) as many as these count,
+      :math:`NR = (\\sum w)^2 / \\sum w^2`; the table says which. Sampled and exact statistics have
+      no use for it.
     max_dim: a factor with a longer side is kept as its diagonal.
     strict: raise if any parameter is in no layer, instead of listing it in `fallbacks`.
 
@@ -166,13 +167,17 @@ def capture(
     traced, twice = trace_twice(signature, leaves, chunks.leaves, chunks.size)
   uses = growing(traced, twice, chunks.size)
   resolved = resolve(traced.found, uses, shapes, paths, max_dim)
-  if chunks.size == 1 and twice:  # a single example's axis is like any other of size one
-    examples = analyse(*trace_twice(signature, leaves, chunks.leaves, 2), signature.args, 2)
-  else:
-    examples = analyse(traced, twice, signature.args, chunks.size)
+  program, bigger, size = traced, twice, chunks.size
+  if size == 1 and twice:  # a single example's axis is like any other of size one
+    size = 2
+    program, bigger = trace_twice(signature, leaves, chunks.leaves, size)
+  examples = analyse(program, bigger, signature.args, size)
   examples.check(groups, micro_batches)
+  weights = None
   if fisher == "empirical":
-    terms_of(traced.found, chunks.size, terms_per_example, examples.terms)
+    terms = terms_of(traced.found, chunks.size, terms_per_example, examples.terms)
+    if terms == examples.terms and terms_per_example is None:
+      weights = counted.weights_of(program.jaxpr, uses.values(), examples.weights)
   check_marked(fisher, traced.found.marks, traced.found.hidden)
   roles: tuple[auxiliary.Role, ...] = ()
   if chunks.count > 1:
@@ -184,8 +189,8 @@ def capture(
   if warning := layer_table.left_out(layers, fallbacks):
     warnings.warn(warning, stacklevel=2)
   notes = [*resolved.notes, *examples.notes(groups, micro_batches)]
-  if fisher == "empirical" and terms_per_example is None and not traced.found.marks:
-    notes += examples.terms_note()
+  if fisher == "empirical" and terms_per_example is None and (weights or not traced.found.marks):
+    notes += examples.terms_note(weights is not None)
   rows, reduced = examples.rows(uses), frozenset()
   measured = second_moments.measurable(resolved, uses, rows, chunks.size)
   notes += layer_table.unmeasured_note(
@@ -207,6 +212,7 @@ def capture(
     examples=chunks.count * chunks.size // every,
     _spec=spec,
     _terms=examples.terms,
+    _weights=weights,
     _aux_roles=roles,
     _growth=traced.growth,
     _found=tuple(traced.found.uses),
