@@ -84,12 +84,12 @@ def capture(
     fisher: which Fisher matrix the statistics estimate: `"empirical"`, from the labels given;
       `"sampled"`, from labels drawn from the model's output, for each term by itself (one more
       backward pass on refresh); `"exact"`, the expectation over them. The latter two need a marked
-      loss, `fop_optax.softmax_cross_entropy` or `squared_error`; they are the Gauss-Newton matrix
-      of what is marked, with the weights that it has in the loss (their sizes, where they are
-      negative), and know nothing of the rest. Exact is for tests and small heads: a backward pass
-      for each class, times the terms that share a row (R for attention over an example's tokens, 1
-      where every row is of one term; N R where examples interact, as in contrastive losses), and a
-      few that find out which terms these are.
+      loss, `fop_optax.softmax_cross_entropy`, `squared_error` or `sigmoid_binary_cross_entropy`;
+      they are the Gauss-Newton matrix of what is marked, with the weights that it has in the loss
+      (their sizes, where they are negative), and know nothing of the rest. Exact is for tests and
+      small heads: a backward pass for each class, times the terms that share a row (R for attention
+      over an example's tokens, 1 where every row is of one term; N R where examples interact, as in
+      contrastive losses), and a few that find out which terms these are.
     sharing: what stands for an example with several rows (tokens, time steps, places of an image):
       `"expand"`, each row for itself, as above; `"reduce"`, one row, the mean of its inputs beside
       the sum of its gradients, :math:`A = \\frac{1}{N} \\sum_n a_n a_n^\\top` with
@@ -105,8 +105,8 @@ def capture(
       whose rows have no axis of examples (within a scan over them) count whole.
     terms_per_example: R above, the number of terms the mean loss has for an example: 1 for a label
       an example, the tokens of an example for a mean over tokens, the entries of an example for a
-      mean over all of an array. By default what `fop_optax.softmax_cross_entropy` or
-      `squared_error` in the loss say, else the entries that the loss's last means are taken of,
+      mean over all of an array. By default what such a mark in the
+      loss says, else the entries that the loss's last means are taken of,
       where that is clear, else 1; of a mean with weights (a mask of tokens) as many as these count,
       :math:`NR = (\\sum w)^2 / \\sum w^2`; the table says which. Sampled and exact statistics have
       no use for it.
