@@ -38,7 +38,8 @@ def diagnostics(
 
   Returns:
     `count` (steps taken); of the steps that were skipped `nonfinite_losses`, `nonfinite_gradients`
-    (a batch of NaN counts in both) and `nonfinite_directions` (of finite gradients); and `layers`:
+    (a batch of NaN counts in both) and `nonfinite_directions` (of finite gradients); `norm_scale`,
+    the factor by which `norm_constraint` shortened the last step, 1 where it did not; and `layers`:
     for each layer a dictionary of arrays with one entry a matrix of the layer along the leading
     axis:
 
@@ -90,11 +91,12 @@ def diagnostics(
   if isinstance(state, ScaleByNeumannState):
     return state.steps._asdict()
   curvature: CurvatureState = state.curvature
+  steps = {**curvature.steps._asdict(), "norm_scale": state.norm_scale}
   out: dict[str, dict[str, jax.Array]] = {}
   if curvature.blocks is None:
     if isinstance(state, ScaleByFopState):
       out["all parameters"] = state.projection._asdict()
-    return {**curvature.steps._asdict(), "layers": out}
+    return {**steps, "layers": out}
   numbers = _numbers(curvature.blocks)
   if isinstance(state, ScaleByFopState):
     numbers |= state.projection._asdict()
@@ -107,7 +109,7 @@ def diagnostics(
   if spectra:
     for layer, own in _spectra(in_order(curvature), owner):
       out[name_of(layer)] |= own
-  return {**curvature.steps._asdict(), "layers": out}
+  return {**steps, "layers": out}
 
 
 def _by_shape(state: ScaleBySoapState | ScaleByShampooState) -> dict[str, dict[str, jax.Array]]:
@@ -228,8 +230,9 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     numbers: a dictionary of `diagnostics`, of arrays that have values (not under `jax.jit`).
 
   Returns:
-    The table; the lines above it have the steps that were taken and left out, and how many layers
-    did not move at all, and why: without statistics there is no direction.
+    The table; the lines above it have the steps that were taken and left out, `norm_scale` where
+    `norm_constraint` bound the last, and how many layers did not move at all, and why: without
+    statistics there is no direction.
 
   Example:
     >>> import fop_optax, jax.numpy as jnp
@@ -240,7 +243,7 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     >>> _, grads, stats = captured.value_and_grad(params, x)
     >>> _, state = tx.update(grads, tx.init(params), params, stats=stats)
     >>> print(fop_optax.diagnostics_table(fop_optax.diagnostics(state, captured.layers)))
-    steps taken: 1; left out for losses, gradients, directions: 0, 0, 0
+    steps taken: 1; left out for losses, gradients, directions: 0, 0, 0; norm_scale 0.448
     layer  folds  nonfinite_statistics  inverses  failed_inverses  damping  added
     ['w']  1      0                     1         0                0.5      0
   """
@@ -249,6 +252,8 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     f"steps taken: {int(numbers['count'])}; left out for losses, gradients, directions:"
     f" {', '.join(str(int(count)) for count in skipped)}"
   ]
+  if (scale := float(numbers.get("norm_scale", 1))) < 1:
+    lines[0] += f"; norm_scale {scale:.3g}"
   kind = "layers" if "layers" in numbers else "stacks"
   found = numbers.get(kind, {})
   if int(numbers["count"]) and kind == "layers":

@@ -206,15 +206,15 @@ def _stacked(
   return StackedGradients(matrices, others, resolutions, value)
 
 
-def finish(options: Options, layers: Layers, step: Step, count: jax.Array) -> Any:
-  """The directions as a tree like the gradient, within the norm constraint."""
+def finish(options: Options, layers: Layers, step: Step, count: jax.Array) -> tuple[Any, jax.Array]:
+  """The directions as a tree like the gradient, within the norm constraint, and its factor."""
   scale = constrain(options, step.found.norm2, count)
   directions = jax.tree.map(lambda d: scale.astype(d.dtype) * d, step.found.directions)
   if step.layout is not None:
     leaves = step.layout.join(directions, step.leaves)
   else:
     leaves = unstack(step.stacks, layers, directions, step.leaves)
-  return layers.tree(step.updates, leaves)
+  return layers.tree(step.updates, leaves), scale
 
 
 def constrain(options: Options, norm2: jax.Array, count: jax.Array) -> jax.Array:

@@ -76,7 +76,8 @@ def _project(
     return per_example.kronecker(settings, options, inner)
 
   def start(curvature, dtype):
-    return ScaleByFopState(curvature, no_projection(1, settings.groups - 1, dtype))
+    projection = no_projection(1, settings.groups - 1, dtype)
+    return ScaleByFopState(curvature, projection, jnp.ones(()))
 
   share = functools.partial(_projected, fop_options)
   return per_example.exact(settings, options, start, share)

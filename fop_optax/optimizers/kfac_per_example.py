@@ -57,7 +57,7 @@ def _precondition(options: Options, settings: Settings) -> optax.GradientTransfo
   if settings.curvature == "kronecker":
     inner = lambda layers: precondition(options, layers)
     return per_example.kronecker(settings, options, inner)
-  start = lambda curvature, dtype: ScaleByKfacState(curvature)
+  start = lambda curvature, dtype: ScaleByKfacState(curvature, jnp.ones(()))
   return per_example.exact(settings, options, start, _natural)
 
 

@@ -196,10 +196,12 @@ def exact(
     weights = _weights(len(leaves[0]), settings.groups, dtype)
     resolution = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
     own = share(of, weights, damping, count, resolution)
-    nu = common.constrain(options, own.norm2, count) * own.weights
-    updates = jax.tree.map(lambda leaf: gram.combine(leaf, nu).astype(leaf.dtype), updates)
+    nu = common.constrain(options, own.norm2, count)
+    given = nu * own.weights
+    updates = jax.tree.map(lambda leaf: gram.combine(leaf, given).astype(leaf.dtype), updates)
     steps = state.curvature.steps.counted(Finite(jnp.asarray(True), of.finite))
     new = {"curvature": state.curvature._replace(steps=steps)}
+    new["norm_scale"] = nu.astype(state.norm_scale.dtype)
     if own.projection is not None:
       new["projection"] = own.projection
     return updates, state._replace(**new)
