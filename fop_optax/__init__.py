@@ -15,6 +15,7 @@ from fop_optax.estimate import estimate as estimate
 from fop_optax.layers import Layer as Layer
 from fop_optax.layers import Layers as Layers
 from fop_optax.layers import Stats as Stats
+from fop_optax.losses import sigmoid_binary_cross_entropy as sigmoid_binary_cross_entropy
 from fop_optax.losses import softmax_cross_entropy as softmax_cross_entropy
 from fop_optax.losses import squared_error as squared_error
 from fop_optax.optimizers.adaptive_damping import adapt_damping as adapt_damping

@@ -1,5 +1,6 @@
 """Read-outs of an optimizer's state: what each layer did, and what went wrong."""
 
+import collections
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,8 @@ def diagnostics(
 
   Returns:
     `count` (steps taken); of the steps that were skipped `nonfinite_losses`, `nonfinite_gradients`
-    (a batch of NaN counts in both) and `nonfinite_directions` (of finite gradients); and `layers`:
+    (a batch of NaN counts in both) and `nonfinite_directions` (of finite gradients); `norm_scale`,
+    the factor by which `norm_constraint` shortened the last step, 1 where it did not; and `layers`:
     for each layer a dictionary of arrays with one entry a matrix of the layer along the leading
     axis:
 
@@ -89,11 +91,12 @@ def diagnostics(
   if isinstance(state, ScaleByNeumannState):
     return state.steps._asdict()
   curvature: CurvatureState = state.curvature
+  steps = {**curvature.steps._asdict(), "norm_scale": state.norm_scale}
   out: dict[str, dict[str, jax.Array]] = {}
   if curvature.blocks is None:
     if isinstance(state, ScaleByFopState):
       out["all parameters"] = state.projection._asdict()
-    return {**curvature.steps._asdict(), "layers": out}
+    return {**steps, "layers": out}
   numbers = _numbers(curvature.blocks)
   if isinstance(state, ScaleByFopState):
     numbers |= state.projection._asdict()
@@ -106,7 +109,7 @@ def diagnostics(
   if spectra:
     for layer, own in _spectra(in_order(curvature), owner):
       out[name_of(layer)] |= own
-  return {**curvature.steps._asdict(), "layers": out}
+  return {**steps, "layers": out}
 
 
 def _by_shape(state: ScaleBySoapState | ScaleByShampooState) -> dict[str, dict[str, jax.Array]]:
@@ -227,7 +230,9 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     numbers: a dictionary of `diagnostics`, of arrays that have values (not under `jax.jit`).
 
   Returns:
-    The table; the line above it has the steps that were taken and left out.
+    The table; the lines above it have the steps that were taken and left out, `norm_scale` where
+    `norm_constraint` bound the last, and how many layers did not move at all, and why: without
+    statistics there is no direction.
 
   Example:
     >>> import fop_optax, jax.numpy as jnp
@@ -238,7 +243,7 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     >>> _, grads, stats = captured.value_and_grad(params, x)
     >>> _, state = tx.update(grads, tx.init(params), params, stats=stats)
     >>> print(fop_optax.diagnostics_table(fop_optax.diagnostics(state, captured.layers)))
-    steps taken: 1; left out for losses, gradients, directions: 0, 0, 0
+    steps taken: 1; left out for losses, gradients, directions: 0, 0, 0; norm_scale 0.448
     layer  folds  nonfinite_statistics  inverses  failed_inverses  damping  added
     ['w']  1      0                     1         0                0.5      0
   """
@@ -247,8 +252,13 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     f"steps taken: {int(numbers['count'])}; left out for losses, gradients, directions:"
     f" {', '.join(str(int(count)) for count in skipped)}"
   ]
+  if (scale := float(numbers.get("norm_scale", 1))) < 1:
+    lines[0] += f"; norm_scale {scale:.3g}"
   kind = "layers" if "layers" in numbers else "stacks"
   found = numbers.get(kind, {})
+  if int(numbers["count"]) and kind == "layers":
+    reasons = collections.Counter(filter(None, map(_still, found.values())))
+    lines += [f"{n} of {len(found)} layers did not move: {why}" for why, n in reasons.items()]
   columns = list(dict.fromkeys(name for own in found.values() for name in own))
   rows = [(kind[:-1], *columns)]
   for path, own in found.items():
@@ -258,6 +268,17 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     pad = lambda row: "  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)).rstrip()
     lines += map(pad, rows)
   return "\n".join(lines)
+
+
+def _still(own: dict[str, Any]) -> str:
+  """Why a layer had no step so far, if it had none."""
+  if np.any(own.get("inverses", 1)):
+    return ""
+  if np.any(own["failed_inverses"]):
+    return "inverses failed, as of statistics that are zero"
+  if np.any(own["nonfinite_statistics"]):
+    return "no statistics were finite"
+  return "no statistics came. `captured.value_and_grad(..., refresh=fop_optax.refresh_due(state))`"
 
 
 def _shown(values: Any) -> str:

@@ -1,6 +1,6 @@
 """Mean losses that know what distribution their terms are of.
 
-An ordinary loss is a number; how it came about is lost. These two mark in the traced program their
+An ordinary loss is a number; how it came about is lost. These mark in the traced program their
 terms and the output of the model that each is of. Capture reads from the marks what distribution
 the model predicts (`fisher="sampled"`, `"exact"`), and how many terms the loss has for an example,
 which the curvature needs for its scale (`terms_per_example`).
@@ -15,7 +15,7 @@ import optax
 source_info_util.register_exclusion(__file__)
 
 # Names of the jitted functions by which capture knows these losses and their distributions.
-SOFTMAX, NORMAL = "fop_optax_softmax", "fop_optax_normal"
+SOFTMAX, NORMAL, SIGMOID = "fop_optax_softmax", "fop_optax_normal", "fop_optax_sigmoid"
 
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -120,6 +120,45 @@ def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
   return jnp.mean(_normal(0, terms, predictions))
 
 
+def sigmoid_binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Mean over terms of binary cross entropies, summed along the last axis.
+
+  .. math:: \\frac{1}{n} \\sum_{i=1}^{n} \\sum_j
+    -y_{ij} \\log \\sigma(z_{ij}) - (1 - y_{ij}) \\log (1 - \\sigma(z_{ij}))
+
+  the negative log-likelihood of independent Bernoulli variables, as of the pixels of an image or of
+  several labels. Unlike `optax.sigmoid_binary_cross_entropy` it sums over the last axis and takes
+  the mean over the rest. For a weight a term take the terms one by one, by `jax.vmap`.
+
+  Args:
+    logits: shape `[..., outputs]`; one number an example is `[batch, 1]`.
+    labels: the same shape, in [0, 1].
+
+  Returns:
+    A scalar, in float32 or better.
+
+  Raises:
+    ValueError: if the shapes differ or have no axis.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import fop_optax
+    >>> logits = jnp.array([[2.0, 0.0], [0.0, -2.0]])
+    >>> loss = fop_optax.sigmoid_binary_cross_entropy(logits, jnp.array([[1, 0], [1, 0]]))
+    >>> print(f"{loss:.4f}")
+    0.8201
+  """
+  if logits.shape != labels.shape or logits.ndim == 0:
+    raise ValueError(
+      "`fop_optax.sigmoid_binary_cross_entropy(logits, labels)` takes two arrays [..., outputs] of"
+      f" one shape, but got {list(logits.shape)} and {list(labels.shape)}. One number an example is"
+      " [batch, 1]: write `logits[..., None]`."
+    )
+  logits = _wide(logits)
+  terms = jnp.sum(optax.sigmoid_binary_cross_entropy(logits, labels), axis=-1)
+  return jnp.mean(_sigmoid(0, terms, logits))
+
+
 def _wide(array: jax.Array) -> jax.Array:
   """In float32 or better: weights of terms, 1/n, underflow in float16."""
   return array.astype(jnp.promote_types(array.dtype, jnp.float32))
@@ -136,4 +175,4 @@ def _marker(name: str):
   return jax.jit(mark)
 
 
-_softmax, _normal = _marker(SOFTMAX), _marker(NORMAL)
+_softmax, _normal, _sigmoid = map(_marker, (SOFTMAX, NORMAL, SIGMOID))

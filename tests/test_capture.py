@@ -479,5 +479,14 @@ def test_table():
     warnings.simplefilter("error")
     text = str(fop_optax.capture(mlp, params, x, y))
   assert "Warning: 103 parameters are reached by no gradient: the loss stops it, or takes" in text
+  both = {name: params[name] for name in ("w", "b", "head")} | {
+    "scale": jnp.ones(D),
+    "shift": jnp.ones(D),
+  }
+  scaled = lambda p, x, y: mlp(p, x * (p["scale"] * p["shift"]), y)
+  with pytest.warns(UserWarning, match="% of the parameters"):
+    text = str(fop_optax.capture(scaled, both, x, y))
+  assert text.count("entry by entry (`mul`) at ") == 1  # a reason that two have stands there once
+  assert "['shift']  4      fallback: as ['scale']" in text
   with pytest.raises(ValueError, match="it should not close over the parameters"):
     fop_optax.capture(lambda p, x, y: mlp(params, x, y), params, x, y)

@@ -283,3 +283,68 @@ def test_a_sum_with_the_batch_is_a_table_if_it_is_an_activation(mix, shape, kind
     return
   captured = fop_optax.capture(lambda w, h: head(mix(w, h)), w, h)
   assert [layer.kind for layer in captured.layers] == [kind]
+
+
+def gathered(w, x, top):
+  return jnp.einsum("nd,ndf->nf", x, w[top])
+
+
+MATRICES_LOOKED_UP = {
+  "gather": gathered,
+  "take": lambda w, x, top: (x[:, None] @ jnp.take(w, top, axis=0))[:, 0],
+  "top k": lambda w, x, top: jnp.einsum("nd,nkdf->nkf", x, w[jnp.stack([top] * 2, 1)])[:, 0],
+  "vmap": lambda w, x, top: jax.vmap(lambda x, e: x @ w[e])(x, top),
+  "map": lambda w, x, top: jax.lax.map(lambda each: each[0] @ w[each[1]], (x, top)),
+  "cast, turned": lambda w, x, top: jnp.einsum("nd,nfd->nf", x, w.mT[top].astype("float32")),
+}
+
+
+def of_experts(experts):
+  """A loss of experts of four inputs and three outputs, of which the second half of x chooses."""
+  w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 3)), "float32")
+  choose = lambda x: jnp.argmax(jax.lax.stop_gradient(x[:, 4:]), axis=1)
+  loss = lambda p, x: jnp.mean(jnp.tanh(experts(p["w"], x[:, :4], choose(x))) @ p["head"])
+  return loss, {"w": w, "head": jnp.ones(3)}, choose
+
+
+@pytest.mark.parametrize("name", MATRICES_LOOKED_UP)
+def test_matrices_that_are_looked_up_are_in_no_layer(name):
+  loss, params, _ = of_experts(MATRICES_LOOKED_UP[name])
+  with pytest.warns(UserWarning, match="in no layer"):
+    captured = fop_optax.capture(loss, params, jax.ShapeDtypeStruct((8, 7), "float32"))
+  ((path, why),) = captured.fallbacks.items()
+  assert path == "['w']"
+  assert "matrices of it are looked up by index and multiplied with rows of the batch at " in why
+  assert "Write, with `m = one_hot(index, len(w))`, `x = einsum('ne,nd->end', m, x)`" in why
+
+
+def test_experts_that_rows_are_sent_to_are_layers():
+  """As the reason for gathered ones says to write: of the same loss, a layer for each expert."""
+
+  def sent(w, x, top):
+    m = jax.nn.one_hot(top, len(w))
+    x = jnp.einsum("ne,nd->end", m, x)
+    return jnp.einsum("ne,enf->nf", m, jnp.einsum("end,edf->enf", x, w))
+
+  loss, params, choose = of_experts(sent)
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 7)), "float32")
+  captured = fop_optax.capture(loss, params, x)
+  value, _, stats = captured.value_and_grad(params, x)
+  np.testing.assert_allclose(value, of_experts(gathered)[0](params, x), rtol=1e-6)
+  (index,) = (i for i, layer in enumerate(captured.layers) if layer.path == "['w']")
+  y = sent(params["w"], x[:, :4], choose(x))
+  dy = (1 - jnp.tanh(y) ** 2) / 8
+  assert len(set(choose(x).tolist())) > 1
+  for e in range(3):
+    own = choose(x) == e
+    A, G = stats.factors[index].A[e], stats.factors[index].G[e]
+    np.testing.assert_allclose(A, x[own, :4].T @ x[own, :4] / 8, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(G, 8 * dy[own].T @ dy[own], rtol=1e-5, atol=1e-7)
+
+
+def test_rows_of_several_axes_are_looked_up():
+  """Of embeddings with an axis of heads, which a weight then takes in."""
+  params = {"table": jnp.ones((10, 2, 3)), "w": jnp.ones((3, 4))}
+  loss = lambda p, i: jnp.mean(jnp.einsum("nhd,df->nhf", p["table"][i], p["w"]) ** 2)
+  captured = fop_optax.capture(loss, params, jnp.arange(8), strict=True)
+  assert [layer.kind for layer in captured.layers] == ["lookup", "dense"]

@@ -1,5 +1,6 @@
 """What every optimizer keeps to, one row of `registry.ROWS` each."""
 
+from collections import OrderedDict
 import functools
 from typing import Any
 
@@ -303,6 +304,55 @@ def test_a_state_of_another_model_is_refused(row):
   grads, stats = data(row.name)
   with pytest.raises(ValueError, match=r"state is of another model .*`tx.init\(params\)`"):
     plain(row.name)[0].update(grads, state, PARAMS, stats=stats)
+
+
+def other_gradients(grads):
+  """Gradients of another loss, and what the message says of each."""
+  fc1, gain = grads["fc1"], grads["gain"]
+  swap = lambda **changes: {**grads, **changes}
+  yield (
+    swap(gain=None),
+    r"lacks \['gain'\] of params\. Pass the gradient at these params, as `jax\.",
+  )
+  yield swap(fc1={"w": fc1["w"]}), r"lacks \['fc1'\]\['b'\] of params"
+  yield swap(more=gain), r"has \['more'\], which params do not have"
+  yield (
+    swap(fc1=[fc1["b"], fc1["w"]]),
+    r"lacks \['fc1'\]\['b'\], .* and has \['fc1'\]\[0\], .* which",
+  )
+  yield OrderedDict(sorted(grads.items())), "is in other containers than params"
+  shape = r"\['fc1'\]\['b'\], where params (have \(4,\)|are float32\[4\])"
+  yield swap(fc1={**fc1, "b": fc1["w"]}), f"(has shape|is) .* at {shape}"
+  for dtype in (int, complex):
+    yield (
+      swap(gain=gain.astype(dtype)),
+      rf"is {dtype.__name__}.* at \['gain'\], where (params are|it)",
+    )
+
+
+def test_a_gradient_of_another_loss_is_refused(row):
+  if not row.ours:
+    pytest.skip("not of this library")
+  tx, _ = plain(row.name)
+  grads, stats = data(row.name)
+  for other, message in other_gradients(grads):
+    with pytest.raises(ValueError, match=f"The gradient {message}"):
+      tx.update(other, tx.init(PARAMS), PARAMS, stats=stats)
+
+
+def test_a_state_of_another_optimizer_is_refused(row):
+  if not row.ours:
+    pytest.skip("not of this library")
+  tx, _ = plain(row.name)
+  grads, stats = data(row.name)
+  message = (
+    r"state has no `Scale.*`opt_state = tx.init\(params\)` and `tx.update\(grads, opt_state,"
+  )
+  links = row.name.endswith(("polar", "spheres"))  # of a chain, each has its own
+  for other in (optax.adam(0.1).init(PARAMS), PARAMS):
+    state = (other, *tx.init(PARAMS)[1:]) if links else other
+    with pytest.raises(ValueError, match=message):
+      tx.update(grads, state, PARAMS, stats=stats)
 
 
 class Model(nnx.Module):

@@ -164,11 +164,15 @@ def fewer_factors(grads, stats):
       ValueError,
       "`stats` have 0 contrasts, but these layers were captured with groups=2",
     ),
-    (lambda g, s: ({"gain": g["gain"]}, s), ValueError, "has 1 leaves, but these layers .* with 7"),
+    (
+      lambda g, s: ({"gain": g["gain"]}, s),
+      ValueError,
+      r"lacks \['fc0'\]\['b'\], .* and 3 more of params",
+    ),
     (
       lambda g, s: ({**g, "gain": jnp.ones(3)}, s),
       ValueError,
-      r"has shape \(3,\) at \['gain'\], but",
+      r"is float32\[3\] at \['gain'\], where params are float32\[6\]\. Pass the",
     ),
   ],
 )

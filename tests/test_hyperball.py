@@ -120,7 +120,7 @@ def test_errors():
   both = {"layers": LAYERS, "dimension_numbers": fop_optax.DimensionNumbers()}
   with pytest.raises(ValueError, match=r"`layers` and `dimension_numbers` both say"):
     fop_optax.hyperball(0.1, **both)
-  with pytest.raises(ValueError, match=r"The gradient is int32 at \['w'\]"):
+  with pytest.raises(ValueError, match=r"The gradient is int32\[3, 2\] at \['w'\]"):
     tx.update({"w": jnp.ones((3, 2), int)}, state, params)
   other = {"w": draw(3, 2), "v": draw(3, 2)}
   with pytest.raises(ValueError, match=r"state is of another model .*\[\(1,\)\].*has \[\(2,\)\]"):

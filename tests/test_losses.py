@@ -15,9 +15,11 @@ RNG = np.random.default_rng(0)
 X, Y, W = RNG.normal(size=(N, T, D)), np.arange(N * T).reshape(N, T) % C, RNG.normal(size=(D, C))
 WEIGHTS = RNG.uniform(size=(N, T)) * (np.arange(N * T).reshape(N, T) != 1)
 cross_entropy, squared = fop_optax.softmax_cross_entropy, fop_optax.squared_error
+binary = fop_optax.sigmoid_binary_cross_entropy
 stop = jax.lax.stop_gradient
 softmax_term = lambda z: jax.nn.logsumexp(z) - z[0]
 normal_term = lambda z: 0.5 * jnp.sum(z**2)
+sigmoid_term = lambda z: jnp.sum(jax.nn.softplus(z))
 
 
 def close(actual, desired, tolerance=1e-12):
@@ -115,6 +117,10 @@ LOSSES = {
     ),
     lambda h: [mean_of(attended(h), normal_term)],
   ),
+  "Bernoulli": (
+    lambda h, y: binary(3 * jnp.tanh(h), jax.nn.one_hot(y, C)),
+    lambda h: [mean_of(3 * jnp.tanh(h), sigmoid_term)],
+  ),
   "normalised over the batch": (
     lambda h, y: cross_entropy(normalised(h), y),
     lambda h: [mean_of(normalised(h))],
@@ -144,6 +150,7 @@ LOSSES = {
 
 
 ALWAYS = ("weights a token", "members on the last axis", "attention, time first", "two tasks")
+ALWAYS += ("Bernoulli",)
 
 
 @pytest.mark.parametrize(
@@ -156,13 +163,28 @@ def test_exact_is_gauss_newton(name):
 
 @pytest.mark.parametrize(
   "name",
-  ["members on the last axis", pytest.param("contrasts of all pairs", marks=pytest.mark.slow)],
+  [
+    "members on the last axis",
+    "Bernoulli",
+    pytest.param("contrasts of all pairs", marks=pytest.mark.slow),
+  ],
 )
 def test_sampled_is_gauss_newton_within_its_error(name):
   loss, terms = LOSSES[name]
   G = G_of(loss, "sampled", jax.random.split(jax.random.key(0), 2000))
   error = G.std(0) / np.sqrt(len(G))
   assert np.max(np.abs(G.mean(0) - jax.jit(lambda: explicit(terms))()) / error) < 4
+
+
+def test_binary_cross_entropies_are_summed_along_the_last_axis():
+  z, labels = RNG.normal(size=(N, T, C)), RNG.integers(2, size=(N, T, C))
+  p = 1 / (1 + np.exp(-z))
+  terms = -np.where(labels, np.log(p), np.log(1 - p)).sum(-1)
+  close(binary(jnp.asarray(z), jnp.asarray(labels)), terms.mean())
+  assert jax.eval_shape(binary, jnp.ones((2, 1), "float16"), jnp.ones((2, 1))).dtype == "float32"
+  for shapes in (((N, C), (N,)), ((), ())):
+    with pytest.raises(ValueError, match=r"two arrays \[..., outputs\].*`logits\[..., None\]`"):
+      binary(*map(jnp.ones, shapes))
 
 
 def test_which_terms_are_perturbed_together():

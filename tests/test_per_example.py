@@ -420,7 +420,11 @@ def test_what_comes_in(make, curvature):
   scalar = {**params, "gain": params["gain"][0]}
   for wrong, own, message in (
     (grads, None, r"No `params`: .*`tx.update\(per_example_grads, opt_state, params\)`"),
-    ({"gain": grads["gain"]}, params, "gradients have 1 leaves, but params have 7"),
+    (
+      {"gain": grads["gain"]},
+      params,
+      r"lacks \['fc0'\]\['b'\], .* and 3 more of params\. Pass .* `jax.vmap\(jax.grad\(loss",
+    ),
     (
       {**grads, "gain": grads["gain"][:4]},
       params,

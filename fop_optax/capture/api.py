@@ -8,7 +8,7 @@ import warnings
 import jax
 from jax.extend.core import primitives
 
-from fop_optax.capture import auxiliary, flow, layer_table, second_moments, tiles
+from fop_optax.capture import auxiliary, counted, flow, layer_table, second_moments, tiles
 from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import check_params, classify
 from fop_optax.capture.captured import Captured, Spec
@@ -85,12 +85,12 @@ def capture(
     fisher: which Fisher matrix the statistics estimate: `"empirical"`, from the labels given;
       `"sampled"`, from labels drawn from the model's output, for each term by itself (one more
       backward pass on refresh); `"exact"`, the expectation over them. The latter two need a marked
-      loss, `fop_optax.softmax_cross_entropy` or `squared_error`; they are the Gauss-Newton matrix
-      of what is marked, with the weights that it has in the loss (their sizes, where they are
-      negative), and know nothing of the rest. Exact is for tests and small heads: a backward pass
-      for each class, times the terms that share a row (R for attention over an example's tokens, 1
-      where every row is of one term; N R where examples interact, as in contrastive losses), and a
-      few that find out which terms these are.
+      loss, `fop_optax.softmax_cross_entropy`, `squared_error` or `sigmoid_binary_cross_entropy`;
+      they are the Gauss-Newton matrix of what is marked, with the weights that it has in the loss
+      (their sizes, where they are negative), and know nothing of the rest. Exact is for tests and
+      small heads: a backward pass for each class, times the terms that share a row (R for attention
+      over an example's tokens, 1 where every row is of one term; N R where examples interact, as in
+      contrastive losses), and a few that find out which terms these are.
     sharing: what stands for an example with several rows (tokens, time steps, places of an image):
       `"expand"`, each row for itself, as above; `"reduce"`, one row, the mean of its inputs beside
       the sum of its gradients, :math:`A = \\frac{1}{N} \\sum_n a_n a_n^\\top` with
@@ -106,10 +106,11 @@ def capture(
       whose rows have no axis of examples (within a scan over them) count whole.
     terms_per_example: R above, the number of terms the mean loss has for an example: 1 for a label
       an example, the tokens of an example for a mean over tokens, the entries of an example for a
-      mean over all of an array. By default what `fop_optax.softmax_cross_entropy` or
-      `squared_error` in the loss say, else the entries that the loss's last means (or sums over
-      counts of a mask) are taken of, where that is clear, else 1; the table says which. Sampled and
-      exact statistics have no use for it.
+      mean over all of an array. By default what such a mark in the
+      loss says, else the entries that the loss's last means are taken of,
+      where that is clear, else 1; of a mean with weights (a mask of tokens) as many as these count,
+      :math:`NR = (\\sum w)^2 / \\sum w^2`; the table says which. Sampled and exact statistics have
+      no use for it.
     max_dim: a factor with a longer side is kept as its diagonal.
     block_size: the longest block of a factor; None: whole factors. A longer side is split into
       equal ranges, the bias with the last: what correlates one with another is taken for zero,
@@ -175,13 +176,17 @@ def capture(
     traced, twice = trace_twice(signature, leaves, chunks.leaves, chunks.size)
   uses = growing(traced, twice, chunks.size)
   resolved = resolve(traced.found, uses, shapes, paths, max_dim)
-  if chunks.size == 1 and twice:  # a single example's axis is like any other of size one
-    examples = analyse(*trace_twice(signature, leaves, chunks.leaves, 2), signature.args, 2)
-  else:
-    examples = analyse(traced, twice, signature.args, chunks.size)
+  program, bigger, size = traced, twice, chunks.size
+  if size == 1 and twice:  # a single example's axis is like any other of size one
+    size = 2
+    program, bigger = trace_twice(signature, leaves, chunks.leaves, size)
+  examples = analyse(program, bigger, signature.args, size)
   examples.check(groups, micro_batches)
+  weights = None
   if fisher == "empirical":
-    terms_of(traced.found, chunks.size, terms_per_example, examples.terms)
+    terms = terms_of(traced.found, chunks.size, terms_per_example, examples.terms)
+    if terms == examples.terms and terms_per_example is None:
+      weights = counted.weights_of(program.jaxpr, uses.values(), examples.weights)
   check_marked(fisher, traced.found.marks, traced.found.hidden)
   roles: tuple[auxiliary.Role, ...] = ()
   if chunks.count > 1:
@@ -193,8 +198,8 @@ def capture(
   if warning := layer_table.left_out(layers, fallbacks):
     warnings.warn(warning, stacklevel=2)
   notes = [*resolved.notes, *examples.notes(groups, micro_batches)]
-  if fisher == "empirical" and terms_per_example is None and not traced.found.marks:
-    notes += examples.terms_note()
+  if fisher == "empirical" and terms_per_example is None and (weights or not traced.found.marks):
+    notes += examples.terms_note(weights is not None)
   rows, reduced = examples.rows(uses), frozenset()
   measured = second_moments.measurable(resolved, uses, rows, chunks.size)
   notes += layer_table.unmeasured_note(
@@ -218,6 +223,7 @@ def capture(
     examples=chunks.count * chunks.size // every,
     _spec=spec,
     _terms=examples.terms,
+    _weights=weights,
     _aux_roles=roles,
     _growth=traced.growth,
     _found=tuple(traced.found.uses),

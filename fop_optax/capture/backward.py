@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture import fisher, second_moments, sharing
+from fop_optax.capture import counted, fisher, second_moments, sharing
 from fop_optax.capture.batch import Result
+from fop_optax.capture.counted import Weights
 from fop_optax.capture.evaluate import MARK, Evaluation, Probe, moments_of
 from fop_optax.capture.examples.values import Piece
 from fop_optax.capture.resolve import Place, Resolved
@@ -55,6 +56,7 @@ class WithStatistics:
     examples: N, of the chunk.
     chunks: number of chunks of the batch.
     terms: R, terms of the loss an example; None unless `fisher` is empirical.
+    weights: of these terms, if they have some.
     every: statistics are of every that many-th example.
     reduced: places where the rows of each example are added up first.
     refresh: a traced bool, or None for always.
@@ -73,6 +75,7 @@ class WithStatistics:
   examples: int
   chunks: int
   terms: int | None
+  weights: Weights | None
   every: int
   reduced: frozenset[Place]
   refresh: jax.Array | None
@@ -86,12 +89,14 @@ class WithStatistics:
     marks = [] if empirical else self.traced.found.marks
 
     def forward(params, probes, weights):
-      value, (aux, marked) = self._loss(params, probes, weights, chunk)
-      return (value, [marked[mark.path] for mark in marks]), aux
+      value, (aux, seen) = self._loss(params, probes, weights, chunk)
+      own = self.weights
+      share = counted.share(seen[own.path], own.axes, value.dtype) if own else None
+      return (value, [seen[mark.path] for mark in marks]), (aux, share)
 
     weights = {mark.path: mark.probe() for mark in marks}
     weights = _compat.vary(weights, _compat.varying((self.params, chunk)))
-    (value, outputs), pullback, aux = jax.vjp(
+    (value, outputs), pullback, (aux, share) = jax.vjp(
       forward, list(self.params), probes, weights, has_aux=True
     )
     nothing = list(map(jnp.zeros_like, outputs))
@@ -114,14 +119,18 @@ class WithStatistics:
       value,
       aux,
       [_unscaled(grad, self.loss_scale) for grad in grads],
-      tuple(self._unscaled(statistics[place]) for place in zeros),
+      tuple(self._unscaled(statistics[place], share) for place in zeros),
     )
 
-  def _unscaled(self, statistics: Statistics) -> Statistics:
+  def _unscaled(self, statistics: Statistics, share: jax.Array | None) -> Statistics:
     # G and S are of gradients squared, or of the square roots of weights
     power = 2 if self.fisher == "empirical" else 1
     (A, G), S = statistics
-    unscaled = lambda x: _unscaled(x, self.loss_scale, power)
+
+    def unscaled(x):
+      x = _unscaled(x, self.loss_scale, power)
+      return x if share is None else share.astype(x.dtype) * x
+
     return Statistics(Factors(A, unscaled(G)), None if S is None else unscaled(S))
 
   def _zeros(self) -> tuple[dict[Place, Statistics], dict[Place, Statistics]]:
@@ -158,7 +167,7 @@ class WithStatistics:
     return out
 
   def _loss(self, params, probes, weights, chunk):
-    """`(loss, (aux, parameters of the marks))`; `weights` are zeros added to the marked terms."""
+    """`(loss, (aux, what was seen on the way))`; `weights` are zeros added to the marked terms."""
     traced, resolved = self.traced, self.resolved
     accepted = {key: self.uses[key] for key in resolved.places}
     marks = frozenset(weights)
@@ -172,12 +181,15 @@ class WithStatistics:
       self.every,
       self.reduced,
     )
-    evaluation = Evaluation(accepted, moments, self.refresh, traced.found.meetings, marks)
+    found, own = traced.found.meetings, self.weights
+    evaluation = Evaluation(
+      accepted, moments, self.refresh, found, marks, own.path if own else None
+    )
     probe = lambda place: Probe(probes[place], self.rotations.get(place.layer))
     by_key = {key: probe(place) for key, place in resolved.places.items()}
     by_key |= {Key(path, MARK): weight for path, weight in weights.items()}
-    outputs, marked = evaluation.run(traced.jaxpr, traced.consts, [*params, *chunk], by_key)
-    return outputs[0], (jax.tree.unflatten(traced.treedef, outputs[1:]), marked)
+    outputs, seen = evaluation.run(traced.jaxpr, traced.consts, [*params, *chunk], by_key)
+    return outputs[0], (jax.tree.unflatten(traced.treedef, outputs[1:]), seen)
 
 
 def _start(loss: jax.Array, scale: Any) -> jax.Array:

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fop_optax import _compat
-from fop_optax.capture import auxiliary, layer_table, second_moments, sharing, tiles
+from fop_optax.capture import auxiliary, counted, layer_table, second_moments, sharing, tiles
 from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import classify
 from fop_optax.capture.backward import WithStatistics, by_layer, plain
 from fop_optax.capture.check import Check, Finding
+from fop_optax.capture.counted import Weights
 from fop_optax.capture.examples.assumptions import analyse
 from fop_optax.capture.fisher import check_marked
 from fop_optax.capture.growth import Growth
@@ -67,6 +68,7 @@ class Captured:
   examples: int
   _spec: Spec
   _terms: int  # R as the loss had it at the time of capture
+  _weights: Weights | None  # and of which weights
   _aux_roles: tuple[auxiliary.Role, ...]
   _growth: Growth | None
   _found: tuple[Key, ...]  # uses at the time of capture, and those of them that are layers
@@ -292,10 +294,14 @@ class Captured:
           if now != then
         )[:2000]
       )
-    terms, examples = None, analyse(traced, None, signature.args, size)
+    terms, weights, examples = None, None, analyse(traced, None, signature.args, size)
     if self._spec.fisher == "empirical":
-      read = examples.terms if size > 1 else self._terms
-      terms = terms_of(traced.found, size, self._spec.terms_per_example, read)
+      given, read = self._spec.terms_per_example, examples.terms if size > 1 else self._terms
+      terms = terms_of(traced.found, size, given, read)
+      if size == 1:
+        weights = counted.still_there(traced.jaxpr, self._weights)
+      elif terms == read and given is None:
+        weights = counted.weights_of(traced.jaxpr, uses.values(), examples.weights)
     check_marked(self._spec.fisher, traced.found.marks, traced.found.hidden)
     rows, reduced = examples.rows(uses), frozenset()
     if self._spec.sharing == "reduce":
@@ -315,6 +321,7 @@ class Captured:
       examples=size,
       chunks=chunks.count,
       terms=terms,
+      weights=weights,
       every=self._spec.every,
       reduced=reduced,
       refresh=refresh,

@@ -47,6 +47,7 @@ class Evaluation:
     refresh: a traced bool, or None for always.
     meetings: where the output of a product with a constant meets the batch, see `Found`.
     marks: paths of marked losses whose distributions' parameters are wanted.
+    weights: path of a sum of weights, if they are.
   """
 
   uses: Mapping[Key, Use]
@@ -54,11 +55,12 @@ class Evaluation:
   refresh: jax.Array | None
   meetings: Mapping[Path, Mapping[int, int | None]]
   marks: frozenset[Path] = frozenset()
+  weights: Path | None = None
 
   @functools.cached_property
   def entered(self) -> frozenset[Path]:
-    """Paths of the equations that have a use or a mark inside them."""
-    paths = [key.path for key in self.uses] + list(self.marks)
+    """Paths of the equations that have a use, a mark or the weights inside them."""
+    paths = [key.path for key in self.uses] + list(self.marks) + [self.weights or ()]
     return frozenset(path[:end] for path in paths for end in range(1, len(path)))
 
   @functools.cached_property
@@ -78,8 +80,11 @@ class Evaluation:
     path: Path = (),
     depth: int = 0,
   ) -> tuple[list[Any], dict[Path, jax.Array]]:
-    """The outputs of `jaxpr`, which stands at `path`, within `depth` scans; parameters of marks."""
-    marked: dict[Path, jax.Array] = {}
+    """The outputs of `jaxpr`, which stands at `path`, within `depth` scans, and what was seen.
+
+    Of each mark the parameters of its distributions, and the weights.
+    """
+    seen: dict[Path, jax.Array] = {}
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, arguments, strict=True))
 
@@ -94,16 +99,18 @@ class Evaluation:
       elif here in self.marks:
         operands = list(map(repeated.once, operands))  # one distribution for all terms that have it
         (value,) = _compat.evaluate_equation(jaxpr, equation, operands)
-        outputs, marked[here] = [value + probes[Key(here, MARK)]], operands[2]
+        outputs, seen[here] = [value + probes[Key(here, MARK)]], operands[2]
       elif here in self.entered or (equation.primitive in NESTED and repeated.any_of(operands)):
         enter = self._scan if equation.primitive is primitives.scan_p else self._inline
         inside = {key: z for key, z in probes.items() if key.path[: len(here)] == here}
         outputs, found = enter(equation, operands, inside, here, depth)
-        marked |= found
+        seen |= found
       else:
+        if here == self.weights:
+          seen[here] = repeated.once(operands[0])
         outputs = repeated.evaluate(jaxpr, equation, operands, self.meetings.get(here))
       env.update(zip(equation.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars], marked
+    return [read(atom) for atom in jaxpr.outvars], seen
 
   def _product(self, jaxpr, equation, operands, keys, probes):
     """A product, or a sum with a table, that forms statistics in its backward pass."""
@@ -148,11 +155,11 @@ class Evaluation:
     def step(carry, slices):
       sliced, scanned = slices
       arguments = [*constant, *carry, *scanned]
-      outputs, marked = self.run(body, consts, arguments, whole | sliced, here, depth + 1)
+      outputs, seen = self.run(body, consts, arguments, whole | sliced, here, depth + 1)
       outputs = list(map(repeated.once, outputs))
-      return outputs[:n_carry], (outputs[n_carry:], marked)
+      return outputs[:n_carry], (outputs[n_carry:], seen)
 
-    carry, (stacked, marked) = lax.scan(
+    carry, (stacked, seen) = lax.scan(
       step,
       carry,
       (sliced, operands[n_consts + n_carry :]),
@@ -160,7 +167,7 @@ class Evaluation:
       reverse=params["reverse"],
       unroll=params["unroll"],
     )
-    return [*carry, *stacked], marked
+    return [*carry, *stacked], seen
 
 
 def _rows_operand(product: Product, operands: Sequence[Any]) -> Any:

@@ -9,6 +9,7 @@ term and `H = R R'` the Hessian of the term with respect to the parameters `z` o
 
     softmax:  H = diag(p) - p p',  R v = p (sqrt(p)' v) - sqrt(p) v
     normal:   H = I,               R v = v
+    sigmoid:  H = diag(p (1 - p)), R v = sqrt(p (1 - p)) v
 
 a second backward pass of the same forward pass starts from `dz = sqrt(w) r`, where `r` is the
 residual of the label drawn (`E[r r'] = H`), or a column of `R`. Then `sum dy dy'` estimates, or
@@ -33,7 +34,7 @@ import numpy as np
 from fop_optax import _compat
 from fop_optax.capture.marks import Mark
 from fop_optax.layers import Factors
-from fop_optax.losses import SOFTMAX
+from fop_optax.losses import NORMAL, SIGMOID
 
 FISHERS = ("empirical", "sampled", "exact")
 Pullback = Callable[[list[jax.Array]], Any]  # cotangents of the marks' parameters -> factors
@@ -52,7 +53,8 @@ def check_marked(
   if fisher != "empirical" and not marks:
     raise ValueError(
       f"{who} needs to know the distribution of the model's output. Write"
-      " the loss with `fop_optax.softmax_cross_entropy(logits, labels)` or"
+      " the loss with `fop_optax.softmax_cross_entropy(logits, labels)`,"
+      " `fop_optax.sigmoid_binary_cross_entropy(logits, labels)` or"
       " `fop_optax.squared_error(predictions, targets)` (outside of `cond`, `while_loop` and of"
       " gradients within the loss)" + remedy
     )
@@ -113,8 +115,11 @@ def _classes(mark: Mark) -> int:
 
 def _residual(mark: Mark, z: jax.Array, key: jax.Array) -> jax.Array:
   """The gradient of each term for a label drawn from its distribution."""
-  if mark.distribution != SOFTMAX:
+  if mark.distribution == NORMAL:
     return jax.random.normal(key, z.shape, z.dtype)
+  if mark.distribution == SIGMOID:
+    p = jax.nn.sigmoid(z)
+    return p - jax.random.bernoulli(key, p).astype(z.dtype)
   axis = _classes(mark)
   labels = jax.random.categorical(key, z, axis=axis)
   return jax.nn.softmax(z, axis) - jax.nn.one_hot(labels, z.shape[axis], axis=axis, dtype=z.dtype)
@@ -122,18 +127,27 @@ def _residual(mark: Mark, z: jax.Array, key: jax.Array) -> jax.Array:
 
 def times_hessian(mark: Mark, z: jax.Array, v: jax.Array) -> jax.Array:
   """`H v` of each term."""
-  if mark.distribution != SOFTMAX:
+  if mark.distribution == NORMAL:
     return v
+  if mark.distribution == SIGMOID:
+    return _variance(z) * v
   p = jax.nn.softmax(z, _classes(mark))
   return p * v - p * jnp.sum(p * v, _classes(mark), keepdims=True)
 
 
 def _times_root(mark: Mark, z: jax.Array, v: jax.Array) -> jax.Array:
   """`R v` of each term."""
-  if mark.distribution != SOFTMAX:
+  if mark.distribution == NORMAL:
     return v
+  if mark.distribution == SIGMOID:
+    return jnp.sqrt(_variance(z)) * v
   p = jax.nn.softmax(z, _classes(mark))
   return p * jnp.sum(jnp.sqrt(p) * v, _classes(mark), keepdims=True) - jnp.sqrt(p) * v
+
+
+def _variance(z: jax.Array) -> jax.Array:
+  """`p (1 - p)` of Bernoulli variables."""
+  return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
 
 
 def _sum_of_columns(

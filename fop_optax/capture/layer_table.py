@@ -31,9 +31,14 @@ def table(layers: Layers, fallbacks: Mapping[str, str], notes: Sequence[str] = (
       if owners[leaf][0] == layer.path:
         shape = _shape(layers.shapes[leaf])
         rows.append((layers.paths[leaf], shape, f"bias of {', '.join(owners[leaf])}", "", ""))
+  first: dict[str, str] = {}  # of each reason the parameter that it is written out for
   for path, shape in zip(layers.paths, layers.shapes, strict=True):
     if path in fallbacks:
-      rows.append((path, _shape(shape), f"fallback: {fallbacks[path]}", "", ""))
+      why = fallbacks[path]
+      same = first.setdefault(why, path)
+      rows.append(
+        (path, _shape(shape), f"fallback: {why if same == path else f'as {same}'}", "", "")
+      )
   # the reasons of fallbacks are long and stand last in their rows: they widen no column
   widths = [
     max(len(row[i]) for row in rows if i < 2 or not row[2].startswith("fallback"))

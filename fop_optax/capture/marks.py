@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from fop_optax import _compat
 from fop_optax.capture import flow
 from fop_optax.capture.values import Path
-from fop_optax.losses import NORMAL, SOFTMAX
+from fop_optax.losses import NORMAL, SIGMOID, SOFTMAX
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ def read_mark(equation: Any, path: Path, scans: Sequence[int]) -> Mark | None:
   """
   name = equation.params.get("name")
   counts = len(equation.invars), len(equation.outvars)
-  if name not in (SOFTMAX, NORMAL) or counts != (3, 1):
+  if name not in (SOFTMAX, NORMAL, SIGMOID) or counts != (3, 1):
     return None
   if not jnp.issubdtype(equation.invars[0].aval.dtype, jnp.integer):
     return None

@@ -90,7 +90,7 @@ def quadratic_model(
   those of preconditioned conjugate gradients.
 
   Args:
-    captured: of a loss marked by `fop_optax.softmax_cross_entropy` or `fop_optax.squared_error`.
+    captured: of a loss marked by `fop_optax.softmax_cross_entropy` or another of its kind.
       Its groups and micro-batches are those of the model; its `fisher` has no part in it.
     params: as given to `capture`.
     args: the loss's arguments after params, as a sequence.

@@ -34,7 +34,29 @@ def dot(frame: Frame, equation: Any, operands: Sequence[Value]) -> list[Value] |
   if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
     why = f"it is used in a product of {dtypes[0]} and {dtypes[1]}"
     return frame.refuse(equation, operands, why)
+  refuse_gathered(frame, equation, operands)
   return product(frame, equation, operands, dense.match)
+
+
+def refuse_gathered(frame: Frame, equation: Any, operands: Sequence[Value]) -> None:
+  """Refuses weights whose matrices are looked up, each to be the weight of some rows.
+
+  As a lookup such a weight has one output factor over all entries of a matrix.
+  """
+  for side, operand in enumerate(operands):
+    contract, stacked = (axes[side] for axes in equation.params["dimension_numbers"])
+    for linear in operand.linears if operands[1 - side].batch else ():
+      outputs = [i for i, axis in enumerate(linear.axes) if any(a.kind == "out" for a in axis)]
+      kept = [axis for axis in outputs if axis not in (*contract, *stacked)]
+      use = frame.found.uses.get(linear.use)
+      if use and use.product.kind == "lookup" and kept and set(outputs) & set(contract):
+        why = (
+          "matrices of it are looked up by index and multiplied with rows of the batch"
+          f"{frame.source(equation)}. Write, with `m = one_hot(index, len(w))`,"
+          " `x = einsum('ne,nd->end', m, x)`, `y = einsum('end,edf->enf', x, w)` and"
+          " `einsum('ne,enf->nf', m, y)`"
+        )
+        frame.found.refused.setdefault(use.leaf, why)
 
 
 def convolve(frame: Frame, equation: Any, operands: Sequence[Value]):

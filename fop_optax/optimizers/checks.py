@@ -1,13 +1,15 @@
 """Checks of hyperparameters, layers and statistics: what is wrong, and what to write instead."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import functools
 import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fop_optax.layers import Layers, Stats
+from fop_optax.curvature.stacks import dtype_of
+from fop_optax.layers import Layers, Stats, is_masked
 from fop_optax.sharding import Sharding
 
 
@@ -76,6 +78,68 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
   """Checks a hyperparameter that names a choice."""
   if not isinstance(value, str) or value not in choices:
     raise ValueError(f"`{name}={value!r}` should be one of {', '.join(map(repr, choices))}.")
+
+
+def check_gradient(updates: Any, params: Any) -> None:
+  """Checks that a gradient is one at `params`: their tree, their shapes and kinds of numbers.
+
+  Without `params` there is nothing to tell it by.
+  """
+  if params is None:
+    return
+  for path, leaf, param in leaves_at(updates, params):
+    if is_masked(leaf) or is_masked(param) or not jnp.issubdtype(dtype_of(param), jnp.inexact):
+      continue
+    own, wanted = (f"{dtype_of(x)}{list(jnp.shape(x))}" for x in (leaf, param))
+    kinds = [jnp.issubdtype(dtype_of(x), jnp.complexfloating) for x in (leaf, param)]
+    sound = jnp.issubdtype(dtype_of(leaf), jnp.inexact) and kinds[0] == kinds[1]
+    if not sound or jnp.shape(leaf) != jnp.shape(param):
+      raise ValueError(
+        f"The gradient is {own} at {path or 'its root'}, where params are {wanted}. Pass the"
+        " gradient at these params, as `jax.grad(loss)(params, batch)` gives it."
+      )
+
+
+def leaves_at(
+  updates: Any, params: Any, grad: str = "jax.grad(loss)"
+) -> Iterator[tuple[str, Any, Any]]:
+  """Path, leaf and parameter for each leaf of a gradient, of the same tree as `params`.
+
+  Raises:
+    ValueError: if it is of another tree; `grad` is what to write instead.
+  """
+  flatten = functools.partial(jax.tree_util.tree_flatten_with_path, is_leaf=is_masked)
+  (own, structure), (others, wanted) = flatten(updates), flatten(params)
+  if structure != wanted:
+    raise ValueError(
+      f"The gradient {_other_tree(own, others, structure, wanted)}. Pass the gradient at these"
+      f" params, as `{grad}(params, batch)` gives it."
+    )
+  for (path, leaf), (_, param) in zip(own, others, strict=True):
+    yield jax.tree_util.keystr(path), leaf, param
+
+
+def _other_tree(own: Any, others: Any, structure: Any, wanted: Any) -> str:
+  """What of a tree is other than in params: the leaves it has, or else their containers."""
+  paths = [[jax.tree_util.keystr(path) for path, _ in leaves] for leaves in (own, others)]
+  lacks = [path for path in paths[1] if path not in paths[0]]
+  more = [path for path in paths[0] if path not in paths[1]]
+  few = lambda found: ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
+  if not lacks and not more:
+    return f"is in other containers than params ({structure}, not {wanted})"
+  parts = [f"lacks {few(lacks)} of params"] if lacks else []
+  return " and ".join(parts + ([f"has {few(more)}, which params do not have"] if more else []))
+
+
+def check_kind(state: Any, kind: type) -> None:
+  """Checks that a state is one of the optimizer that it is handed to."""
+  is_kind = lambda x: isinstance(x, kind)
+  if not any(map(is_kind, jax.tree.leaves(state, is_leaf=is_kind))):
+    raise ValueError(
+      f"The optimizer's state has no `{kind.__name__}` in it: it is a {type(state).__name__} of"
+      " another optimizer, or no state. Write `opt_state = tx.init(params)` and"
+      " `tx.update(grads, opt_state, params)`."
+    )
 
 
 def check_factors(layers: Layers, stats: Any) -> None:

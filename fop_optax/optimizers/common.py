@@ -217,15 +217,16 @@ def _stacked(
   return StackedGradients(matrices, others, resolutions, value)
 
 
-def finish(options: Options, layers: Layers, step: Step, count: jax.Array) -> Any:
-  """The directions as a tree like the gradient: within the bound, in units of the loss."""
-  scale = step.size * constrain(options, step.found.norm2, count)
+def finish(options: Options, layers: Layers, step: Step, count: jax.Array) -> tuple[Any, jax.Array]:
+  """The directions as a tree like the gradient, within the bound and in its units; its factor."""
+  factor = constrain(options, step.found.norm2, count)
+  scale = step.size * factor
   directions = jax.tree.map(lambda d: scale.astype(d.dtype) * d, step.found.directions)
   if step.layout is not None:
     leaves = step.layout.join(directions, step.leaves)
   else:
     leaves = unstack(step.stacks, layers, directions, step.leaves)
-  return layers.tree(step.updates, leaves)
+  return layers.tree(step.updates, leaves), factor
 
 
 def constrain(options: Options, norm2: jax.Array, count: jax.Array) -> jax.Array:
@@ -258,9 +259,12 @@ def by_layer(
   layers: Layers,
   inside: optax.GradientTransformation,
   outside: optax.GradientTransformation,
+  kind: type,
   sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Leaves in a layer go through `inside`, the others through `outside`; frozen ones stay.
+
+  `kind` is the type of the state that `inside` has.
 
   All are sharded like their parameters, where `sharding` says how: XLA is free to choose otherwise.
   """
@@ -293,7 +297,7 @@ def by_layer(
     finite = all_finite(others)
     return inner.update(updates, state, params, fallback_finite=finite, **extra_args)
 
-  return whole_steps(optax.GradientTransformationExtraArgs(inner.init, update))
+  return whole_steps(optax.GradientTransformationExtraArgs(inner.init, update), kind)
 
 
 def keep_dtypes(

@@ -41,6 +41,7 @@ class ScaleByFopState(NamedTuple):
 
   curvature: CurvatureState
   projection: Projection  # of all blocks, stack after stack
+  norm_scale: jax.Array  # shape=(): nu of `norm_constraint` at the last step
 
 
 class FopOptions(NamedTuple):
@@ -117,7 +118,7 @@ def scale_by_fop(
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
   inner = project(options, fop_options, checks.check_layers(layers))
-  return common.by_layer(layers, inner, fallback or common.wide_adam(), sharding)
+  return common.by_layer(layers, inner, fallback or common.wide_adam(), ScaleByFopState, sharding)
 
 
 def project(
@@ -154,7 +155,8 @@ def project(
     stacks, curvature = common.init(options, layers, params)
     blocks = sum(stack.blocks for stack in stacks)
     dtype = jnp.result_type(jnp.float32, *(s.dtype for s in curvature.stacks))
-    return ScaleByFopState(curvature, no_projection(blocks, layers.groups - 1, dtype))
+    projection = no_projection(blocks, layers.groups - 1, dtype)
+    return ScaleByFopState(curvature, projection, jnp.ones(()))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
   def apply(updates, state, stats, fallback_finite):
@@ -165,8 +167,9 @@ def project(
     )
     if not step.stacks:
       return updates, state._replace(curvature=step.curvature)
-    updates = common.finish(options, layers, step, count)
-    return updates, ScaleByFopState(step.curvature, step.found.numbers)
+    updates, nu = common.finish(options, layers, step, count)
+    nu = nu.astype(state.norm_scale.dtype)
+    return updates, ScaleByFopState(step.curvature, step.found.numbers, nu)
 
   def update(
     updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
@@ -330,5 +333,6 @@ def fop(
     layers,
     common.complete(options, inner, nesterov, weight_decay, mask),
     common.keep_dtypes(fallback or common.slow_adamw(learning_rate, weight_decay, mask)),
+    ScaleByFopState,
     sharding,
   )

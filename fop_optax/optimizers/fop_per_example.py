@@ -58,7 +58,7 @@ def scale_by_fop_per_example(
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector, groups)
-  return whole_steps(_project(options, fop_options, settings))
+  return whole_steps(_project(options, fop_options, settings), ScaleByFopState, examples=True)
 
 
 def _project(
@@ -76,7 +76,8 @@ def _project(
     return per_example.kronecker(settings, options, inner)
 
   def start(curvature, dtype):
-    return ScaleByFopState(curvature, no_projection(1, settings.groups - 1, dtype))
+    projection = no_projection(1, settings.groups - 1, dtype)
+    return ScaleByFopState(curvature, projection, jnp.ones(()))
 
   share = functools.partial(_projected, fop_options)
   return per_example.exact(settings, options, start, share)
@@ -231,4 +232,4 @@ def fop_per_example(
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector, groups)
   inner = _project(options, fop_options, settings)
   complete = common.complete(options, inner, nesterov, weight_decay, mask)
-  return whole_steps(complete)
+  return whole_steps(complete, ScaleByFopState, examples=True)

@@ -119,6 +119,8 @@ def hyperball(
         "No `params`: steps are relative to the norms of weights. Write"
         " `tx.update(grads, opt_state, params)`."
       )
+    checks.check_kind(state, HyperballState)
+    checks.check_gradient(updates, params)
     by_tensor.check_floating(updates)
     return apply(updates, state, params)
 

@@ -18,6 +18,7 @@ class ScaleByKfacState(NamedTuple):
   """State of the layers' part of `scale_by_kfac`."""
 
   curvature: CurvatureState
+  norm_scale: jax.Array  # shape=(): nu of `norm_constraint` at the last step
 
 
 def scale_by_kfac(
@@ -56,7 +57,7 @@ def scale_by_kfac(
     sharding=sharding,
   )
   inner = precondition(options, checks.check_layers(layers))
-  return common.by_layer(layers, inner, fallback or common.wide_adam(), sharding)
+  return common.by_layer(layers, inner, fallback or common.wide_adam(), ScaleByKfacState, sharding)
 
 
 def precondition(options: Options, layers: Layers) -> optax.GradientTransformationExtraArgs:
@@ -75,15 +76,15 @@ def precondition(options: Options, layers: Layers) -> optax.GradientTransformati
 
   def init(params: optax.Params) -> Any:
     _, curvature = common.init(options, layers, params)
-    return ScaleByKfacState(curvature)
+    return ScaleByKfacState(curvature, jnp.ones(()))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
   def apply(updates, state, stats, fallback_finite):
     step = common.begin(
       options, layers, updates, state.curvature, stats, False, fallback_finite, method
     )
-    updates = common.finish(options, layers, step, state.curvature.steps.count)
-    return updates, ScaleByKfacState(step.curvature)
+    updates, nu = common.finish(options, layers, step, state.curvature.steps.count)
+    return updates, ScaleByKfacState(step.curvature, nu.astype(state.norm_scale.dtype))
 
   def update(
     updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
@@ -258,5 +259,6 @@ def kfac(
     layers,
     common.complete(options, inner, nesterov, weight_decay, mask),
     common.keep_dtypes(fallback or common.slow_adamw(learning_rate, weight_decay, mask)),
+    ScaleByKfacState,
     sharding,
   )

@@ -50,14 +50,14 @@ def scale_by_kfac_per_example(
     per_example=True,
   )
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector)
-  return whole_steps(_precondition(options, settings))
+  return whole_steps(_precondition(options, settings), ScaleByKfacState, examples=True)
 
 
 def _precondition(options: Options, settings: Settings) -> optax.GradientTransformationExtraArgs:
   if settings.curvature == "kronecker":
     inner = lambda layers: precondition(options, layers)
     return per_example.kronecker(settings, options, inner)
-  start = lambda curvature, dtype: ScaleByKfacState(curvature)
+  start = lambda curvature, dtype: ScaleByKfacState(curvature, jnp.ones(()))
   return per_example.exact(settings, options, start, _natural)
 
 
@@ -206,4 +206,4 @@ def kfac_per_example(
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector)
   inner = _precondition(options, settings)
   complete = common.complete(options, inner, nesterov, weight_decay, mask)
-  return whole_steps(complete)
+  return whole_steps(complete, ScaleByKfacState, examples=True)

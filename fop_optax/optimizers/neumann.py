@@ -120,7 +120,7 @@ def scale_by_neumann(
     min_momentum=min_momentum,
     max_momentum=max_momentum,
   )
-  return whole_steps(_neumann(options))
+  return whole_steps(_neumann(options), ScaleByNeumannState)
 
 
 def _neumann(options: NeumannOptions) -> optax.GradientTransformationExtraArgs:
@@ -336,4 +336,5 @@ def neumann(
     max_momentum=max_momentum,
   )
   decay = by_tensor.decay(weight_decay, mask)
-  return whole_steps(common.keep_dtypes(optax.chain(decay, _neumann(options), optax.scale(-1.0))))
+  chain = common.keep_dtypes(optax.chain(decay, _neumann(options), optax.scale(-1.0)))
+  return whole_steps(chain, ScaleByNeumannState)

@@ -194,9 +194,10 @@ def orthogonalize(
     return jax.tree.unflatten(treedef, leaves)
 
   def update(updates, state, params=None, **extra_args):
-    del params, extra_args
+    del extra_args
     if not jax.tree.leaves(updates):
       return updates, state
+    checks.check_gradient(updates, params)
     by_tensor.check_floating(updates)
     return apply(updates), state
 

@@ -58,17 +58,10 @@ def check_batch(updates: Any, params: Any, groups: int) -> None:
       "No `params`: they tell the examples' axis from those of parameters. Write"
       " `tx.update(per_example_grads, opt_state, params)`."
     )
-  flat, _ = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
-  own = jax.tree.leaves(params, is_leaf=is_masked)
-  if len(flat) != len(own):
-    raise ValueError(
-      f"The per-example gradients have {len(flat)} leaves, but params have {len(own)}. Pass the"
-      " gradients at these params: `jax.vmap(jax.grad(loss), (None, 0))(params, batch)`."
-    )
   sizes = {}
-  for (path, leaf), param in zip(flat, own, strict=True):
+  for name, leaf, param in checks.leaves_at(updates, params, "jax.vmap(jax.grad(loss), (None, 0))"):
     if not is_masked(leaf):
-      name, shape = jax.tree_util.keystr(path), tuple(jnp.shape(leaf))
+      shape = tuple(jnp.shape(leaf))
       _check_shape(name, shape, None if is_masked(param) else tuple(jnp.shape(param)))
       if not jnp.issubdtype(dtype_of(leaf), jnp.floating):
         raise ValueError(
@@ -203,10 +196,12 @@ def exact(
     weights = _weights(len(leaves[0]), settings.groups, dtype)
     resolution = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
     own = share(of, weights, damping, count, resolution)
-    nu = common.constrain(options, own.norm2, count) * own.weights
-    updates = jax.tree.map(lambda leaf: gram.combine(leaf, nu).astype(leaf.dtype), updates)
+    nu = common.constrain(options, own.norm2, count)
+    given = nu * own.weights
+    updates = jax.tree.map(lambda leaf: gram.combine(leaf, given).astype(leaf.dtype), updates)
     steps = state.curvature.steps.counted(Finite(jnp.asarray(True), of.finite))
     new = {"curvature": state.curvature._replace(steps=steps)}
+    new["norm_scale"] = nu.astype(state.norm_scale.dtype)
     if own.projection is not None:
       new["projection"] = own.projection
     return updates, state._replace(**new)

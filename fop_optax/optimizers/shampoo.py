@@ -73,7 +73,7 @@ def scale_by_shampoo(
     layers=layers,
     sharding=sharding,
   )
-  return whole_steps(_shampoo(options))
+  return whole_steps(_shampoo(options), ScaleByShampooState)
 
 
 def _shampoo(options: ShampooOptions) -> optax.GradientTransformationExtraArgs:
@@ -229,4 +229,4 @@ def shampoo(
   decay = by_tensor.decay(weight_decay, mask)
   stages = [_shampoo(options), decay] if decoupled_decay else [decay, _shampoo(options)]
   rate = optax.scale_by_learning_rate(learning_rate)
-  return whole_steps(common.keep_dtypes(optax.chain(*stages, rate)))
+  return whole_steps(common.keep_dtypes(optax.chain(*stages, rate)), ScaleByShampooState)

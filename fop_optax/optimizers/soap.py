@@ -80,7 +80,7 @@ def scale_by_soap(
     statistics_dtype=statistics_dtype,
     sharding=sharding,
   )
-  return whole_steps(_soap(options))
+  return whole_steps(_soap(options), ScaleBySoapState)
 
 
 def _soap(options: SoapOptions) -> optax.GradientTransformationExtraArgs:
@@ -245,4 +245,4 @@ def soap(
   checks.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
   after = by_tensor.decay_after_step(learning_rate, weight_decay, mask, skip_first)
   rate = optax.scale_by_learning_rate(learning_rate)
-  return whole_steps(common.keep_dtypes(optax.chain(_soap(options), rate, after)))
+  return whole_steps(common.keep_dtypes(optax.chain(_soap(options), rate, after)), ScaleBySoapState)

@@ -8,10 +8,11 @@ import optax
 
 from fop_optax.curvature.state import CurvatureState
 from fop_optax.curvature.steps import Steps
+from fop_optax.optimizers import checks
 
 
 def whole_steps(
-  inner: optax.GradientTransformationExtraArgs,
+  inner: optax.GradientTransformationExtraArgs, kind: type, examples: bool = False
 ) -> optax.GradientTransformationExtraArgs:
   """`inner`, a step of which is taken for all parameters or for none.
 
@@ -19,6 +20,9 @@ def whole_steps(
   what overflows on the way there counts too), the update is zero and the state stays as it was,
   momentum and fallback included, but for the counters. Its `Steps` say whether loss and gradient
   were; it, or the curvature state around it, settles its own part.
+
+  Before that the state is checked, which has one of that `kind` in it, and the gradient; not where
+  it is of `examples`, which `per_example.check_batch` looks at.
   """
   is_counted = lambda x: isinstance(x, CurvatureState | Steps)
 
@@ -44,6 +48,9 @@ def whole_steps(
         "`tx.update(grads, opt_state, params, ...)` takes further arguments by their names: write"
         " `tx.update(grads, opt_state, params, stats=stats)`."
       )
+    checks.check_kind(state, kind)
+    if not examples:
+      checks.check_gradient(updates, params)
     return settle(*inner.update(updates, state, params, **extra_args), state)
 
   def init(params):

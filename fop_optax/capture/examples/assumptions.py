@@ -6,6 +6,7 @@ micro-batches, which holds if it is a mean of a function of each example.
 
 from collections.abc import Mapping
 import dataclasses
+import math
 import warnings
 
 from fop_optax.capture import batch as batches
@@ -68,13 +69,24 @@ class Examples:
     """
     if not isinstance(self.loss, Batch) or not self.loss.summed or self.interactions:
       return {}
-    found = sorted(self.loss.count.means)
-    return {n // self.size: source for n, source in found if n % self.size == 0 and source}
+    found = sorted(self.loss.count.means, key=lambda mean: mean.entries)
+    whole = [mean for mean in found if mean.entries % self.size == 0 and mean.source]
+    return {mean.entries // self.size: mean.source for mean in whole}
 
   @property
   def terms(self) -> int:
     """R if it is clear, else 1."""
     return next(iter(self.means)) if len(self.means) == 1 else 1
+
+  @property
+  def weights(self) -> tuple[Path, int] | None:
+    """Where the weights of the final mean are summed, so many to a sum, where that is clear."""
+    if len(self.means) != 1 or not isinstance(self.loss, Batch):
+      return None
+    found, sizes = {mean.weights for mean in self.loss.count.means}, self.loss.count.sizes
+    weights = found.pop()
+    left = sizes and (weights is None or weights[1] != math.prod(sizes))
+    return None if found or left else weights
 
   def check(self, groups: int, micro_batches: int) -> None:
     """Warns where a chunk of the batch gives another loss than the batch.
@@ -123,8 +135,11 @@ class Examples:
       lines.append(f"{line[0].upper()}{line[1:]}.")
     return lines
 
-  def terms_note(self) -> list[str]:
-    """The line of the table that says what R is, where the loss says more than one."""
+  def terms_note(self, weighted: bool) -> list[str]:
+    """The line of the table that says what R is, where the loss says more than one.
+
+    So it does where the final mean is `weighted`, and the weights count.
+    """
     found = self.means
     if len(found) > 1:
       listed = ", ".join(f"{terms} at {source}" for terms, source in found.items())
@@ -132,10 +147,11 @@ class Examples:
         f"1 term an example: means over different numbers of entries an example add up ({listed})."
         " `terms_per_example` says otherwise."
       ]
+    less = ", less what its weights leave out" if weighted else ""
     return [
-      f"{terms} terms an example, from the mean at {source}."
+      f"{terms} term{'s'[: terms > 1]} an example{less}, from the mean at {source}."
       for terms, source in found.items()
-      if terms > 1
+      if terms > 1 or weighted
     ]
 
   def rows(self, uses: Mapping[Key, Use]) -> dict[Key, Rows]:

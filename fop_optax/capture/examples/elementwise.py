@@ -234,7 +234,10 @@ def _with_statistic(site: Site, role: str, out: Batch, statistic: Batch, number:
   if times and linear and _weighs(statistic, role) and not (role == "div" and number == 0):
     sign, count = 1, out.count
     if role == "div":
-      sign, count = -1, out.count.over(statistic.count, site.source())
+      # of what is summed over already, and not over the examples, they are not the weights
+      own = dataclasses.replace(statistic.count, summed_at=None)
+      own = own if out.count.sizes else statistic.count
+      sign, count = -1, out.count.over(own, site.source())
     degree = None if out.degree is None else out.degree + sign * (statistic.degree or 0.0)
     factor = out.factor or Cause("statistic", site.source())
     return dataclasses.replace(out, causes=causes, factor=factor, degree=degree, count=count)

@@ -127,7 +127,7 @@ class Step:
       axis = int(params["dimension"])
       return Constant(frozenset(range(len(out))) - {axis}, iota=axis)
     if name == "reduce_sum":
-      return sums.reduce_sum(first, params["axes"], shape, self.twice, self.source)
+      return sums.reduce_sum(first, params["axes"], shape, self.twice, self.source, self.path)
     if name in REDUCTIONS:
       return sums.reduced(first, params["axes"], len(shape), self.source)
     if name in ("psum", "pmax", "pmin"):

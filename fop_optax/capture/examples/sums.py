@@ -17,6 +17,7 @@ from fop_optax.capture.examples.values import (
   Value,
   causes_of,
 )
+from fop_optax.capture.values import Path
 
 Source = Callable[[], str]
 
@@ -30,9 +31,17 @@ def growth(shape: Shape, twice: Shape | None, axes: Sequence[int]) -> float | No
 
 
 def reduce_sum(
-  value: Value, axes: Sequence[int], shape: Shape, twice: Shape | None, source: Source
+  value: Value,
+  axes: Sequence[int],
+  shape: Shape,
+  twice: Shape | None,
+  source: Source,
+  path: Path | None = None,
 ) -> Value:
-  """`sum(value, axes)`; `twice` is the operand's shape in the trace of twice the examples."""
+  """`sum(value, axes)`; `twice` is the operand's shape in the trace of twice the examples.
+
+  `path` is that of the equation, if there is one.
+  """
   more = growth(shape, twice, axes)
   if isinstance(value, Constant):
     numbers, degree = value.numbers, value.degree
@@ -48,13 +57,17 @@ def reduce_sum(
   if isinstance(value, Unknown):
     return value
   gone = [piece for piece in value.pieces if piece.axis in axes]
-  return squeeze(
-    _summed(value, gone, [shape[axis] for axis in axes], more, source), axes, len(shape)
-  )
+  value = _summed(value, gone, [shape[axis] for axis in axes], more, source, path)
+  return squeeze(value, axes, len(shape))
 
 
 def _summed(
-  value: Batch, gone: Sequence[Piece], sizes: Sequence[int], more: float | None, source: Source
+  value: Batch,
+  gone: Sequence[Piece],
+  sizes: Sequence[int],
+  more: float | None,
+  source: Source,
+  path: Path | None = None,
 ) -> Batch:
   """`value` after a sum over axes of these sizes, along which the pieces `gone` lay."""
   if more is None:
@@ -65,7 +78,7 @@ def _summed(
     pieces=left,
     summed=value.summed or bool(gone),
     degree=None if value.degree is None or more is None else value.degree + more,
-    count=value.count.summed(sizes),
+    count=value.count.summed(sizes, path),
     factor=value.factor if left else None,
     source=source() if gone else value.source,
     columns=(),

@@ -9,6 +9,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from fop_optax.capture.values import Path
+
 Numbers = tuple[float, float | None]  # in the trace at hand, and in that of twice the examples
 
 
@@ -45,46 +47,72 @@ class Moment(NamedTuple):
   power: int  # 2 if a square or a second moment takes part
 
 
+class Mean(NamedTuple):
+  """A mean of so many entries, taken at a line; a weighted one says by which weights.
+
+  `weights` are the path of the equation that sums them up, and their number: entries that a mask
+  leaves out are among the `entries`, and only its values say how many these are.
+  """
+
+  entries: int = 1
+  source: str = ""
+  weights: tuple[Path, int] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Count:
   """Of how many entries a value is a mean.
 
   Attributes:
     sizes: of the axes that were summed over, and not yet divided by.
-    means: the numbers of entries already divided by, as pairs of that and the source line; several
-      where terms add up that are means over different numbers.
+    means: those taken so far, multiplied; several where terms add up that are means over different
+      numbers.
+    summed_at: the path of the first sum over axes.
   """
 
   sizes: tuple[int, ...] = ()
-  means: frozenset[tuple[int, str]] = frozenset({(1, "")})
+  means: frozenset[Mean] = frozenset({Mean()})
+  summed_at: Path | None = None
 
-  def summed(self, sizes: Sequence[int]) -> "Count":
-    return dataclasses.replace(self, sizes=self.sizes + tuple(n for n in sizes if n > 1))
+  def summed(self, sizes: Sequence[int], path: Path | None) -> "Count":
+    sizes = tuple(n for n in sizes if n > 1)
+    first = path if sizes and not self.sizes and self.summed_at is None else self.summed_at
+    return dataclasses.replace(self, sizes=self.sizes + sizes, summed_at=first)
 
   def divided(self, number: float, source: str) -> "Count":
     """After a division by `number`: a mean, if that is the product of some sizes."""
     left = self._without(number)
     if left is None:
       return self
-    means = frozenset((n * round(number), source) for n, _ in self.means)
-    return Count(left, means)
+    means = (m._replace(entries=m.entries * round(number), source=source) for m in self.means)
+    return dataclasses.replace(self, sizes=left, means=frozenset(means))
 
   def over(self, weights: "Count", source: str) -> "Count":
-    """After a division by a sum of weights, which counts entries."""
-    total, means = math.prod(weights.sizes), frozenset({(1, "")})
-    if weights.means != means or not weights.sizes:
+    """After a division by a sum of weights, which counts entries, or by their mean."""
+    sizes, (of_weights, *more) = weights.sizes, weights.means
+    if more or bool(sizes) == (of_weights.entries > 1):
       return self
-    left = list(self.sizes)
-    for size in weights.sizes:
+    if not sizes:  # a mean over a mean: of the same entries
+      number = of_weights.entries
+      by = (weights.summed_at, number) if weights.summed_at else None
+      known = lambda m: by if m.entries == number and m.weights is None else None
+      means = (m._replace(weights=known(m)) for m in self.means)
+      return dataclasses.replace(self, means=frozenset(means))
+    total, left = math.prod(sizes), list(self.sizes)
+    for size in sizes:
       if size in left:
         left.remove(size)
-    return Count(tuple(left), frozenset((n * total, source) for n, _ in self.means))
+    # weights that are normalised before the sum, or of all that was summed
+    whole = math.prod(self.sizes) in (1, total)
+    by = (weights.summed_at, total) if whole and weights.summed_at else None
+    means = (Mean(m.entries * total, source, by if m.weights is None else None) for m in self.means)
+    return dataclasses.replace(self, sizes=tuple(left), means=frozenset(means))
 
   def weighted(self, weights: "Count") -> "Count":
     """After a product with weights of each entry, which may be normalised."""
-    sizes = max(self.sizes, weights.sizes, key=len)
-    pairs = [(a, b) for a in self.means for b in weights.means]
-    return Count(sizes, frozenset((n * m, first or second) for (n, first), (m, second) in pairs))
+    longer = max(self, weights, key=lambda count: len(count.sizes))
+    means = frozenset(_both(a, b) for a in self.means for b in weights.means)
+    return dataclasses.replace(longer, means=means)
 
   def added(self, other: "Count", kept: bool) -> "Count":
     """The count of a sum; where the two differ it is both of them if `kept`, else none."""
@@ -94,10 +122,15 @@ class Count:
       if size in left:
         left.remove(size)
         shared.append(size)
-    means = dict(self.means) | dict(other.means)
+    at = self.summed_at if self.summed_at == other.summed_at else None
+    means: dict[int, Mean] = {}
+    for mean in (*self.means, *other.means):
+      before = means.get(mean.entries, mean)
+      same = mean.weights == before.weights
+      means[mean.entries] = mean if same else mean._replace(weights=None)
     if len(means) > 1 and not kept:
-      return Count(tuple(shared))
-    return Count(tuple(shared), frozenset(means.items()))
+      return Count(tuple(shared), summed_at=at)
+    return Count(tuple(shared), frozenset(means.values()), at)
 
   def _without(self, number: float) -> tuple[int, ...] | None:
     """The sizes without some whose product is `number`."""
@@ -114,6 +147,13 @@ class Count:
     if taken is None:
       return None
     return tuple(size for place, size in enumerate(self.sizes) if place not in taken)
+
+
+def _both(first: Mean, second: Mean) -> Mean:
+  """The mean of a product; of two kinds of weights nothing is known."""
+  one = first.weights is None or second.weights is None
+  weights = (first.weights or second.weights) if one else None
+  return Mean(first.entries * second.entries, first.source or second.source, weights)
 
 
 @dataclasses.dataclass(frozen=True)
