@@ -11,11 +11,11 @@ class MomentumState(NamedTuple):
   """Of `with_momentum`."""
 
   direction: Any  # state of what makes the directions
-  trace: optax.Params
+  trace: Any  # of `optax.trace`
 
 
 def with_momentum(
-  direction: optax.GradientTransformationExtraArgs,
+  direction: optax.GradientTransformation,
   momentum: jax.typing.ArrayLike,
   nesterov: bool,
   restart: bool,
@@ -33,19 +33,21 @@ def with_momentum(
   blocks that are each reckoned alone overshoot together. In large batches that is all a trace needs
   to be told; it happens at few steps.
   """
+  direction = optax.with_extra_args_support(direction)
   trace = optax.trace(momentum, nesterov)
 
   def init(params: optax.Params) -> MomentumState:
-    return MomentumState(direction.init(params), trace.init(params).trace)
+    return MomentumState(direction.init(params), trace.init(params))
 
   def update(updates, state, params=None, **extra_args):
     directions, inner = direction.update(updates, state.direction, params, **extra_args)
     old = state.trace
     if restart:
-      uphill = momentum * inner_product(updates, old) + inner_product(updates, directions) < 0
+      carried = inner_product(updates, old.trace)
+      uphill = momentum * carried + inner_product(updates, directions) < 0
       old = jax.tree.map(lambda v: jnp.where(uphill, jnp.zeros_like(v), v), old)
-    directions, new = trace.update(directions, optax.TraceState(old))
-    return directions, MomentumState(inner, new.trace)
+    directions, new = trace.update(directions, old)
+    return directions, MomentumState(inner, new)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
