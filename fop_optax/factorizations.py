@@ -31,9 +31,12 @@ def in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @in_turn
 def cholesky(matrix: jax.Array) -> jax.Array:
-  """The lower factor of a symmetric matrix, of which the upper triangle is read."""
+  """The lower factor of a symmetric matrix, of which the upper triangle is read.
+
+  What stands above the diagonal is no part of it.
+  """
   # The transpose, as it is symmetric: LAPACK wants columns first, so that nothing is copied.
-  return lax.linalg.cholesky(matrix.T, symmetrize_input=False)
+  return lax.linalg.cholesky_p.bind(matrix.T)
 
 
 @in_turn

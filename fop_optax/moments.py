@@ -17,6 +17,9 @@ Axes = tuple[int, ...]
 CHUNK_BYTES = {"cpu": 4 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 
+# Sums over so few entries are compiled for each shape on CPU; those over more are library calls.
+SMALL = 4096
+
 
 class Roles(NamedTuple):
   """The axes of an array by their role; stack and features in the order of the weight's axes."""
@@ -120,9 +123,17 @@ def added_up(a: jax.Array, axis: int, indices: Sequence[int]) -> jax.Array:
 
 
 def with_ones(a: jax.Array, m: jax.Array, n: int) -> jax.Array:
-  """`A` of `n` rows with a one appended, by blocks `[[A, m], [m', n]]`: x gets no column."""
-  corner = jnp.full((a.shape[0], 1), n, a.dtype)
+  """`A` of `n` rows with a one appended, by blocks `[[A, m], [m', n]]`: x gets no column.
+
+  A sum of blocks with zeros around them is one kernel where a concatenation is several.
+  """
+  d = m.shape[1]
+
+  def place(x, *starts):
+    edges = ((k, d + 1 - k - size) for k, size in zip(starts, x.shape[1:], strict=True))
+    return jnp.pad(x, [(0, 0), *edges])
+
+  corner = jnp.full((len(a), *[1] * (a.ndim - 1)), n, a.dtype)
   if a.ndim == 2:
-    return jnp.concatenate([a, corner], axis=1)
-  below = jnp.concatenate([m, corner], axis=1)[:, None, :]
-  return jnp.concatenate([jnp.concatenate([a, m[:, :, None]], axis=2), below], axis=1)
+    return place(a, 0) + place(corner, d)
+  return place(a, 0, 0) + place(m[:, :, None], 0, d) + place(m[:, None], d, 0) + place(corner, d, d)

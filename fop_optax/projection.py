@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fop_optax.factorizations import eigh
+from fop_optax.moments import SMALL
 
 Product = Callable[[jax.Array], jax.Array]
 
@@ -177,7 +178,8 @@ def fop_directions(
 
   With a `tree`, of `tree_of`, contrasts are folded level by level: `eta g_comb` of one is `g_avg`
   of the next. Numbers are worked out as one vector over all blocks, however many stacks there are:
-  the program has them once, and compiles quickly. There is one stack at least.
+  the program has them once, and compiles quickly. Those that arrays are multiplied by end in a
+  division: XLA would work out others anew in each product. There is one stack at least.
   """
   join, split = _joining(stacks)
   constants = _constants(stacks)
@@ -185,10 +187,10 @@ def fop_directions(
   # A power of two near the largest entry of g_avg: divides exactly, and lets no square underflow.
   (largest,) = join([(_largest(own.average.astype(own.dtype)),) for own in stacks])
   scale = _power_of_two(largest, constants.limit)
-  over = lambda x, own, size: x.astype(own.dtype) / _along(size, x)
-  sizes = list(zip(stacks, split(scale), strict=True))
-  g = [over(own.average, own, size) for own, size in sizes]
-  c = [over(own.contrasts, own, size) for own, size in sizes]
+  times = lambda x, own, size: x.astype(own.dtype) * _along(size, x)
+  sizes = list(zip(stacks, split(1 / scale), strict=True))
+  g = [times(own.average, own, size) for own, size in sizes]
+  c = [times(own.contrasts, own, size) for own, size in sizes]
   u = [own.solve(average) for own, average in zip(stacks, g, strict=True)]
 
   k = 2.0 if total_gradient == "sum" else 1.0
@@ -212,21 +214,38 @@ def _fold(stacks, constants, ga, u, c, k, adaptive_step, beta):
     v if own.multiply is None else own.multiply(g) for own, g, v in zip(stacks, ga, u, strict=True)
   ]
   q, c_f, ga2, c2, f2 = join(
-    [
-      (_dot(g, f), _dot(ci, f[:, None], 2), _dot(g, g), _dot(ci, ci, 2), _dot(f, f))
-      for g, f, ci in zip(ga, f_ga, c, strict=True)
-    ]
+    _of_each(
+      lambda g, f, ci: (
+        _dot(g, f),
+        _dot(ci, f[:, None], 2),
+        _dot(g, g),
+        _dot(ci, ci, 2),
+        _dot(f, f),
+      ),
+      (1, 1, 2),
+      *(ga, f_ga, c),
+    )
   )
   projected = q > 8 * constants.eps * jnp.asarray(constants.norm, q.dtype) * ga2
-  s = jnp.where(projected[:, None], c_f / jnp.where(projected, q, 1)[:, None], 0)
+  s = jnp.where(projected[:, None], c_f, 0) / jnp.where(projected, q, 1)[:, None]
   gp = [ci - _along(own, ci) * g[:, None] for ci, own, g in zip(c, split(s), ga, strict=True)]
-  v = [jax.vmap(own.solve, 1, 1)(perp) for own, perp in zip(stacks, gp, strict=True)]
+  # One contrast after the other: `vmap` over the second axis would copy it to the front.
+  v = [
+    jnp.stack([own.solve(perp[:, i]) for i in range(perp.shape[1])], axis=1)
+    for own, perp in zip(stacks, gp, strict=True)
+  ]
 
   N, D, E, left = join(
-    [
-      (_dot(g, ug), _dot(vi, g[:, None], 2), _gram(vi, perp), _dot(perp, f[:, None], 2))
-      for g, ug, vi, perp, f in zip(ga, u, v, gp, f_ga, strict=True)
-    ]
+    _of_each(
+      lambda g, f, ug, vi, perp: (
+        _dot(g, ug),
+        _dot(vi, g[:, None], 2),
+        _gram(vi, perp),
+        _dot(perp, f[:, None], 2),
+      ),
+      (1, 1, 1, 2, 2),
+      *(ga, f_ga, u, v, gp),
+    )
   )
   size2 = jnp.trace(E, axis1=1, axis2=2) + 2 * _dot(s, D) + _dot(s, s) * N  # = sum_i <c_i, c_i>
   sizeable = (N > 0) & (jnp.sum(c2, axis=1) > constants.tiny**2 * ga2)
@@ -235,9 +254,9 @@ def _fold(stacks, constants, ga, u, c, k, adaptive_step, beta):
   den = N + 2 * _dot(b, D) + _dot(b, _dot(E, b[:, None], 2))  # <g_comb, g_comb>
   eta = jnp.ones_like(N)
   if adaptive_step:
-    eta = jnp.where(den > 0, k * num / jnp.where(den > 0, den, 1), k)  # (17)
     if beta is None:
-      eta = jnp.clip(eta, k / 2, k)  # its range, up to rounding
+      num = jnp.clip(num, den / 2, den)  # the range of eta, up to rounding
+    eta = jnp.where(den > 0, k * num, k) / jnp.where(den > 0, den, 1)  # (17)
 
   def comb(x, parts):
     """(6), (18)"""
@@ -312,8 +331,34 @@ def _solve_semidefinite(E, D, floor, valid):
   else:
     values, vectors = eigh(E)
   kept = valid & (values > floor)
-  shares = jnp.where(kept, _dot(vectors.T, D) / jnp.where(kept, values, 1), 0)
+  shares = jnp.where(kept, _dot(vectors.T, D), 0) / jnp.where(kept, values, 1)
   return _dot(vectors, shares)
+
+
+def _of_each(function, leads, *columns):
+  """`function` of the arrays of each stack, of which zeros behind so many leading axes add nothing.
+
+  Small ones go side by side: XLA compiles sums over each shape that is small, and those over large
+  ones are library calls.
+  """
+  rows = list(zip(*columns, strict=True))
+  small = [k for k, (first, *_) in enumerate(rows) if first.size <= SMALL]
+  if len(small) < 2 or len({first.dtype for first, *_ in rows}) > 1:
+    return [function(*row) for row in rows]
+  width = max(rows[k][0][0].size for k in small)
+
+  def beside(arrays, lead):
+    flat = [x.reshape(*x.shape[:lead], -1) for x in arrays]
+    edges = [[(0, 0)] * lead + [(0, width - x.shape[-1])] for x in flat]
+    return jnp.concatenate(list(map(jnp.pad, flat, edges)))
+
+  columns = [[rows[k][i] for k in small] for i in range(len(leads))]
+  found, start, out = function(*map(beside, columns, leads)), 0, {}
+  for k in small:
+    stop = start + len(rows[k][0])
+    out[k] = tuple(x[start:stop] for x in found)
+    start = stop
+  return [out[k] if k in out else function(*row) for k, row in enumerate(rows)]
 
 
 def _joining(stacks):
@@ -364,14 +409,16 @@ def _constants(stacks: Sequence[Gradients]) -> Constants:
     larger = max if isinstance(rounding, float) else jnp.maximum
     return larger(1e3 * eps(own), 4 * rounding)
 
-  # XLA multiplies by the reciprocal of a scale: it may not underflow
+  # neither a scale nor its reciprocal may underflow
   limit = lambda own: int(-1 - jnp.finfo(own.dtype).minexp)
   return Constants(each(eps), each(tiny), each(limit), each(lambda own: own.fisher_norm))
 
 
 def _power_of_two(largest, limit):
-  _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 0))
-  return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent - 1, -limit, limit))
+  """The nearest one; 1 for zero and for what is not finite."""
+  known = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+  nearest = jax.lax.reduce_precision(known, jnp.finfo(known.dtype).nexp, 0)
+  return jnp.clip(nearest, 2.0**-limit, 2.0**limit)
 
 
 def _largest(x):

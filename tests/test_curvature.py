@@ -12,10 +12,11 @@ import pytest
 from reference import damped_inverse
 
 import fop_optax
-from fop_optax.curvature.damping import size, split_damping
+from fop_optax.curvature.damping import Damping, size, split_damping
 from fop_optax.curvature.factors import fold, old_weight
 from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.curvature.positive import positive_inverse
+from fop_optax.curvature.stacks import padded
 from fop_optax.layers import Factors, Layer, Layers, Stats
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -297,11 +298,28 @@ def test_positive_inverse(n):
   assert not np.isfinite(np.asarray(jax.vmap(positive_inverse)(indefinite))).any()
 
 
+def test_sides_that_are_inverted_together():
+  """Sides that differ by one and small ones share a program; damping is of each block by itself."""
+  rng = np.random.default_rng(0)
+  dims = [(67, 66), (66, 66), (5, 1), (3, 65)]
+  blocks = [Factors(*(jnp.asarray(_spd(rng, d))[None] for d in own)) for own in dims]
+  sides = [x.shape[1] for x in padded([side for own in blocks for side in own])]
+  assert sides == [67, 67, 67, 67, 65, 65, 65, 65]
+  damping = Damping(jnp.asarray(0.1), jnp.asarray(0.0))
+  made, used, sound = SCALINGS["factored"].invert(blocks, damping, None, (), jnp.zeros(4, int))
+  assert sound.all()
+  for own, inverse, A, G in zip(blocks, made, used.damping_A, used.damping_G, strict=True):
+    for factor, found, added in ((own.A, inverse.A, A), (own.G, inverse.G, G)):
+      want = np.linalg.inv(factor[0] + added * np.eye(factor.shape[1]))
+      np.testing.assert_allclose(found[0], want, rtol=1e-9, atol=1e-12)
+
+
 def test_many_stacks_at_a_time_do_not_wait_for_each_other():
   """In a process of its own: where batches of LAPACK calls wait for each other, it never ends."""
   script = """
 import jax, jax.numpy as jnp
 from fop_optax.curvature.positive import positive_inverse
+from fop_optax.curvature.stacks import padded
 stacks = [jnp.stack([jnp.eye(d)] * 2) for d in (129, 384, 129, 128, 129, 512, 513, 128)]
 jax.block_until_ready(jax.jit(lambda s: [jax.vmap(positive_inverse)(a) for a in s])(stacks))
 """

@@ -314,3 +314,16 @@ def test_errors(arguments, message):
 def test_error_of_no_layers():
   with pytest.raises(TypeError, match="`layers` is a dict, not a `Layers`"):
     fop_optax.estimate({})
+
+
+def test_what_a_program_holds_is_counted():
+  """Two equal kernels are one, library calls are none; a loop and a branch count as they are."""
+
+  def program(x, y):
+    loop = jax.lax.fori_loop(0, 3, lambda i, a: jnp.sin(a) * i, x)
+    branch = jax.lax.cond(x[0] > 0, lambda a: a, lambda a: 2 * a, y)
+    return loop, branch, jnp.tanh(x) + 1, jnp.tanh(y) + 1
+
+  found = hlo.counts(jax.jit(program).lower(*[jnp.ones(100)] * 2).compile())
+  assert (found.conditionals, found.loops) == (1, 1)
+  assert found.different < found.fusions

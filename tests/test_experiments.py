@@ -322,8 +322,8 @@ BENCHMARKS = {
     "products .* moments .* inverses .* bases .* eigenvectors .* eigh",
   ),
   "compile_time": (
-    ["--blocks", "1", "--forms", "scanned", "--rounds", "1"],
-    "1 scanned .* kfac, every 10 .* fop, every 10",
+    ["--networks", "gru", "--rounds", "1"],
+    "conditionals .* gru .* adamw .* 1.00 .* kfac .* fop",
   ),
   "scaling": (
     ["--devices", "1", "2", "--methods", "SOAP", "--blocks", "1"],

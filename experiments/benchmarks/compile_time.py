@@ -1,72 +1,35 @@
-"""Seconds to capture, trace and compile a step of K-FAC and FOP, over those of `optax.sgd`.
+"""Seconds to trace, lower and compile a step of K-FAC and FOP, over those of AdamW.
 
-    python -m experiments.benchmarks.compile_time [--blocks 12 48] [--forms scanned]
+    python -m experiments.benchmarks.compile_time [--networks vit-3 scanned-12] [--rounds 3]
 
-The network is a decoder-only transformer, its blocks written out or one scan over their stacked
-weights. Compilations alternate, each of an empty cache.
+The refresh of K-FAC and FOP is traced: one program for all steps. Programs alternate, each of an
+empty cache. Seconds are of the processor, all threads of XLA's together, which other work on the
+machine changes less than those of a clock; both are medians over the rounds, and so is the ratio of
+each round. Beside them what the optimized HLO holds: conditionals, loops, fusions, and how many of
+those are different and not of XLA's library of kernels. On CPU each of these is a function that
+LLVM compiles, most of the seconds; equal ones are compiled once.
+
+Networks are small, as the seconds hardly depend on sizes: those of `compile_cases`.
 """
 
+from collections.abc import Callable
 import dataclasses
-import functools
 import statistics
 import time
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import optax
 from rich.console import Console
 from rich.table import Table
 import tyro
 
-from experiments.benchmarks import step_cost
+from experiments.benchmarks import compile_cases, hlo, step_cost
 from experiments.benchmarks.cases import Case
 import fop_optax
 
-WIDTH, HEADS, VOCABULARY, TOKENS, BATCH = 128, 4, 256, 64, 16
-
-
-def _block(h: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
-  """Causal attention and a dense part, each behind a normalisation."""
-  norm = lambda h: (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-6)
-  q, k, v = jnp.split(norm(h) @ p["qkv"] + p["qkv_bias"], 3, axis=-1)
-  heads = lambda a: a.reshape(*a.shape[:-1], HEADS, -1)
-  mixed = jax.nn.dot_product_attention(heads(q), heads(k), heads(v), is_causal=True)
-  h = h + mixed.reshape(h.shape) @ p["out"] + p["out_bias"]
-  return h + jax.nn.gelu(norm(h) @ p["up"] + p["up_bias"]) @ p["down"] + p["down_bias"]
-
-
-def transformer(blocks: int, scan: bool) -> Case:
-  """`blocks` blocks of width 128 on 16 x 64 tokens."""
-  sizes = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH)}
-  sizes |= {"up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
-
-  def weights(key):
-    keys = jax.random.split(key, len(sizes))
-    out = {
-      n: jax.random.normal(k, s) / s[0] ** 0.5
-      for k, (n, s) in zip(keys, sizes.items(), strict=True)
-    }
-    return out | {f"{name}_bias": jnp.zeros(shape[1]) for name, shape in sizes.items()}
-
-  def apply(params, x):
-    h = params["embedding"][x]
-    if scan:
-      h, _ = jax.lax.scan(lambda h, p: (_block(h, p), None), h, params["blocks"])
-    else:
-      h = functools.reduce(_block, params["blocks"], h)
-    return h @ params["head"]
-
-  def loss(params, x, y):
-    return fop_optax.softmax_cross_entropy(apply(params, x), y)
-
-  keys = jax.random.split(jax.random.key(0), blocks + 4)
-  params = {
-    "embedding": jax.random.normal(keys[-4], (VOCABULARY, WIDTH)),
-    "blocks": jax.vmap(weights)(keys[:blocks]) if scan else list(map(weights, keys[:blocks])),
-    "head": jax.random.normal(keys[-3], (WIDTH, VOCABULARY)) / WIDTH**0.5,
-  }
-  x, y = (jax.random.randint(key, (BATCH, TOKENS), 0, VOCABULARY) for key in keys[-2:])
-  return Case(apply, loss, params, x, y, ())
+STAGES = ("trace", "lower", "compile")
+Step = Callable[..., Any]  # carry, x, y -> carry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,51 +37,108 @@ class Config:
   """What to compile.
 
   Attributes:
-    blocks: numbers of blocks.
-    forms: scanned, unrolled.
+    networks: of `compile_cases`; for 12 or 3 another number of blocks.
+    optimizers: of adamw, kfac and fop; the first is what the others are divided by.
     rounds: compilations of each step.
   """
 
-  blocks: tuple[int, ...] = (12,)
-  forms: tuple[Literal["scanned", "unrolled"], ...] = ("scanned", "unrolled")
+  networks: tuple[str, ...] = compile_cases.NETWORKS
+  optimizers: tuple[str, ...] = ("adamw", "kfac", "fop")
   rounds: int = 3
 
 
-def measure(case: Case, rounds: int) -> tuple[float, dict[str, list[float]]]:
-  """Seconds of `capture`, and of tracing and compiling each step, a value a round."""
-  steps: dict[str, Any] = {"sgd": lambda: step_cost.sgd(case)}
-  for name in step_cost.MAKERS:
-    steps[f"{name}, ordinary"] = functools.partial(step_cost.ours, case, name, 10, False)
-    steps[f"{name}, every 10"] = functools.partial(step_cost.ours, case, name, 10, None)
-  capture, seconds = [], {name: [] for name in steps}
+class Seconds(NamedTuple):
+  """Of one program: for each stage those of the processor, and all by the clock."""
+
+  stages: tuple[float, ...]
+  wall: float
+
+  @property
+  def total(self) -> float:
+    return sum(self.stages)
+
+
+class Compiled(NamedTuple):
+  """One step, compiled several times."""
+
+  seconds: list[Seconds]
+  counts: hlo.Counts
+
+
+def step_of(case: Case, name: str) -> tuple[Step, Any]:
+  """A training step of an optimizer, and what it carries."""
+  if name == "adamw":
+    tx = optax.adamw(1e-3)
+
+    def plain(carry, x, y):
+      params, state = carry
+      _, grads = jax.value_and_grad(case.loss)(params, x, y)
+      updates, state = tx.update(grads, state, params)
+      return optax.apply_updates(params, updates), state
+
+    return plain, (case.params, tx.init(case.params))
+  groups = 2 if name == "fop" else 1
+  captured = fop_optax.capture(case.loss, case.params, case.x, case.y, groups=groups)
+  ours = step_cost.MAKERS[name](1e-3, captured.layers, damping=1e-2, curvature_update_period=10)
+
+  def step(carry, x, y):
+    params, state = carry
+    due = fop_optax.refresh_due(state)
+    _, grads, stats = captured.value_and_grad(params, x, y, refresh=due)
+    updates, state = ours.update(grads, state, params, stats=stats)
+    return optax.apply_updates(params, updates), state
+
+  return step, (case.params, ours.init(case.params))
+
+
+def compile_step(case: Case, name: str) -> tuple[Seconds, Any]:
+  """The seconds that one step takes, and the compiled program."""
+  step, carry = step_of(case, name)
+  jax.clear_caches()
+  stages, wall = [], time.perf_counter()
+  made: Any = jax.jit(step, donate_argnums=0)
+  advance = (lambda f: f.trace(carry, case.x, case.y), lambda f: f.lower(), lambda f: f.compile())
+  for stage in advance:
+    begin = time.process_time()
+    made = stage(made)
+    stages.append(time.process_time() - begin)
+  return Seconds(tuple(stages), time.perf_counter() - wall), made
+
+
+def measure(case: Case, optimizers: tuple[str, ...], rounds: int) -> dict[str, Compiled]:
+  """Every optimizer's step, in turn."""
+  found: dict[str, Compiled] = {}
   for _ in range(rounds):
-    for name, make in steps.items():
-      jax.clear_caches()
-      begin = time.perf_counter()
-      fop_optax.capture(case.loss, case.params, case.x, case.y)
-      capture.append(time.perf_counter() - begin)
-      jax.clear_caches()
-      seconds[name].append(make().seconds)
-  return statistics.median(capture), seconds
+    for name in optimizers:
+      seconds, compiled = compile_step(case, name)
+      if name not in found:
+        found[name] = Compiled([], hlo.counts(compiled))
+      found[name].seconds.append(seconds)
+  return found
 
 
 def main(config: Config) -> None:
-  table = Table(
-    title=f"to trace and compile; {jax.devices()[0].device_kind}, jax {jax.__version__}"
-  )
-  for heading in ("blocks", "step", "seconds", "ratio", "capture, s"):
-    table.add_column(heading, no_wrap=True)
-  for blocks in config.blocks:
-    for form in config.forms:
-      capture, seconds = measure(transformer(blocks, form == "scanned"), config.rounds)
-      for name, own in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(own, seconds["sgd"], strict=True))
-        found = "" if name == "sgd" else f"{capture:.2f}"
-        table.add_row(
-          f"{blocks} {form}", name, f"{statistics.median(own):.1f}", f"{ratio:.2f}", found
-        )
-      table.add_section()
-  Console(width=110).print(table)
+  device = jax.devices()[0].device_kind
+  table = Table(title=f"seconds of the processor; {device}, jax {jax.__version__}")
+  headings = ("network", "step", *STAGES, "sum", "ratio", "by the clock", *hlo.Counts._fields)
+  for heading in headings:
+    table.add_column(heading, justify="left" if heading in ("network", "step") else "right")
+  for network in config.networks:
+    found = measure(compile_cases.build(network), config.optimizers, config.rounds)
+    first = found[config.optimizers[0]].seconds
+    for name, (seconds, counts) in found.items():
+      median = lambda values: statistics.median(list(values))
+      stages = [median(own.stages[i] for own in seconds) for i in range(len(STAGES))]
+      ratio = median(a.total / b.total for a, b in zip(seconds, first, strict=True))
+      table.add_row(
+        network,
+        name,
+        *(f"{value:.2f}" for value in [*stages, median(own.total for own in seconds), ratio]),
+        f"{median(own.wall for own in seconds):.1f}",
+        *map(str, counts),
+      )
+    table.add_section()
+  Console(width=130).print(table)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,31 @@ def moved(compiled) -> Moved:
   return Moved(len(found), sum(own.bytes for own in found))
 
 
+class Counts(NamedTuple):
+  """How much a program holds."""
+
+  conditionals: int
+  loops: int
+  fusions: int
+  different: int  # of them, but for those of XLA's libraries
+
+
+def counts(compiled) -> Counts:
+  """What a compiled program holds; two fusions are the same if all but their names is."""
+  text = re.sub(r", metadata=\{[^}]*\}", "", compiled.as_text())
+  bodies = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S))
+  fusions = re.findall(r" fusion\(.*?kind=(\w+), calls=%?([\w.\-]+)", text)
+  number = lambda op: len(re.findall(rf" {op}\(", text))
+  own = {_anonymous(bodies[name]) for kind, name in fusions if kind != "kCustom"}
+  return Counts(number("conditional"), number("while"), len(fusions), len(own))
+
+
+def _anonymous(body: str) -> str:
+  """The lines of a computation with numbers for names, in the order in which they come."""
+  numbers: dict[str, int] = {}
+  return re.sub(r"%[\w.\-]+", lambda name: f"%{numbers.setdefault(name[0], len(numbers))}", body)
+
+
 def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
   computations: dict[str, dict[str, Instruction]] = {}
   entry, own = "", {}

@@ -26,7 +26,7 @@ from rich.table import Table
 import tyro
 
 from experiments.benchmarks import hlo, timing
-from experiments.benchmarks.compile_time import TOKENS, VOCABULARY, transformer
+from experiments.benchmarks.compile_cases import TOKENS, VOCABULARY, transformer
 import fop_optax
 
 Make = Callable[[Any, fop_optax.Sharding | None], optax.GradientTransformation]

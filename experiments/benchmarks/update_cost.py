@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 import tyro
 
-from experiments.benchmarks import cases, compile_time, peers, timing
+from experiments.benchmarks import cases, compile_cases, peers, timing
 import fop_optax
 
 PERIOD = 10
@@ -146,7 +146,7 @@ def _problem(case: str) -> tuple[Any, ...]:
   if case.startswith("gpt2"):
     network = cases.build(case.removesuffix("-step"))
   else:
-    network = compile_time.transformer(4, scan=False)
+    network = compile_cases.transformer(4, scan=False)
   return network.loss, network.params, network.x, network.y
 
 

@@ -1,5 +1,6 @@
 """Damping `F + lambda I`: its size, its shares in two Kronecker factors, how small it may be."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,15 +37,33 @@ def size(factor: jax.Array) -> Size:
   trace = trace_of(factor)
   unit = jnp.where(trace > 0, trace, 1)  # no entry is larger: no square overflows
   norm = unit * jnp.sqrt(jnp.sum((factor / unit) ** 2))
-  exact = factor.ndim == 1 or len(factor) == 1
-  resolution = 0 if exact else 4 * jnp.finfo(factor.dtype).eps
   constant = lambda x: jnp.asarray(x, factor.dtype)
+  resolution = resolution_of(factor.shape, factor.dtype)
   return Size(trace, norm, constant(len(factor)), constant(resolution))
+
+
+def resolution_of(shape: Sequence[int], dtype: jax.typing.DTypeLike) -> float:
+  """`4 eps` of a matrix of this shape, 0 of a diagonal."""
+  return 0.0 if len(shape) == 1 or shape[0] == 1 else 4 * float(jnp.finfo(dtype).eps)
 
 
 def trace_of(factor: jax.Array) -> jax.Array:
   """The trace of a matrix, of which only the diagonal is read, or of a diagonal."""
   return jnp.sum(factor if factor.ndim == 1 else factor.reshape(-1)[:: len(factor) + 1])
+
+
+def traces(stacks: Sequence[jax.Array]) -> jax.Array:
+  """The traces of all factors of several stacks `[n, d, d]` or `[n, d]`, as one vector."""
+  widest = max([x.shape[1] for x in stacks if x.ndim == 3], default=1)
+
+  def diagonals(x):
+    if x.ndim == 2:
+      x = jnp.sum(x, axis=1, keepdims=True)
+    else:
+      x = x.reshape(len(x), -1)[:, :: x.shape[1] + 1]
+    return jnp.pad(x, [(0, 0), (0, widest - x.shape[1])])
+
+  return jnp.sum(jnp.concatenate(list(map(diagonals, stacks))), axis=1)
 
 
 class Damping(NamedTuple):

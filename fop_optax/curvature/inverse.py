@@ -11,9 +11,9 @@ Damping below the rounding of `F` in its precision is raised to it, block by blo
 are, eigenvalues that ought to be zero would blow up what rounding left of the gradient there.
 
 Each is one row of `SCALINGS`, handed on as it is. A block without an inverse has zeros for it: its
-direction is zero. Factors of one shape are inverted together, whether `A` or `G` and of whichever
-stack, and numbers of all blocks are worked out as one vector: the program has one inversion for
-each side that occurs, and compiles quickly.
+direction is zero. Factors of one side, or nearly, are inverted together, whether `A` or `G` and of
+whichever stack, and numbers of all blocks are worked out as one vector: XLA compiles each operation
+once for each shape that it has.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +27,10 @@ from fop_optax.curvature.damping import (
   Size,
   add_damping,
   block_rounding,
+  resolution_of,
   size,
   split_damping,
-  trace_of,
+  traces,
 )
 from fop_optax.curvature.positive import positive_inverse
 from fop_optax.curvature.precondition import (
@@ -41,8 +42,8 @@ from fop_optax.curvature.precondition import (
   sandwich,
   transposed,
 )
-from fop_optax.curvature.stacks import by_block, by_shape, per_stack
-from fop_optax.factorizations import eigh
+from fop_optax.curvature.stacks import by_block, by_shape, padded, per_stack
+from fop_optax.factorizations import eigh, in_turn
 from fop_optax.layers import Factors
 
 Split = Callable[[Size, Size, jax.Array], tuple[jax.Array, jax.Array]]
@@ -130,22 +131,36 @@ def factored_invert(
   asked_A, asked_G = split(A, G, asked)
   damping_A, damping_G = split(A, G, jnp.maximum(asked, block_rounding(A, G)))
   damping_A, damping_G = jnp.maximum(damping_A, A.rounding), jnp.maximum(damping_G, G.rounding)
-  of_A, of_G = _each_side(_damped_inverse, stacks, (damping_A, damping_G), due)
+  of_A, of_G = _each_side(_damped_inverse, stacks, (damping_A, damping_G), due, pad=True)
   used = SplitDamping(damping_A, damping_G, damping_A - asked_A, damping_G - asked_G)
+  cut = lambda inverse, like: jax.lax.slice(inverse, [0] * like.ndim, like.shape)
+  inverses = [
+    FactoredInverse(cut(a, own.A), cut(g, own.G))
+    for a, g, own in zip(of_A, of_G, stacks, strict=True)
+  ]
   # Positive matrices: no entry is larger than the trace.
-  traces = [jnp.concatenate([trace for _, trace in side]) for side in (of_A, of_G)]
-  sound = jnp.all(jnp.isfinite(jnp.stack([*traces, *used])), axis=0)
-  return [FactoredInverse(a, g) for (a, _), (g, _) in zip(of_A, of_G, strict=True)], used, sound
+  found = [traces([own.A for own in inverses]), traces([own.G for own in inverses])]
+  return [*inverses], used, jnp.all(jnp.isfinite(jnp.stack([*found, *used])), axis=0)
 
 
-def _damped_inverse(factor, damping):
-  """Inverse and its trace: NaN (or an infinity, on a diagonal) if it is not positive definite."""
-  damped = add_damping(factor, damping.astype(factor.dtype))
-  if damped.ndim == 1:
-    inverse = jnp.where(damped > 0, 1 / damped, jnp.nan)
-  else:
-    inverse = positive_inverse(damped)
-  return inverse, trace_of(inverse)
+def _damped_inverse(factor, dim, damping):
+  """NaN, or an infinity on a diagonal, if it is not positive definite.
+
+  Of a factor of side `dim` with rows and columns of zeros behind it: of the identity there.
+  """
+  damping = damping.astype(factor.dtype)
+  if factor.ndim == 2:
+    # Behind the barrier it is one array; without it each use is one more kernel.
+    identity = jax.lax.optimization_barrier(jnp.eye(len(factor), dtype=factor.dtype))
+    return _damped_matrix_inverse(factor, dim, damping, identity)
+  damped = add_damping(factor, damping)
+  return jnp.where(damped > 0, 1 / damped, jnp.nan)
+
+
+@in_turn  # not only the inverse: all damped matrices are never held
+def _damped_matrix_inverse(factor, dim, damping, identity):
+  diagonal = jnp.where(jnp.arange(len(factor)) < dim, damping, 1)
+  return positive_inverse(factor + diagonal * identity, identity)
 
 
 def _factored_empty(factors):
@@ -181,9 +196,9 @@ def _exact_invert(stacks, damping, due, kept, made):
   return inverses, used, sound
 
 
-def _eigen(factor, damping):
+def _eigen(factor, dim, damping):
   """Eigenvectors (None: it is a diagonal), eigenvalues and the smallest; NaN if none are found."""
-  del damping
+  del dim, damping
   if factor.ndim == 1:
     values = jnp.maximum(factor, 0)
     return None, values, jnp.min(values)
@@ -316,19 +331,36 @@ SCALINGS = {
 
 def _sizes(stacks: Sequence[Factors]) -> tuple[Size, Size]:
   """Sizes of `A` and of `G` of all blocks, stack after stack."""
-  found = by_shape(jax.vmap(size), _sides([f.A for f in stacks], [f.G for f in stacks]))
-  flat = lambda sizes: Size(*map(jnp.concatenate, zip(*sizes, strict=True)))
-  return flat(found[::2]), flat(found[1::2])
+  of_A, of_G = [f.A for f in stacks], [f.G for f in stacks]
+  factors = [*of_A, *of_G]
+  trace = jnp.concatenate([traces(of_A), traces(of_G)])
+  unit = jnp.where(trace > 0, trace, 1)  # no entry is larger: no square overflows
+  squares = by_shape(
+    jax.vmap(lambda f, unit: jnp.sum((f / unit.astype(f.dtype)) ** 2)),
+    padded(factors),
+    per_stack(unit, list(map(len, factors))),
+  )
+  each = lambda number: jnp.concatenate([jnp.full(len(f), number(f), trace.dtype) for f in factors])
+  both = Size(
+    trace=trace,
+    norm=unit * jnp.sqrt(jnp.concatenate(squares)),
+    dim=each(lambda f: f.shape[1]),
+    resolution=each(lambda f: resolution_of(f.shape[1:], f.dtype)),
+  )
+  blocks = len(trace) // 2
+  return Size(*(x[:blocks] for x in both)), Size(*(x[blocks:] for x in both))
 
 
-def _each_side(function, stacks, dampings, due):
-  """`function(factor, damping)` of both factors of each block that is due, stack by stack."""
+def _each_side(function, stacks, dampings, due, pad=False):
+  """`function(factor, dim, damping)` of both factors of each block that is due, stack by stack."""
   by_stack = lambda A, G: _sides(_per_stack(A, stacks), _per_stack(G, stacks))
-  columns = [_sides([f.A for f in stacks], [f.G for f in stacks]), by_stack(*dampings)]
+  factors = _sides([f.A for f in stacks], [f.G for f in stacks])
+  dims = [jnp.full(len(f), f.shape[1], jnp.int32) for f in factors]
+  columns = [padded(factors) if pad else factors, dims, by_stack(*dampings)]
   if due is not None:
     columns.append(by_stack(due, due))
   found = by_shape(
-    lambda factor, damping, due=None: _each(function, due, factor, damping), *columns
+    lambda factor, dim, damping, due=None: _each(function, due, factor, dim, damping), *columns
   )
   return found[::2], found[1::2]
 

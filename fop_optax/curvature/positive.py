@@ -14,19 +14,22 @@ _LEAF = 384  # halves end at this side
 
 
 @in_turn
-def positive_inverse(matrix: jax.Array) -> jax.Array:
+def positive_inverse(matrix: jax.Array, identity: jax.Array | None = None) -> jax.Array:
   """The inverse of a positive definite matrix; NaN if it is not positive definite."""
-  root = _triangular_inverse(cholesky(matrix))
+  if identity is None:
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+  root = _triangular_inverse(cholesky(matrix), identity)
   return _triangular_gram(root)  # L^-T L^-1: symmetric and positive, however it is rounded
 
 
-def _triangular_inverse(lower):
+def _triangular_inverse(lower, identity):
   """`[[P, 0], [Q, R]]^-1 = [[P^-1, 0], [-R^-1 Q P^-1, R^-1]]`."""
   n = len(lower)
   if n <= _LEAF:
-    return solve_lower(lower, jnp.eye(n, dtype=lower.dtype))
+    return solve_lower(lower, identity)
   h = n // 2
-  P, R = _triangular_inverse(lower[:h, :h]), _triangular_inverse(lower[h:, h:])
+  P = _triangular_inverse(lower[:h, :h], identity[:h, :h])
+  R = _triangular_inverse(lower[h:, h:], identity[h:, h:])
   Q = -matmul(R, matmul(lower[h:, :h], P))
   return jnp.block([[P, jnp.zeros((h, n - h), lower.dtype)], [Q, R]])
 

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.curvature.damping import trace_of
 from fop_optax.layers import Factors, Layers, is_masked, side_shapes
 from fop_optax.moments import whole
 from fop_optax.tensors import Tensors
 
 Blocks = Layers | Tensors
+
+SMALL_SIDE = 65  # up to it a larger side costs little: 64 and a bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,26 +94,18 @@ def stack_matrices(stack: Stack, layers: Blocks, leaves: Sequence[Any], dtype: A
   return _concatenate(matrices)
 
 
-def stack_factors(
-  stack: Stack, factors: Sequence[Factors], dtype: Any
-) -> tuple[Factors, list[jax.Array]]:
-  """The factors of the layers of `stack`, side by side, and numbers that are finite if they are.
-
-  Of a sum of squares no entry is larger than the diagonal's, or not a number where that is one:
-  the traces tell.
-  """
+def stack_factors(stack: Stack, factors: Sequence[Factors], dtype: Any) -> Factors:
+  """The factors of the layers of `stack`, side by side."""
   if not stack.layers:
-    zeros = Factors(*(jnp.zeros(shape, dtype) for shape in stack.factor_shapes))
-    return zeros, [jnp.zeros(stack.blocks, dtype)] * 2
+    return Factors(*(jnp.zeros(shape, dtype) for shape in stack.factor_shapes))
   members = [jax.tree.map(lambda f: f.astype(dtype), factors[i]) for i in stack.layers]
-  joined = Factors(_concatenate([f.A for f in members]), _concatenate([f.G for f in members]))
-  return joined, [jax.vmap(trace_of)(side) for side in joined]
+  return Factors(_concatenate([f.A for f in members]), _concatenate([f.G for f in members]))
 
 
 def stack_squares(
   stack: Stack, second_moments: Sequence[jax.Array], dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """The second moments of the layers of `stack`, as `stack_factors`."""
+  """The second moments of the layers of `stack`, and numbers that are finite if they are."""
   if not stack.layers:
     return jnp.zeros((stack.blocks, *stack.dims), dtype), jnp.zeros(stack.blocks, dtype)
   joined = _concatenate([second_moments[i].astype(dtype) for i in stack.layers])
@@ -166,6 +159,18 @@ def by_shape(
       out[index] = jax.tree.map(lambda x, a=start, b=stop: x[a:b], result)
       start = stop
   return out
+
+
+def padded(sides: Sequence[jax.Array]) -> list[jax.Array]:
+  """Stacks of matrices with zeros up to a side that others have; diagonals are as they are.
+
+  A side goes with the one that is one larger, as that of a bias is, and small ones go together.
+  """
+  larger, lead = {}, 0
+  for d in sorted({x.shape[1] for x in sides if x.ndim == 3}, reverse=True):
+    lead = larger[d] = lead if d == lead - 1 or 0 < lead <= SMALL_SIDE else d
+  fill = lambda x: [(0, 0)] + [(0, larger[x.shape[1]] - x.shape[1])] * 2
+  return [jnp.pad(x, fill(x)) if x.ndim == 3 else x for x in sides]
 
 
 def by_side(

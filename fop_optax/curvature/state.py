@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fop_optax.curvature.damping import Damping
+from fop_optax.curvature.damping import Damping, traces
 from fop_optax.curvature.factors import Fold, old_weight
 from fop_optax.curvature.inverse import (
   EigenvalueInverse,
@@ -350,13 +351,13 @@ def _folded(
 def _statistics(stats, stacks, dtypes, S, share):
   """Factors and second moments (or None) stack by stack; of all blocks: finite or not, tr G."""
   mine = (lambda index, tree: tree) if share is None else share.stack
-  new, traces = [], []
-  for index, (stack, dtype) in enumerate(zip(stacks, dtypes, strict=True)):
-    factors, own = stack_factors(stack, stats.factors, dtype)
-    new.append(mine(index, factors))
-    traces.append(own)
-  tell = [jnp.concatenate(side) for side in zip(*traces, strict=True)]
-  traces_of_G = tell[1]
+  found = [
+    stack_factors(stack, stats.factors, dtype) for stack, dtype in zip(stacks, dtypes, strict=True)
+  ]
+  new = list(itertools.starmap(mine, enumerate(found)))
+  # Of a sum of squares no entry is larger than the diagonal's, or not a number where that is one.
+  traces_of_G = traces([own.G for own in found])
+  tell = [traces([own.A for own in found]), traces_of_G]
   if S[0] is None:
     return new, S, jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0), traces_of_G
   squares = [

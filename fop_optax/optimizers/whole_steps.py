@@ -8,6 +8,7 @@ import optax
 
 from fop_optax.curvature.state import CurvatureState
 from fop_optax.curvature.steps import Steps
+from fop_optax.moments import SMALL
 from fop_optax.optimizers import checks
 
 
@@ -59,13 +60,19 @@ def whole_steps(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Any, whole: bool = False) -> jax.Array:
   """Whether every entry of a tree is finite.
 
-  By sums of `x - x`, each zero or NaN: XLA makes of a conjunction several kernels for each array.
+  By sums of `0 x`, each zero or NaN: XLA makes of a conjunction several kernels for each array.
   Behind the barrier all these sums are one array; without it they are copied into each `where`.
+  Of arrays that are `whole`, on every device, small ones are looked through side by side.
   """
-  gaps = [_gap(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
+  leaves = list(map(jnp.asarray, jax.tree.leaves(tree)))
+  small = [leaf for leaf in leaves if whole and leaf.size <= SMALL]
+  if len(small) > 1:
+    leaves = [leaf for leaf in leaves if leaf.size > SMALL]
+    leaves.append(jnp.concatenate([leaf.reshape(-1) for leaf in small]))
+  gaps = list(map(_gap, leaves))
   if not gaps:
     return jnp.asarray(True)
   return jnp.sum(jax.lax.optimization_barrier(jnp.stack(gaps))) == 0
@@ -77,7 +84,7 @@ def _gap(array: jax.Array) -> jax.Array:
   if not jnp.issubdtype(array.dtype, jnp.inexact):
     return jnp.zeros(())
   wide = array.astype(jnp.float32) if jnp.finfo(array.dtype).bits < 32 else array
-  return jnp.sum(wide - wide).astype(jnp.float32)
+  return jnp.sum(wide * 0).astype(jnp.float32)
 
 
 def placed_like(params: Any, state: Any) -> Any:

@@ -5,14 +5,15 @@ convolutions (`lhs_dilation`) too: `lax.pad` with interior padding, then a strid
 offset of the kernel. `patches' dy` is the kernel's gradient.
 """
 
+from collections.abc import Sequence
 import dataclasses
-import itertools
 import math
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from fop_optax import moments
 from fop_optax.capture.values import Atom, Matching, atom
@@ -103,30 +104,48 @@ class Convolution:
     """Patches of `x[n, *spatial, features]`, and their axes: rows, stack, features."""
     n = len(self.kernel)
     # [n, *output, group, *kernel, feature], then the inputs in the order of the weight's axes
-    patches = jnp.stack(self._pieces(x), axis=-2)
+    patches = self._windows(x)
     split = (*patches.shape[: n + 1], *self.kernel, self.groups, x.shape[-1] // self.groups)
     patches = patches.reshape(split)
     first = n + 1
     features = tuple(2 * n + 2 if axis == -1 else first + axis for axis in self.input_order)
     return patches, moments.Roles(tuple(range(first)), (2 * n + 1,), features)
 
+  def _windows(self, x: jax.Array) -> jax.Array:
+    """What the offsets of the kernel meet of `x`, side by side: `[n, *output, offsets, features]`.
+
+    In a loop: written out, each offset is one more kernel to compile.
+    """
+    x, starts = self._padded(x), jnp.asarray(self._starts())
+    first = self._window(x, (0,) * len(self.kernel))[..., None, :]
+
+    def put(i, out):
+      window = self._window(x, starts[i])
+      return lax.dynamic_update_index_in_dim(out, window, i, out.ndim - 2)
+
+    shape = (*first.shape[:-2], len(starts), first.shape[-1])
+    return lax.fori_loop(1, len(starts), put, jnp.broadcast_to(first, shape))  # sharded like x
+
   def _pieces(self, x: jax.Array) -> list[jax.Array]:
     """For each offset of the kernel what it meets of `x[n, *spatial, features]`."""
-    config = [(0, 0, 0)]
-    config += [
-      (*edges, step - 1) for edges, step in zip(self.padding, self.lhs_dilation, strict=True)
-    ]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
-    pieces = []
-    for offset in itertools.product(*map(range, self.kernel)):
-      start = [k * dilation for k, dilation in zip(offset, self.rhs_dilation, strict=True)]
-      limit = [
-        s + (size - 1) * stride + 1
-        for s, size, stride in zip(start, self.output, self.strides, strict=True)
-      ]
-      window = (0, *start, 0), (x.shape[0], *limit, x.shape[-1]), (1, *self.strides, 1)
-      pieces.append(lax.slice(x, *window))
-    return pieces
+    x = self._padded(x)
+    return [self._window(x, start) for start in self._starts().tolist()]
+
+  def _starts(self) -> np.ndarray:
+    """Where the windows of the kernel's offsets start."""
+    return np.indices(self.kernel).reshape(len(self.kernel), -1).T * np.array(self.rhs_dilation)
+
+  def _window(self, x: jax.Array, start: Sequence[Any] | jax.Array) -> jax.Array:
+    """Every `stride`-th entry of a padded `x` from `start` on, as many as the output has."""
+    pairs = zip(self.output, self.strides, strict=True)
+    sizes = [len(x), *((size - 1) * stride + 1 for size, stride in pairs), x.shape[-1]]
+    window = lax.dynamic_slice(x, [0, *start, 0], sizes)
+    return lax.slice(window, [0] * x.ndim, sizes, [1, *self.strides, 1])
+
+  def _padded(self, x: jax.Array) -> jax.Array:
+    steps = zip(self.padding, self.lhs_dilation, strict=True)
+    config = [(0, 0, 0), *((*edges, step - 1) for edges, step in steps), (0, 0, 0)]
+    return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
 def match(equation: Any, weight: int) -> Matching | str:
