@@ -1,8 +1,7 @@
 """What K-FAC and FOP share: options, checks of what comes in, and the way in and out of a step."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from fop_optax import _compat
 from fop_optax.curvature import factors, per_example_factors
 from fop_optax.curvature.damping import Damping
 from fop_optax.curvature.inverse import SCALINGS, Scaling
-from fop_optax.curvature.layouts import Layout, laid_like, plan_layout
+from fop_optax.curvature.layouts import Layout, plan_layout
 from fop_optax.curvature.owned import Directions, Method, StackedGradients, advance_owned
 from fop_optax.curvature.stacks import (
   Stack,
@@ -33,15 +32,13 @@ from fop_optax.curvature.steps import Finite
 from fop_optax.layers import Layers, Stats, is_masked
 from fop_optax.optimizers import checks
 from fop_optax.optimizers.bases import check_second_moments
-from fop_optax.optimizers.momentum import with_momentum
 from fop_optax.optimizers.refresh import WarmupPeriod
-from fop_optax.optimizers.whole_steps import all_finite, whole_steps
+from fop_optax.optimizers.whole_steps import all_finite
 from fop_optax.sharding import Sharding
 
 # Defaults, chosen over many workloads: `python -m experiments.benchmarks.defaults`.
 RELATIVE_DAMPING = 1.0
 NORM_CONSTRAINT = 0.1
-FALLBACK_RATE = 0.03  # of the learning rate
 UPDATE_PERIOD = WarmupPeriod(steps=20, period=10)
 
 Scalar = float | jax.Array
@@ -254,69 +251,6 @@ def constrain(options: Options, norm2: jax.Array, count: jax.Array) -> jax.Array
   return jnp.sqrt(jnp.where(jnp.isfinite(size), nu2, jnp.nan))
 
 
-def by_layer(
-  layers: Layers,
-  inside: optax.GradientTransformation,
-  outside: optax.GradientTransformation,
-  kind: type,
-  sharding: Sharding | None = None,
-) -> optax.GradientTransformationExtraArgs:
-  """Leaves in a layer go through `inside`, the others through `outside`; frozen ones stay.
-
-  `kind` is the type of the state that `inside` has.
-
-  All are sharded like their parameters, where `sharding` says how: XLA is free to choose otherwise.
-  """
-  covered, frozen = layers.covered, layers.frozen
-
-  def label(index, leaf):
-    if is_masked(leaf):
-      return leaf
-    return "layers" if index in covered else "frozen" if index in frozen else "fallback"
-
-  def labels(tree):
-    if not jax.tree.leaves(tree, is_leaf=is_masked):
-      return "layers"  # the placeholder of optax.tree.map_params
-    leaves = layers.leaves(tree, "The tree of parameters or gradients")
-    return layers.tree(tree, [label(index, leaf) for index, leaf in enumerate(leaves)])
-
-  parts: dict[Hashable, optax.GradientTransformation] = {"layers": inside}
-  if frozen:
-    parts["frozen"] = optax.set_to_zero()
-  if len(covered | frozen) < len(layers.shapes):
-    parts["fallback"] = outside
-  inner = optax.partition(parts, labels)
-
-  def update(updates, state, params=None, **extra_args):
-    leaves = layers.leaves(updates, "The gradient")
-    if sharding is not None and sharding.params is not None:
-      leaves = laid_like(sharding, layers, leaves)
-      updates = layers.tree(updates, leaves)
-    others = [leaf for index, leaf in enumerate(leaves) if index not in covered]
-    finite = all_finite(others)
-    return inner.update(updates, state, params, fallback_finite=finite, **extra_args)
-
-  return whole_steps(optax.GradientTransformationExtraArgs(inner.init, update), kind)
-
-
-def keep_dtypes(
-  inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-  """`inner` with updates and state in the dtypes they came in.
-
-  A rate or momentum that is an array of float32 (every injected hyperparameter, if one parameter is
-  float32) would make bfloat16 updates and traces float32, and the state no longer what `init` made.
-  """
-  inner = optax.with_extra_args_support(inner)
-  cast = lambda new, old: jax.tree.map(lambda new, old: new.astype(old.dtype), new, old)
-
-  def update(updates, state, params=None, **extra_args):
-    new, new_state = inner.update(updates, state, params, **extra_args)
-    return cast(new, updates), cast(new_state, state)
-
-  return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
 def check_stats(options: Options, layers: Layers, stats: Any, updates: Any, state: Any) -> Stats:
   """Checks that `stats` came, from a loss with these layers, and are averaged over devices."""
   if stats is None:
@@ -362,71 +296,3 @@ def _resolution(stack: Stack, layers: Layers, leaves: Sequence[Any]) -> float:
   """The coarsest machine epsilon of the gradients in a stack."""
   members = [leaf for i in stack.layers for leaf in layers[i].leaves]
   return max((float(jnp.finfo(dtype_of(leaves[leaf])).eps) for leaf in members), default=0.0)
-
-
-def complete(
-  options: Options,
-  precondition: optax.GradientTransformation,
-  nesterov: bool,
-  weight_decay: Scalar,
-  mask: Any,
-) -> optax.GradientTransformationExtraArgs:
-  """An optimizer out of a direction: momentum, weight decay, rate.
-
-  A bounded step is meant to go downhill: with `norm_constraint` momentum starts anew where not.
-  """
-  checks.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
-  if isinstance(mask, bool | jax.Array) or any(
-    isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(mask)
-  ):
-    raise ValueError(
-      f"`mask={mask}` should be a tree of Python bools like params, or a callable that makes one."
-      " `optax.inject_hyperparams` takes any callable for a schedule: declare it with"
-      ' `optax.inject_hyperparams(..., static_args="mask")`.'
-    )
-  if options.momentum is not None:
-    # an update out of examples' gradients has no mean gradient to compare with
-    restart = options.norm_constraint is not None and not options.per_example
-    precondition = keep_dtypes(with_momentum(precondition, options.momentum, nesterov, restart))
-  rest = optax.chain(*_decay_and_rate(options.learning_rate, weight_decay, mask))
-  return optax.chain(precondition, keep_dtypes(rest))
-
-
-def slow_adamw(
-  learning_rate: ScalarOrSchedule, weight_decay: Scalar, mask: Any
-) -> optax.GradientTransformation:
-  """What takes care of leaves in no layer by default: Adam at a fraction of the rate.
-
-  Weight decay is that of the leaves in layers: times the rate itself.
-  """
-  adam = (wide_adam(), optax.scale(FALLBACK_RATE))
-  return optax.chain(*adam, *_decay_and_rate(learning_rate, weight_decay, mask))
-
-
-def wide_adam() -> optax.GradientTransformation:
-  """Adam's direction in float32 or better: in 16 and 8 bits its epsilon would be zero."""
-  adam = optax.scale_by_adam()
-
-  def wide(leaf):
-    if jnp.finfo(leaf.dtype).bits >= 32:
-      return leaf
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-      return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
-    return leaf.astype(jnp.float32)
-
-  def init(params):
-    return adam.init(jax.tree.map(wide, params))
-
-  def update(updates, state, params=None):
-    del params
-    directions, state = adam.update(jax.tree.map(wide, updates), state)
-    return jax.tree.map(lambda d, u: d.astype(u.dtype), directions, updates), state
-
-  return optax.GradientTransformation(init, update)
-
-
-def _decay_and_rate(rate, weight_decay, mask):
-  stages = [optax.scale_by_learning_rate(rate)]
-  if not (isinstance(weight_decay, numbers.Real) and weight_decay == 0):
-    stages.insert(0, optax.add_decayed_weights(weight_decay, mask))  # alone needs params
-  return stages

@@ -11,7 +11,7 @@ from fop_optax.curvature.inverse import Scaling, UsedDamping
 from fop_optax.curvature.owned import Directions
 from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers, Stats
-from fop_optax.optimizers import checks, common
+from fop_optax.optimizers import checks, common, completion
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 from fop_optax.projection import Gradients, check_total_gradient, fop_directions, tree_of
 from fop_optax.sharding import Sharding
@@ -118,7 +118,9 @@ def scale_by_fop(
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
   inner = project(options, fop_options, checks.check_layers(layers))
-  return common.by_layer(layers, inner, fallback or common.wide_adam(), ScaleByFopState, sharding)
+  return completion.by_layer(
+    layers, inner, fallback or completion.wide_adam(), ScaleByFopState, sharding
+  )
 
 
 def project(
@@ -329,10 +331,10 @@ def fop(
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
   inner = project(options, fop_options, checks.check_layers(layers))
-  return common.by_layer(
+  return completion.by_layer(
     layers,
-    common.complete(options, inner, nesterov, weight_decay, mask),
-    common.keep_dtypes(fallback or common.slow_adamw(learning_rate, weight_decay, mask)),
+    completion.complete(options, inner, nesterov, weight_decay, mask),
+    completion.keep_dtypes(fallback or completion.slow_adamw(learning_rate, weight_decay, mask)),
     ScaleByFopState,
     sharding,
   )

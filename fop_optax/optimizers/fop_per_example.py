@@ -10,7 +10,7 @@ import optax
 from fop_optax.curvature import gram
 from fop_optax.curvature.gram import Gram
 from fop_optax.dimensions import Dimensions
-from fop_optax.optimizers import common, per_example
+from fop_optax.optimizers import common, completion, per_example
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 from fop_optax.optimizers.fop import FopOptions, Projection, ScaleByFopState, no_projection, project
 from fop_optax.optimizers.per_example import Settings, Share, Weights
@@ -231,5 +231,5 @@ def fop_per_example(
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector, groups)
   inner = _project(options, fop_options, settings)
-  complete = common.complete(options, inner, nesterov, weight_decay, mask)
+  complete = completion.complete(options, inner, nesterov, weight_decay, mask)
   return whole_steps(complete, ScaleByFopState, examples=True)

@@ -9,7 +9,7 @@ import optax
 from fop_optax.curvature.owned import Directions
 from fop_optax.curvature.state import CurvatureState
 from fop_optax.layers import Layers, Stats
-from fop_optax.optimizers import checks, common
+from fop_optax.optimizers import checks, common, completion
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 from fop_optax.sharding import Sharding
 
@@ -57,7 +57,9 @@ def scale_by_kfac(
     sharding=sharding,
   )
   inner = precondition(options, checks.check_layers(layers))
-  return common.by_layer(layers, inner, fallback or common.wide_adam(), ScaleByKfacState, sharding)
+  return completion.by_layer(
+    layers, inner, fallback or completion.wide_adam(), ScaleByKfacState, sharding
+  )
 
 
 def precondition(options: Options, layers: Layers) -> optax.GradientTransformationExtraArgs:
@@ -255,10 +257,10 @@ def kfac(
     sharding=sharding,
   )
   inner = precondition(options, checks.check_layers(layers))
-  return common.by_layer(
+  return completion.by_layer(
     layers,
-    common.complete(options, inner, nesterov, weight_decay, mask),
-    common.keep_dtypes(fallback or common.slow_adamw(learning_rate, weight_decay, mask)),
+    completion.complete(options, inner, nesterov, weight_decay, mask),
+    completion.keep_dtypes(fallback or completion.slow_adamw(learning_rate, weight_decay, mask)),
     ScaleByKfacState,
     sharding,
   )

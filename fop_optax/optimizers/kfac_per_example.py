@@ -9,7 +9,7 @@ import optax
 from fop_optax.curvature import gram
 from fop_optax.curvature.gram import Gram
 from fop_optax.dimensions import Dimensions
-from fop_optax.optimizers import common, per_example
+from fop_optax.optimizers import common, completion, per_example
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 from fop_optax.optimizers.kfac import ScaleByKfacState, precondition
 from fop_optax.optimizers.per_example import Settings, Share, Weights
@@ -205,5 +205,5 @@ def kfac_per_example(
   )
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector)
   inner = _precondition(options, settings)
-  complete = common.complete(options, inner, nesterov, weight_decay, mask)
+  complete = completion.complete(options, inner, nesterov, weight_decay, mask)
   return whole_steps(complete, ScaleByKfacState, examples=True)

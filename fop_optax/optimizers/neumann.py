@@ -10,7 +10,7 @@ import optax
 from fop_optax.curvature.stacks import dtype_of
 from fop_optax.curvature.steps import Finite, Steps, no_steps
 from fop_optax.layers import is_masked
-from fop_optax.optimizers import by_tensor, checks, common
+from fop_optax.optimizers import by_tensor, checks, common, completion
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.whole_steps import all_finite, whole_steps
 
@@ -336,5 +336,5 @@ def neumann(
     max_momentum=max_momentum,
   )
   decay = by_tensor.decay(weight_decay, mask)
-  chain = common.keep_dtypes(optax.chain(decay, _neumann(options), optax.scale(-1.0)))
+  chain = completion.keep_dtypes(optax.chain(decay, _neumann(options), optax.scale(-1.0)))
   return whole_steps(chain, ScaleByNeumannState)

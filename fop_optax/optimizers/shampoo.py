@@ -7,7 +7,7 @@ import optax
 from fop_optax.curvature.steps import Steps
 from fop_optax.dimensions import Dimensions
 from fop_optax.layers import Layers
-from fop_optax.optimizers import by_tensor, checks, common
+from fop_optax.optimizers import by_tensor, checks, completion
 from fop_optax.optimizers import shampoo_step as step
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.grafting import grafted
@@ -229,4 +229,4 @@ def shampoo(
   decay = by_tensor.decay(weight_decay, mask)
   stages = [_shampoo(options), decay] if decoupled_decay else [decay, _shampoo(options)]
   rate = optax.scale_by_learning_rate(learning_rate)
-  return whole_steps(common.keep_dtypes(optax.chain(*stages, rate)), ScaleByShampooState)
+  return whole_steps(completion.keep_dtypes(optax.chain(*stages, rate)), ScaleByShampooState)

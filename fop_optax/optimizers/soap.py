@@ -7,7 +7,7 @@ import optax
 from fop_optax.curvature.steps import Steps
 from fop_optax.dimensions import Dimensions
 from fop_optax.layers import Layers
-from fop_optax.optimizers import by_tensor, checks, common
+from fop_optax.optimizers import by_tensor, checks, completion
 from fop_optax.optimizers import soap_step as step
 from fop_optax.optimizers.common import Scalar, ScalarOrSchedule
 from fop_optax.optimizers.owned_tensors import OwnedStack
@@ -245,4 +245,6 @@ def soap(
   checks.check("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
   after = by_tensor.decay_after_step(learning_rate, weight_decay, mask, skip_first)
   rate = optax.scale_by_learning_rate(learning_rate)
-  return whole_steps(common.keep_dtypes(optax.chain(_soap(options), rate, after)), ScaleBySoapState)
+  return whole_steps(
+    completion.keep_dtypes(optax.chain(_soap(options), rate, after)), ScaleBySoapState
+  )
