@@ -125,10 +125,11 @@ show(curves, "The loss explodes", top=1e6)
 # ## It stalls at first, without noise
 #
 # Regression with large residuals. Statistics from the labels grow with the *square* of the
-# residual, so steps are tiny exactly where the target is far. Curvature that does not ask the
-# labels, `fisher="sampled"`, knows nothing of that. The loss has to be marked for it
-# (`squared_error` is). Then it is the bound that holds the steps back, and it can go: the problem
-# is quadratic.
+# residual, so steps are tiny exactly where the target is far. The defaults make up for it: their
+# steps are in units of the loss. With an absolute `damping` they are not. Further still goes
+# curvature that does not ask the labels, `fisher="sampled"`, for which the loss has to be marked
+# (`squared_error` is). Then it is the bound that holds the steps back, and here it can go: the
+# problem is quadratic.
 
 # %%
 rng = np.random.default_rng(0)
@@ -142,14 +143,14 @@ def regression(params, x, y):
 
 
 curves = {}
-for name, fisher, bound in (
-  ("labels given", "empirical", 0.1),
-  ("sampled", "sampled", 0.1),
-  ("sampled, without the bound", "sampled", None),
+for name, fisher, options in (
+  ("absolute damping", "empirical", {"damping": 1e-3}),
+  ("the defaults, in units of the loss", "empirical", {}),
+  ("sampled, without the bound", "sampled", {"norm_constraint": None}),
 ):
   own = fop_optax.capture(regression, linear, inputs, targets, fisher=fisher)
   same = [(inputs, targets)] * 100
-  curves[name], _, _ = train(own, linear, same, steps=100, norm_constraint=bound)
+  curves[name], _, _ = train(own, linear, same, steps=100, **options)
   print(f"{name}: {curves[name][0]:.0f} -> {curves[name][-1]:.2g}")
 show(curves, "It stalls", ylabel="loss")
 
