@@ -154,15 +154,16 @@ def _shampoo_blocks(layers: Layers, sizes: Sequence[int], limit: int) -> list[Bl
   return _tensors(layers, sizes, lambda tensor: tensor.cut(limit))
 
 
-def _by_layer(vectors: Callable[[int], int], kept: int = 2) -> Temporaries:
+def _by_layer(vectors: Callable[[int], int], kept: int = 3, copies: int = 2) -> Temporaries:
   """So many arrays like the parameters for so many groups; at a refresh what comes anew.
 
-  That is for each group its statistics and `kept` arrays like the parameters, and inverses.
+  That is for each group its statistics and `kept` arrays like the parameters, and `copies` of the
+  inverses: themselves, and sides of nearly one length stacked.
   """
 
   def temporaries(own: Sizes) -> tuple[int, int]:
     ordinary = vectors(own.groups) * own.parameters
-    anew = own.groups * (own.statistics + kept * own.parameters) + own.inverses
+    anew = own.groups * (own.statistics + kept * own.parameters) + copies * own.inverses
     return ordinary, max(ordinary, anew)
 
   return temporaries
@@ -184,7 +185,7 @@ METHODS = {
   "kfac": Method(
     make=lambda layers: kfac(0.1, layers),
     products=lambda layers: 1,
-    temporaries=_by_layer(lambda groups: 2),  # gradient, direction
+    temporaries=_by_layer(lambda groups: 3),  # gradient, direction, trace
     remake=lambda d, size: inverse_flops(d),
     inverses=lambda block: block.with_diagonals,
     **_layer_method,
@@ -192,7 +193,9 @@ METHODS = {
   "fop": Method(
     make=lambda layers: fop(0.1, layers),
     products=lambda layers: layers.groups + 1,  # M^-1 of each, F g_avg
-    temporaries=_by_layer(lambda groups: 5 * groups - 3),  # each contrast, its g_perp, M^-1 of it
+    temporaries=_by_layer(
+      lambda groups: 5 * groups - 2
+    ),  # each contrast, its g_perp, M^-1 of it; trace
     remake=lambda d, size: inverse_flops(d),
     inverses=lambda block: block.with_diagonals,
     **_layer_method,
@@ -200,7 +203,7 @@ METHODS = {
   "ekfac": Method(
     make=lambda layers: kfac(0.1, layers, scaling="eigenvalue"),
     products=lambda layers: 2,  # into the basis and back
-    temporaries=_by_layer(lambda groups: 3, kept=1),
+    temporaries=_by_layer(lambda groups: 4, kept=2, copies=1),
     remake=lambda d, size: (EIGH + 2) * d**3 + 2 * size * d,  # S carried over
     inverses=lambda block: block.squares + block.size,
     squares=True,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import fop_optax
-from fop_optax.optimizers.common import keep_dtypes
+from fop_optax.optimizers.completion import keep_dtypes
 
 
 @dataclasses.dataclass(frozen=True)
