@@ -135,7 +135,7 @@ def estimate(
     ['w2']   1 * 2048 x 10  16.8 MB   16.8 MB  84.3 MFLOP  19.4 GFLOP
     all                       36 MB     36 MB  9.19 GFLOP  40.4 GFLOP
     state 78.6 MB: factors 36 MB, inverses 36 MB, moments and the rest 6.51 MB
-    a step holds 98.1 MB, one with a refresh 170 MB, activations not counted
+    a step holds 105 MB, one with a refresh 213 MB, activations not counted
     each step 9.19 GFLOP, a refresh 40.4 GFLOP more
     smaller by 67.1 MB: capture(max_dim=1024)
     smaller by 18 MB: factor_dtype=jnp.bfloat16
