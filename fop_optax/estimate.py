@@ -140,7 +140,7 @@ def estimate(
     smaller by 67.1 MB: capture(max_dim=1024)
     smaller by 18 MB: factor_dtype=jnp.bfloat16
     >>> estimate.state_bytes
-    78552204
+    78552212
   """
   layers = check_layers(captured.layers if isinstance(captured, Captured) else captured)
   one_of("optimizer", optimizer, tuple(costs.METHODS))
