@@ -53,6 +53,10 @@ def second_moment(v: jax.Array, roles: Roles, diagonal: bool, dtype: Any) -> jax
   rank = [sorted(features).index(axis) for axis in features]
   s, f = len(stack), len(features)
   product = product.transpose(*range(s), *(s + i for i in rank), *(s + f + i for i in rank))
+  # One group at a time: with an axis in front that is sharded (`vmap` over shards, explicit axes)
+  # JAX reshapes no more at once.
+  product = product.reshape(*product.shape[: s + f], n)
+  product = product.reshape(*product.shape[:s], n, n)
   return product.reshape(n_stack, n, n)
 
 

@@ -192,3 +192,31 @@ def test_shard_map_with_its_check():
     ValueError, match=r"differ between devices along .*'data'.*`loss, grads, stats"
   ):
     jax.jit(mapped(True, average=False))(state, params, x, y)
+
+
+def test_convolutions_under_explicit_axes_with_a_traced_refresh():
+  """Statistics are sums by shard then, and patches have axes to merge behind that of the shards."""
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+  keys = jax.random.split(jax.random.key(0), 4)
+  params = {
+    "kernel": jax.random.normal(keys[0], (3, 3, 2, 4)),
+    "bias": jnp.zeros(4),
+    "head": jax.random.normal(keys[1], (4, 3)),
+  }
+  x, y = jax.random.normal(keys[2], (32, 6, 6, 2)), jax.random.randint(keys[3], (32,), 0, 3)
+
+  def loss(p, x, y):
+    dims = ("NHWC", "HWIO", "NHWC")
+    h = jax.lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", dimension_numbers=dims)
+    return fop_optax.softmax_cross_entropy(jnp.tanh(h + p["bias"]).mean((1, 2)) @ p["head"], y)
+
+  def factors(params, x, y):
+    captured = fop_optax.capture(loss, params, x, y)
+    step = jax.jit(lambda refresh: captured.value_and_grad(params, x, y, refresh=refresh)[2])
+    return step(jnp.asarray(True)).factors
+
+  want = factors(params, x, y)
+  with jax.set_mesh(mesh):
+    place = lambda tree, *axes: jax.device_put(tree, jax.NamedSharding(mesh, jax.P(*axes)))
+    got = factors(place(params), place(x, "data"), place(y, "data"))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
