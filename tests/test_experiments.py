@@ -15,6 +15,7 @@ import pytest
 
 from experiments import comparison, configs, data, models, optimizers, training
 from experiments.__main__ import as_flags, main, points_of
+from experiments.benchmarks import peers
 from experiments.runs import Row
 from fop_optax.optimizers import common
 
@@ -373,3 +374,16 @@ def test_defaults(tmp_path):
 
   done = module("experiments.benchmarks.defaults", "--methods", "LBFGS")
   assert done.returncode != 0 and "unknown: LBFGS; methods are AdamW" in done.stderr
+
+
+def test_update_cost_of_an_optimizer_that_a_file_makes(tmp_path):
+  own = tmp_path / "theirs.py"
+  own.write_text(
+    "import optax\nLIKE = 'SOAP'\ndef optimizer(period):\n  return optax.sgd(1.0 / period)\n"
+  )
+  make, like = peers.from_file(own, 4)
+  updates, _ = make().update(1.0, make().init(0.0))
+  assert (float(updates), like) == (-0.25, "SOAP")
+  own.write_text("")
+  with pytest.raises(SystemExit, match=r"theirs\.py has no function optimizer\(period\)"):
+    peers.from_file(own, 4)
