@@ -1,6 +1,6 @@
 """Counts of numbers and FLOPs of curvature, by shapes: the arithmetic of `fop_optax.estimate`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from fop_optax.curvature.positive import inverse_flops
-from fop_optax.curvature.stacks import Stack, dtype_of
+from fop_optax.curvature.stacks import Stack, dtype_of, padded_lengths
 from fop_optax.layers import Layer, Layers
 from fop_optax.optimizers.fop import fop
 from fop_optax.optimizers.kfac import kfac
@@ -99,6 +99,7 @@ class Method(NamedTuple):
   inverses: Callable[[Block], int]
   temporaries: Temporaries
   of_rows: bool = False  # whether the factors are second moments of rows
+  padded: bool = False  # whether matrices of nearly one side are inverted as one
   squares: bool = False  # whether there are second moments in their basis, too
   moments: bool = False  # whether two moments of each block, and two counts, are kept beside them
   bfloat16: str | None = "factor_dtype=jnp.bfloat16"  # what holds factors so, where there is a way
@@ -187,16 +188,17 @@ METHODS = {
     products=lambda layers: 1,
     temporaries=_by_layer(lambda groups: 3),  # gradient, direction, trace
     remake=lambda d, size: inverse_flops(d),
+    padded=True,
     inverses=lambda block: block.with_diagonals,
     **_layer_method,
   ),
   "fop": Method(
     make=lambda layers: fop(0.1, layers),
     products=lambda layers: layers.groups + 1,  # M^-1 of each, F g_avg
-    temporaries=_by_layer(
-      lambda groups: 5 * groups - 2
-    ),  # each contrast, its g_perp, M^-1 of it; trace
+    # each contrast, its g_perp, M^-1 of it; trace
+    temporaries=_by_layer(lambda groups: 5 * groups - 2),
     remake=lambda d, size: inverse_flops(d),
+    padded=True,
     inverses=lambda block: block.with_diagonals,
     **_layer_method,
   ),
@@ -248,8 +250,20 @@ def blocks_of(
   return method.blocks(layers, sizes, limit)
 
 
-def cost(method: Method, products: int, block: Block, itemsize: int | None = None) -> LayerEstimate:
-  """What the matrices take, with so many products a step and such factors."""
+def remade_as(method: Method, blocks: Sequence[Block]) -> dict[int, int]:
+  """The length that each side has where its inverses are made."""
+  sides = {d for block in blocks for d in block.sides}
+  return padded_lengths(sides) if method.padded else {d: d for d in sides}
+
+
+def cost(
+  method: Method,
+  products: int,
+  block: Block,
+  lengths: Mapping[int, int],
+  itemsize: int | None = None,
+) -> LayerEstimate:
+  """What the matrices take, with so many products a step, such `lengths` and factors."""
   n, size = block.count, block.size
   return LayerEstimate(
     path=block.path,
@@ -261,7 +275,7 @@ def cost(method: Method, products: int, block: Block, itemsize: int | None = Non
     moment_bytes=n * (2 * size * block.itemsize + 8) if method.moments else 0,
     ordinary_flops=n * products * 2.0 * size * sum(block.sides),
     statistics_flops=0.0,
-    inverse_flops=n * sum(method.remake(d, size) for d in block.sides),
+    inverse_flops=n * sum(method.remake(lengths[d], size) for d in block.sides),
   )
 
 
@@ -352,7 +366,9 @@ def savings(
   """
 
   def held(blocks: Sequence[Block], itemsize: int | None = itemsize) -> int:
-    return largest_share([cost(method, 0, block, itemsize) for block in blocks], devices).bytes
+    lengths = remade_as(method, blocks)
+    own = [cost(method, 0, block, lengths, itemsize) for block in blocks]
+    return largest_share(own, devices).bytes
 
   blocks = blocks_of(method, layers, leaves)
   now = held(blocks)

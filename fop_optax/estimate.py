@@ -150,9 +150,10 @@ def estimate(
   leaves = _leaves(layers, params)
   state = _bytes(jax.eval_shape(method.make(layers).init, leaves))
   blocks = costs.blocks_of(method, layers, leaves)
-  wide = costs.largest_share([costs.cost(method, 0, block) for block in blocks], 1)
+  lengths = costs.remade_as(method, blocks)
+  wide = costs.largest_share([costs.cost(method, 0, block, lengths) for block in blocks], 1)
   products = method.products(layers)
-  found = [costs.cost(method, products, block, itemsize) for block in blocks]
+  found = [costs.cost(method, products, block, lengths, itemsize) for block in blocks]
   counts = _row_counts(captured, layers, rows) if method.of_rows else None
   if counts:
     found = [

@@ -5,7 +5,7 @@ tensor of a parameter. Which block stands where follows from the layers (or tens
 which leaves are masked, so a plan is static and costs nothing to remake.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 import dataclasses
 import itertools
 from typing import Any
@@ -161,14 +161,20 @@ def by_shape(
   return out
 
 
-def padded(sides: Sequence[jax.Array]) -> list[jax.Array]:
-  """Stacks of matrices with zeros up to a side that others have; diagonals are as they are.
+def padded_lengths(sides: Iterable[int]) -> dict[int, int]:
+  """The length that each side is padded to.
 
   A side goes with the one that is one larger, as that of a bias is, and small ones go together.
   """
   larger, lead = {}, 0
-  for d in sorted({x.shape[1] for x in sides if x.ndim == 3}, reverse=True):
+  for d in sorted(set(sides), reverse=True):
     lead = larger[d] = lead if d == lead - 1 or 0 < lead <= SMALL_SIDE else d
+  return larger
+
+
+def padded(sides: Sequence[jax.Array]) -> list[jax.Array]:
+  """Stacks of matrices with zeros up to a side that others have; diagonals are as they are."""
+  larger = padded_lengths(x.shape[1] for x in sides if x.ndim == 3)
   fill = lambda x: [(0, 0)] + [(0, larger[x.shape[1]] - x.shape[1])] * 2
   return [jnp.pad(x, fill(x)) if x.ndim == 3 else x for x in sides]
 
