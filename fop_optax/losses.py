@@ -109,12 +109,7 @@ def squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
     >>> float(value), float(jnp.max(jnp.abs(gradient)))
     (0.0, 0.0)
   """
-  if predictions.shape != targets.shape or predictions.ndim == 0:
-    raise ValueError(
-      "`fop_optax.squared_error(predictions, targets)` takes two arrays [..., outputs] of one"
-      f" shape, but got {list(predictions.shape)} and {list(targets.shape)}. One number an example"
-      " is [batch, 1]: write `predictions[..., None]`."
-    )
+  _check_pair("squared_error", predictions=predictions, targets=targets)
   predictions = _wide(predictions)
   terms = 0.5 * jnp.sum((predictions - targets) ** 2, axis=-1)
   return jnp.mean(_normal(0, terms, predictions))
@@ -148,15 +143,21 @@ def sigmoid_binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Ar
     >>> print(f"{loss:.4f}")
     0.8201
   """
-  if logits.shape != labels.shape or logits.ndim == 0:
-    raise ValueError(
-      "`fop_optax.sigmoid_binary_cross_entropy(logits, labels)` takes two arrays [..., outputs] of"
-      f" one shape, but got {list(logits.shape)} and {list(labels.shape)}. One number an example is"
-      " [batch, 1]: write `logits[..., None]`."
-    )
+  _check_pair("sigmoid_binary_cross_entropy", logits=logits, labels=labels)
   logits = _wide(logits)
   terms = jnp.sum(optax.sigmoid_binary_cross_entropy(logits, labels), axis=-1)
   return jnp.mean(_sigmoid(0, terms, logits))
+
+
+def _check_pair(name: str, **arrays: jax.Array) -> None:
+  """Checks that the two arguments of a loss have one shape, with an axis."""
+  (first, a), (second, b) = arrays.items()
+  if a.shape != b.shape or a.ndim == 0:
+    raise ValueError(
+      f"`fop_optax.{name}({first}, {second})` takes two arrays [..., outputs] of one shape, but got"
+      f" {list(a.shape)} and {list(b.shape)}. One number an example is [batch, 1]: write"
+      f" `{first}[..., None]`."
+    )
 
 
 def _wide(array: jax.Array) -> jax.Array:

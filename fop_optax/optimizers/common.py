@@ -213,7 +213,7 @@ def _stacked(
 
 
 def finish(options: Options, layers: Layers, step: Step, count: jax.Array) -> tuple[Any, jax.Array]:
-  """The directions as a tree like the gradient, within the bound and in its units; its factor."""
+  """The directions as a tree like the gradient, in units of the loss; the bound's factor."""
   factor = constrain(options, step.found.norm2, count)
   scale = step.size * factor
   directions = jax.tree.map(lambda d: scale.astype(d.dtype) * d, step.found.directions)

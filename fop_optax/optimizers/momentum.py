@@ -30,8 +30,7 @@ def with_momentum(
 
   (the gradient scheme of O'Donoghue and Candes, 2015, "Adaptive restart for accelerated gradient
   schemes"). A trace that was right for the curvature of a few steps ago carries on where it rises:
-  blocks that are each reckoned alone overshoot together. In large batches that is all a trace needs
-  to be told; it happens at few steps.
+  blocks that are each reckoned alone overshoot together.
   """
   direction = optax.with_extra_args_support(direction)
   trace = optax.trace(momentum, nesterov)
