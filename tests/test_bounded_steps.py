@@ -148,3 +148,89 @@ def test_values_of_papers_mean_what_they_mean_there(options):
   plain, *_ = first_step(fop_optax.kfac, regression(), fisher="sampled", **options)
   for name in ours:
     np.testing.assert_array_equal(ours[name], plain[name])
+
+
+def narrow(scale, head=1.0):
+  """A network of five layers whose weights start so many times their usual size."""
+  keys = jax.random.split(jax.random.key(2), 6)
+  sides = (12, 16, 16, 16, 16, 3)
+  x = jax.random.normal(keys[0], (64, sides[0]))
+  y = jnp.argmax(x[:, : sides[-1]], axis=1)
+  params = [
+    {
+      "w": scale * jax.random.normal(key, (a, b)) / a**0.5,
+      "b": scale * jax.random.normal(jax.random.fold_in(key, 1), (b,)),
+    }
+    for key, a, b in zip(keys[1:], sides, sides[1:], strict=False)
+  ]
+  params[-1] = jax.tree.map(lambda w: head * w, params[-1])
+
+  def loss(params, x, y):
+    for own in params[:-1]:
+      x = jax.nn.relu(x @ own["w"] + own["b"])
+    return fop_optax.softmax_cross_entropy(x @ params[-1]["w"] + params[-1]["b"], y)
+
+  return loss, params, x, y
+
+
+def lengths(tree):
+  """Of each layer, weight and bias together."""
+  return np.array([float(optax.tree.norm(own)) for own in tree])
+
+
+@pytest.mark.parametrize(("method", "groups"), ((fop_optax.kfac, 1), (fop_optax.fop, 2)))
+def test_a_step_no_longer_than_the_weights(method, groups):
+  """By the same direction without the weights: then nobody knows how long they are."""
+  loss, params, x, y = narrow(0.1, head=3.0)
+  captured = fop_optax.capture(loss, params, x, y, groups=groups)
+  _, grads, stats = captured.value_and_grad(params, x, y)
+  tx = method(0.1, captured.layers)
+  state = tx.init(params)
+  free, _ = tx.update(grads, state, stats=stats)
+  updates, _ = tx.update(grads, state, params, stats=stats)
+  share = np.minimum(1, lengths(params) / lengths(free))
+  assert share.min() < 1e-2 and share.max() == 1
+  for own, unbounded, factor in zip(updates, free, share, strict=True):
+    jax.tree.map(lambda u, d, f=factor: np.testing.assert_allclose(u, f * d), own, unbounded)
+
+
+@pytest.mark.parametrize("options", ({"damping": 1e-2}, {"norm_constraint": None}))
+def test_weights_bound_no_step_with_values_of_papers(options):
+  loss, params, x, y = narrow(0.1)
+  captured = fop_optax.capture(loss, params, x, y)
+  _, grads, stats = captured.value_and_grad(params, x, y)
+  tx = fop_optax.kfac(0.1, captured.layers, **options)
+  state = tx.init(params)
+  free, _ = tx.update(grads, state, stats=stats)
+  updates, _ = tx.update(grads, state, params, stats=stats)
+  jax.tree.map(np.testing.assert_array_equal, updates, free)
+
+
+def test_weights_that_are_zero_are_free():
+  loss, params, x, y = narrow(1.0, head=0.0)
+  captured = fop_optax.capture(loss, params, x, y)
+  _, grads, stats = captured.value_and_grad(params, x, y)
+  tx = fop_optax.kfac(0.1, captured.layers)
+  updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
+  assert lengths(updates)[-1] > 0.01
+
+
+@pytest.mark.parametrize(("method", "groups"), ((fop_optax.kfac, 1), (fop_optax.fop, 2)))
+@pytest.mark.parametrize("scale", (0.03, 0.1))
+def test_networks_that_start_small(method, groups, scale):
+  """Layers multiply: each first step alone would be small, all of them together leave the start."""
+  loss, params, x, y = narrow(scale)
+  captured = fop_optax.capture(loss, params, x, y, groups=groups)
+  tx = method(0.1, captured.layers)
+
+  @jax.jit
+  def step(carry, _):
+    params, state = carry
+    refresh = fop_optax.refresh_due(state)
+    value, grads, stats = captured.value_and_grad(params, x, y, refresh=refresh)
+    updates, state = tx.update(grads, state, params, stats=stats)
+    return (optax.apply_updates(params, updates), state), value
+
+  curve = jax.lax.scan(step, (params, tx.init(params)), length=60)[1]
+  assert jnp.max(curve) < 1.5 * curve[0]
+  assert curve[-1] < 0.1

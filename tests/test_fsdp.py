@@ -108,10 +108,12 @@ def put(mesh, tree, specs):
 class Setup:
   """One optimizer on one mesh, its captured loss, parameters and step."""
 
+  scale = 1.0  # of the parameters
+
   def __init__(self, name, layout=None, kind=AUTO, owners=True):
     params, x, y = inputs()
     self.mesh = mesh_of(layout, kind) if layout else None
-    self.params = params
+    self.params = params = jax.tree.map(lambda w: self.scale * w, params)
     if self.mesh:
       self.params = put(self.mesh, params, SPECS[layout])
       x, y = ([put(self.mesh, each, P("data")) for each in own] for own in (x, y))
@@ -230,6 +232,31 @@ def test_in_the_bases_of_owners(layout, kind):
   where = lambda tree: [(jax.typeof(x), x.sharding) for x in jax.tree.leaves(tree)]
   assert where(ours[0]) == where(ours[1]) == where(ours[2])
   assert step._cache_size() == 1
+
+
+class BoundedSetup(Setup):
+  """With the defaults, and weights so small that they bound the first steps."""
+
+  scale = 0.03
+
+  def optimizer(self, name):
+    return getattr(fop_optax, name)(0.1, self.captured.layers, sharding=self.sharding)
+
+
+@pytest.mark.parametrize(("name", "layout", "kind"), slow_but(("kfac", "fsdp+tp", EXPLICIT)))
+def test_bounded_by_weights_in_pieces(name, layout, kind):
+  expected = BoundedSetup(name).train()[0]
+  moved = lambda step: sum(float(jnp.sum((step[0][w] - expected[0][0][w]) ** 2)) for w in step[0])
+  assert moved(expected[1]) <= sum(np.sum(w**2) for w in expected[0][0].values())
+  with jax.set_mesh(mesh_of(layout, kind)):
+    setup = BoundedSetup(name, layout, kind)
+    ours, step = setup.train()
+    for own, one in zip(ours, expected, strict=True):
+      same(own[0], one[0], 1e-8)
+    counted = setup.moved(setup.step) - setup.moved(setup.gradient)
+  assert step._cache_size() == 1
+  if kind is EXPLICIT:  # one more than without
+    assert counted <= collections.Counter(COUNTS[layout]) + collections.Counter(["all-reduce"])
 
 
 # Beyond the gradient and its statistics: to the owners and back, and sums of one number, which tell

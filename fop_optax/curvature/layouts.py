@@ -153,24 +153,43 @@ class Layout:
 
   def squares(self, pieces: Sequence[Sequence[jax.Array]]) -> jax.Array:
     """The sum of squares of each piece over all devices, in float32 or better."""
-    size = lambda axes: math.prod(self.sharding.mesh.shape[axis] for axis in axes)
-    copies = [size(self.axes) // size(piece.axes) for own in self.families for piece in own.pieces]
-    wide = lambda x: x.astype(jnp.result_type(x, jnp.float32))
 
     def sums(pieces):
-      own = zip(jax.tree.leaves(pieces), copies, strict=True)
-      return jax.lax.psum(jnp.stack([jnp.sum(wide(x) ** 2) / n for x, n in own]), self.axes)
+      own = zip(jax.tree.leaves(pieces), sum(self._copies, []), strict=True)
+      return jax.lax.psum(jnp.stack([jnp.sum(_square(x)) / n for x, n in own]), self.axes)
 
     return self._on_pieces(sums, pieces)
 
-  def _on_pieces(self, function: Callable[[Any], jax.Array], pieces: Any) -> jax.Array:
+  def squares_by_block(self, *trees: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
+    """Of each block the sum of squares of its pieces, for some trees of them, by one sum.
+
+    Pieces are `[blocks, ...]`; the blocks of a family come after those of the one before.
+    """
+    wide = [jax.tree.map(lambda x: x[:, None], tree) for tree in trees]
+
+    def sums(*trees):
+      each = lambda x: jnp.sum(_square(x), axis=range(1, x.ndim))
+      blocks = lambda own, copies: sum(each(x) / n for x, n in zip(own, copies, strict=True))
+      found = [jnp.concatenate(list(map(blocks, tree, self._copies))) for tree in trees]
+      return jax.lax.psum(jnp.stack(found), self.axes)
+
+    return list(self._on_pieces(sums, *wide))
+
+  @functools.cached_property
+  def _copies(self) -> list[list[int]]:
+    """How many devices along `axes` have the same piece, family by family."""
+    size = lambda axes: math.prod(self.sharding.mesh.shape[axis] for axis in axes)
+    return [[size(self.axes) // size(piece.axes) for piece in own.pieces] for own in self.families]
+
+  def _on_pieces(self, function: Callable[..., jax.Array], *trees: Any) -> jax.Array:
+    """`function` on each device of its pieces `[blocks, n, ...]`."""
     return jax.shard_map(
       function,
       mesh=self.sharding.mesh,
-      in_specs=(self.specs_of(1),),
+      in_specs=(self.specs_of(1),) * len(trees),
       out_specs=PartitionSpec(),
       check_vma=False,
-    )(pieces)
+    )(*trees)
 
   def laid(self, array: jax.Array, spec: Spec) -> jax.Array:
     return laid(array, NamedSharding(self.sharding.mesh, _spec(spec)))
@@ -266,6 +285,10 @@ def _whole(layers: Blocks, specs: Sequence[PartitionSpec], leaves: Sequence[Any]
 
 def _spec(spec: Spec) -> PartitionSpec:
   return PartitionSpec(*(axes or None for axes in spec))
+
+
+def _square(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.result_type(x, jnp.float32)) ** 2
 
 
 def _joined(arrays: Sequence[jax.Array]) -> jax.Array:

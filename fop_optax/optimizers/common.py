@@ -1,4 +1,4 @@
-"""What K-FAC and FOP share: options, checks of what comes in, and the way in and out of a step."""
+"""What K-FAC and FOP share: options, checks of what comes in, and the way into a step."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -19,7 +19,6 @@ from fop_optax.curvature.stacks import (
   dtype_of,
   plan_stacks,
   stack_matrices,
-  unstack,
 )
 from fop_optax.curvature.state import (
   CurvatureOptions,
@@ -87,8 +86,12 @@ class Options:
 
     Other labels than those given make a curvature that needs nothing of the kind.
     """
-    given = self.norm_constraint is not None and self.damping is None and not self.per_example
-    return given and layers.fisher == "empirical"
+    return self.within_weights and not self.per_example and layers.fisher == "empirical"
+
+  @property
+  def within_weights(self) -> bool:
+    """Whether steps are no longer than the weights: bounded ones, by defaults of our own."""
+    return self.norm_constraint is not None and self.damping is None
 
   def damping_at(self, count: jax.Array) -> Damping:
     """Damping at a step: what was given, and the default where nothing was."""
@@ -210,45 +213,6 @@ def _stacked(
   matrices = gather(leaves)
   others = [jnp.stack(parts, axis=1) for parts in zip(*map(gather, trees), strict=True)]
   return StackedGradients(matrices, others, resolutions, value)
-
-
-def finish(options: Options, layers: Layers, step: Step, count: jax.Array) -> tuple[Any, jax.Array]:
-  """The directions as a tree like the gradient, in units of the loss; the bound's factor."""
-  factor = constrain(options, step.found.norm2, count)
-  scale = step.size * factor
-  directions = jax.tree.map(lambda d: scale.astype(d.dtype) * d, step.found.directions)
-  if step.layout is not None:
-    leaves = step.layout.join(directions, step.leaves)
-  else:
-    leaves = unstack(step.stacks, layers, directions, step.leaves)
-  return layers.tree(step.updates, leaves), factor
-
-
-def constrain(options: Options, norm2: jax.Array, count: jax.Array) -> jax.Array:
-  r"""The factor that keeps a step within `norm_constraint`, 1 where there is none.
-
-  With kappa the constraint, alpha the rate and mu the momentum all layers are scaled by one factor
-
-  .. math::
-    \nu = \min\Big(1, (1 - \mu) \sqrt{\kappa / (\alpha^2 \textstyle\sum_l d_l^\top M_l d_l)}\Big)
-
-  (Ba, Grosse and Martens, 2017, but for 1 - mu), so that of the step taken, alpha times the trace
-  of directions, the squared length in `M` is at most kappa: twice the KL divergence `M` predicts.
-  The sum of geometrically weighted lengths bounds it, with Nesterov's momentum too, while `M`
-  stays and alpha does not rise; of a kappa that falls it is the largest that momentum remembers.
-  Weight decay and the fallback have no part in it: the one is known beforehand, the other has no
-  metric. `norm2` is the sum over layers. Where it overflows nu is NaN: the step is skipped, as no
-  direction is known.
-  """
-  if options.norm_constraint is None:
-    return jnp.ones((), norm2.dtype)
-  value = lambda x: value_at(x, count).astype(norm2.dtype)
-  share = 1 - value(0.0 if options.momentum is None else options.momentum)
-  kappa = value(options.norm_constraint) * share**2
-  size = value(options.learning_rate) ** 2 * jnp.abs(norm2)
-  nu2 = jnp.where(size > kappa, kappa / jnp.where(size > kappa, size, 1), 1)
-  # The root last: XLA works out numbers that are quicker anew for each leaf.
-  return jnp.sqrt(jnp.where(jnp.isfinite(size), nu2, jnp.nan))
 
 
 def check_stats(options: Options, layers: Layers, stats: Any, updates: Any, state: Any) -> Stats:

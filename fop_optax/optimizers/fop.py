@@ -12,6 +12,7 @@ from fop_optax.curvature.owned import Directions
 from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import checks, common, completion
+from fop_optax.optimizers.bounded_steps import finish
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 from fop_optax.projection import Gradients, check_total_gradient, fop_directions, tree_of
 from fop_optax.sharding import Sharding
@@ -161,7 +162,7 @@ def project(
     return ScaleByFopState(curvature, projection, jnp.ones(()))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
-  def apply(updates, state, stats, fallback_finite):
+  def apply(updates, state, params, stats, fallback_finite):
     count = state.curvature.steps.count
     beta = None if fop_options.beta is None else common.value_at(fop_options.beta, count)
     step = common.begin(
@@ -169,16 +170,16 @@ def project(
     )
     if not step.stacks:
       return updates, state._replace(curvature=step.curvature)
-    updates, nu = common.finish(options, layers, step, count)
+    updates, nu = finish(options, layers, step, count, params)
     nu = nu.astype(state.norm_scale.dtype)
     return updates, ScaleByFopState(step.curvature, step.found.numbers, nu)
 
   def update(
     updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
   ):
-    del params, extra_args
+    del extra_args
     stats = common.check_stats(options, layers, stats, updates, state)
-    return apply(updates, state, stats, fallback_finite)
+    return apply(updates, state, params, stats, fallback_finite)
 
   return optax.GradientTransformationExtraArgs(init, update)
 

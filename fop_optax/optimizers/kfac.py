@@ -10,6 +10,7 @@ from fop_optax.curvature.owned import Directions
 from fop_optax.curvature.state import CurvatureState
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import checks, common, completion
+from fop_optax.optimizers.bounded_steps import finish
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
 from fop_optax.sharding import Sharding
 
@@ -81,19 +82,19 @@ def precondition(options: Options, layers: Layers) -> optax.GradientTransformati
     return ScaleByKfacState(curvature, jnp.ones(()))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
-  def apply(updates, state, stats, fallback_finite):
+  def apply(updates, state, params, stats, fallback_finite):
     step = common.begin(
       options, layers, updates, state.curvature, stats, False, fallback_finite, method
     )
-    updates, nu = common.finish(options, layers, step, state.curvature.steps.count)
+    updates, nu = finish(options, layers, step, state.curvature.steps.count, params)
     return updates, ScaleByKfacState(step.curvature, nu.astype(state.norm_scale.dtype))
 
   def update(
     updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
   ):
-    del params, extra_args
+    del extra_args
     stats = common.check_stats(options, layers, stats, updates, state)
-    return apply(updates, state, stats, fallback_finite)
+    return apply(updates, state, params, stats, fallback_finite)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -153,6 +154,16 @@ def kfac(
   times as large, L the present loss: 1 of a cross entropy. And where momentum would carry a bounded
   step uphill, by the present gradient, it begins anew (O'Donoghue and Candes, 2015).
 
+  Nor is a step longer than the weights that it moves. Layers multiply, and a network that starts
+  with small weights, or behind a small scale, has so little curvature that its first bounded step
+  would leave the start by a thousand times its size. With `relative_damping` alone and a bound, a
+  block's direction is, `params` given,
+
+  .. math::
+    d \leftarrow \min\Big(1, \frac{|W|_F}{\alpha |d|_F}\Big) \, d
+
+  with alpha the rate and the bias in `W`; where the weights are zero it is free.
+
   If the loss, a gradient or the update is not finite, the whole step is skipped: the update is zero
   for every parameter, and momentum, weight decay and fallback stand still with the count. Skipped
   steps are counted by their cause, as are statistics that are not finite and inverses that fail
@@ -191,7 +202,7 @@ def kfac(
     norm_constraint: kappa, a number or a schedule: the step that is taken, rate and momentum in it,
       has at most this squared length in the damped Fisher metric, which is twice the KL divergence
       it predicts (times s squared, s as above). Without decay and fallback, which have no part in
-      it. None: no bound, and nothing of the other two things that go with it.
+      it. None: no bound, and nothing of the other three things that go with it.
     fallback: a complete optimizer for leaves that are in no layer, applied as it is; by default
       Adam at 0.03 of `learning_rate`, with `weight_decay` and `mask` as above.
     factor_dtype: in which the running factors are held, as `jnp.bfloat16`, with which they take

@@ -17,7 +17,8 @@ from fop_optax.curvature.state import CurvatureState, empty_curvature
 from fop_optax.curvature.steps import Finite
 from fop_optax.dimensions import Dimensions, Limits, blocks
 from fop_optax.layers import Factors, Layers, Stats, is_masked
-from fop_optax.optimizers import checks, common
+from fop_optax.optimizers import checks
+from fop_optax.optimizers.bounded_steps import constrain
 from fop_optax.optimizers.common import Options
 
 CURVATURES = ("kronecker", "exact")
@@ -123,7 +124,7 @@ def kronecker(
     return state._replace(curvature=state.curvature._replace(blocks=outline, stacks=outline))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
-  def apply(updates, state):
+  def apply(updates, state, params):
     layers = settings.blocks(_one_example(updates))
     flat, treedef = jax.tree.flatten(updates)
     groups = [means(leaf, settings.groups) for leaf in flat]
@@ -133,7 +134,7 @@ def kronecker(
     count = state.curvature.steps.count
     refresh = count % options.curvature.periods(count)[0] == 0
     factors = _factors(layers, jax.tree.leaves(updates, is_leaf=is_masked), refresh)
-    return inner(layers).update(mean, state, stats=Stats(refresh, factors, contrasts))
+    return inner(layers).update(mean, state, params, stats=Stats(refresh, factors, contrasts))
 
   return _transformation(settings, init, apply)
 
@@ -185,7 +186,8 @@ def exact(
     return start(empty_curvature((one, one)), jnp.result_type(jnp.float32, *dtypes))
 
   @jax.jit
-  def apply(updates, state):
+  def apply(updates, state, params):
+    del params
     leaves = jax.tree.leaves(updates)
     dtype = jnp.result_type(jnp.float32, *leaves)
     count = state.curvature.steps.count
@@ -196,7 +198,7 @@ def exact(
     weights = _weights(len(leaves[0]), settings.groups, dtype)
     resolution = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
     own = share(of, weights, damping, count, resolution)
-    nu = common.constrain(options, own.norm2, count)
+    nu = constrain(options, own.norm2, count)
     given = nu * own.weights
     updates = jax.tree.map(lambda leaf: gram.combine(leaf, given).astype(leaf.dtype), updates)
     steps = state.curvature.steps.counted(Finite(jnp.asarray(True), of.finite))
@@ -221,7 +223,7 @@ def _transformation(settings, init, apply) -> optax.GradientTransformationExtraA
     check_batch(updates, params, settings.groups)
     if not jax.tree.leaves(updates):  # optax has masked everything
       return updates, state
-    return apply(updates, state)
+    return apply(updates, state, params)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
