@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.positive import inverse_flops
 from fop_optax.curvature.stacks import Stack, dtype_of, padded_lengths
 from fop_optax.layers import Layer, Layers
@@ -18,7 +19,6 @@ from fop_optax.optimizers.shampoo import shampoo
 from fop_optax.optimizers.shampoo_options import BLOCK_SIZE
 from fop_optax.optimizers.soap import soap
 from fop_optax.optimizers.soap_options import MAX_PRECOND_DIM
-from fop_optax.owners import plan_owners
 from fop_optax.tensors import Tensor, tensors
 
 EIGH, QR = 9, 8 / 3  # times d^3: LAPACK's eigenvectors; a square QR, with its Q written out
@@ -321,7 +321,7 @@ class Share(NamedTuple):
 
 
 def largest_share(costs: Sequence[LayerEstimate], devices: int) -> Share:
-  """What each device has of the curvature, dealt as by `fop_optax.sharding.plan_owners`.
+  """What each device has of the curvature, dealt as by `fop_optax.curvature.owners.plan_owners`.
 
   Memory and products are those of its slots, empty ones included; inverses those of its blocks, on
   the device with most.

@@ -10,11 +10,11 @@ from selection import slow_but
 
 from experiments.benchmarks import cases, hlo
 import fop_optax
+from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.stacks import plan_stacks
 from fop_optax.curvature.state import StackState
 from fop_optax.optimizers.shampoo_step import ShampooStack
 from fop_optax.optimizers.soap_step import SoapStack
-from fop_optax.owners import plan_owners
 
 MAKERS = {
   "kfac": lambda layers, **own: fop_optax.kfac(0.1, layers, **own),

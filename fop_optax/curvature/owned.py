@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fop_optax.curvature.damping import Damping
 from fop_optax.curvature.inverse import Inversions, UsedDamping
 from fop_optax.curvature.layouts import Layout
+from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.passage import Passage
 from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.state import (
@@ -21,7 +22,6 @@ from fop_optax.curvature.state import (
 )
 from fop_optax.curvature.steps import Finite
 from fop_optax.layers import Stats
-from fop_optax.owners import plan_owners
 from fop_optax.sharding import Exchange, on_owners
 
 Pieces = Sequence[Sequence[jax.Array]]  # for each family those of its weight and bias

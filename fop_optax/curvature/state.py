@@ -19,6 +19,7 @@ from fop_optax.curvature.inverse import (
   init_inversions,
   remake,
 )
+from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.stacks import (
   Stack,
   dtype_of,
@@ -28,7 +29,6 @@ from fop_optax.curvature.stacks import (
 )
 from fop_optax.curvature.steps import Finite, Period, Steps, no_steps, whole_period
 from fop_optax.layers import Factors, Layers, Stats, side_shapes
-from fop_optax.owners import plan_owners
 from fop_optax.sharding import Sharding, Share, check_not_manual, note, placed, whole
 
 

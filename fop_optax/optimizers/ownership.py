@@ -17,13 +17,13 @@ from fop_optax.curvature.inverse import (
   Inverse,
   Scaling,
 )
+from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.state import CurvatureState, StackState, in_order
 from fop_optax.layers import is_masked
 from fop_optax.optimizers.owned_tensors import OwnedStack
 from fop_optax.optimizers.shampoo import ScaleByShampooState
 from fop_optax.optimizers.soap import ScaleBySoapState
-from fop_optax.owners import plan_owners
 from fop_optax.sharding import Sharding, laid, named, noted
 
 
