@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fop_optax.curvature.inverse import EigenvalueInverse, SplitDamping, UsedDamping
+from fop_optax.curvature.eigenvalue_inverse import EigenvalueInverse
+from fop_optax.curvature.scaling import SplitDamping, UsedDamping
 from fop_optax.curvature.stacks import plan_stacks
 from fop_optax.curvature.state import BlockNumbers, CurvatureState, StackState, in_order
 from fop_optax.factorizations import eigvalsh

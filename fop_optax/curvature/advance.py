@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax.curvature.damping import Damping, traces
+from fop_optax.curvature.eigenvalue_inverse import EigenvalueInverse
 from fop_optax.curvature.factors import old_weight
-from fop_optax.curvature.inverse import EigenvalueInverse, Scaling, remake
+from fop_optax.curvature.inverse import remake
+from fop_optax.curvature.scaling import Scaling
 from fop_optax.curvature.stacks import Stack, per_stack, stack_factors, stack_squares
 from fop_optax.curvature.state import BlockNumbers, CurvatureOptions, CurvatureState, StackState
 from fop_optax.curvature.steps import Finite

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from fop_optax.curvature.advance import counted, renew, turn_of
 from fop_optax.curvature.damping import Damping
-from fop_optax.curvature.inverse import Inversions, UsedDamping
+from fop_optax.curvature.inverse import Inversions
 from fop_optax.curvature.layouts import Layout
 from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.passage import Passage
+from fop_optax.curvature.scaling import UsedDamping
 from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.state import CurvatureOptions, CurvatureState, StackState
 from fop_optax.curvature.steps import Finite

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax.curvature.factors import Fold
-from fop_optax.curvature.inverse import Inverse, Inversions, Scaling, UsedDamping, init_inversions
+from fop_optax.curvature.inverse import Inverse, Inversions, init_inversions
 from fop_optax.curvature.owners import plan_owners
+from fop_optax.curvature.scaling import Scaling, UsedDamping
 from fop_optax.curvature.stacks import Stack, dtype_of, per_stack
 from fop_optax.curvature.steps import Period, Steps, no_steps, whole_period
 from fop_optax.layers import Factors, Layers, side_shapes

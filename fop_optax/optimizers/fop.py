@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fop_optax.curvature.inverse import Scaling, UsedDamping
 from fop_optax.curvature.owned import Directions
+from fop_optax.curvature.scaling import Scaling, UsedDamping
 from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import checks, common, completion

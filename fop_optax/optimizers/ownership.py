@@ -10,14 +10,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
-from fop_optax.curvature.inverse import (
-  SCALINGS,
-  EigenvalueInverse,
-  ExactInverse,
-  Inverse,
-  Scaling,
-)
+from fop_optax.curvature.eigenvalue_inverse import EigenvalueInverse
+from fop_optax.curvature.exact_inverse import ExactInverse
+from fop_optax.curvature.inverse import SCALINGS, Inverse
 from fop_optax.curvature.owners import plan_owners
+from fop_optax.curvature.scaling import Scaling
 from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.state import CurvatureState, StackState, in_order
 from fop_optax.layers import is_masked
