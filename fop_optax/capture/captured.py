@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fop_optax import _compat
+from fop_optax import _compat, group_gradients
 from fop_optax.capture import auxiliary, counted, layer_table, second_moments, sharing, tiles
 from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import classify
@@ -166,10 +166,10 @@ class Captured:
 
     by_leaf = list(zip(*(result.grads for result in results), strict=True))
     unflatten = functools.partial(jax.tree.unflatten, signature.params)
-    contrasts = zip(*map(batches.contrasts, by_leaf), strict=True)
-    statistics = jax.tree.map(lambda *f: batches.mean(f), *(r.statistics for r in results))
+    contrasts = zip(*map(group_gradients.contrasts, by_leaf), strict=True)
+    statistics = jax.tree.map(lambda *f: group_gradients.mean(f), *(r.statistics for r in results))
     statistics = combine(jax.tree.map(lambda f: jnp.sum(f, axis=1), statistics))  # over the shards
-    loss = batches.mean([result.loss for result in results])
+    loss = group_gradients.mean([result.loss for result in results])
     stats = Stats(
       jnp.asarray(refresh, bool),
       tiles.cut([own.factors for own in statistics], self._tiles),
@@ -177,7 +177,7 @@ class Captured:
       loss,
       tuple(own.S for own in statistics if own.S is not None),
     )
-    grads = unflatten(map(batches.mean, by_leaf))
+    grads = unflatten(map(group_gradients.mean, by_leaf))
     if not self._spec.has_aux:
       return loss, grads, stats
     auxes = [result.aux for result in results]

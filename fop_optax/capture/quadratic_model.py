@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture.batch import Result, mean
+from fop_optax.capture.batch import Result
 from fop_optax.capture.captured import Captured
 from fop_optax.capture.evaluate import MARK, Evaluation
 from fop_optax.capture.fisher import check_marked, times_hessian
 from fop_optax.capture.values import Key
 from fop_optax.factorizations import eigh
+from fop_optax.group_gradients import mean
 
 
 class QuadraticModel(NamedTuple):

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fop_optax.block_gradients import Gradients
 from fop_optax.curvature.owned import Directions
 from fop_optax.curvature.scaling import Scaling, UsedDamping
 from fop_optax.curvature.state import CurvatureState, StackState
+from fop_optax.group_gradients import tree_of
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import checks, common, completion
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
-from fop_optax.projection import Gradients, check_total_gradient, fop_directions, tree_of
+from fop_optax.projection import check_total_gradient, fop_directions
 from fop_optax.sharding import Sharding
 
 METRICS = ("fisher", "damped", "inverse")

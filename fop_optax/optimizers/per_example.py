@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fop_optax.capture import batch
+from fop_optax import group_gradients
 from fop_optax.curvature import gram, per_example_factors
 from fop_optax.curvature.gram import Gram
 from fop_optax.curvature.stacks import dtype_of
@@ -127,8 +127,8 @@ def kronecker(
     layers = settings.blocks(_one_example(updates))
     flat, treedef = jax.tree.flatten(updates)
     groups = [means(leaf, settings.groups) for leaf in flat]
-    mean = jax.tree.unflatten(treedef, map(batch.mean, groups))
-    by_leaf = [batch.contrasts(group) for group in groups]
+    mean = jax.tree.unflatten(treedef, map(group_gradients.mean, groups))
+    by_leaf = [group_gradients.contrasts(group) for group in groups]
     contrasts = tuple(jax.tree.unflatten(treedef, c) for c in zip(*by_leaf, strict=True))
     count = state.curvature.steps.count
     refresh = count % options.curvature.periods(count)[0] == 0
@@ -211,8 +211,8 @@ def exact(
 
 def _weights(size: int, groups: int, dtype: Any) -> Weights:
   by_group = list(jnp.tile(jnp.eye(groups, dtype=dtype), size // groups) * (groups / size))
-  contrasts = jnp.asarray(batch.contrasts(by_group), dtype).reshape(groups - 1, size)
-  return Weights(batch.mean(by_group), contrasts)
+  contrasts = jnp.asarray(group_gradients.contrasts(by_group), dtype).reshape(groups - 1, size)
+  return Weights(group_gradients.mean(by_group), contrasts)
 
 
 def _transformation(settings, init, apply) -> optax.GradientTransformationExtraArgs:
