@@ -89,7 +89,7 @@ Temporaries = Callable[[Sizes], tuple[int, int]]  # bytes, of an ordinary and of
 class Method(NamedTuple):
   """An optimizer, and what it keeps and does for each matrix or tensor."""
 
-  make: Callable[[Layers], optax.GradientTransformation]
+  make: Callable[..., optax.GradientTransformation]  # of layers, with options
   blocks: Callable[[Layers, Sequence[int], int], list[Block]]  # with sides up to a limit
   longest: int | None  # the limit by default
   limit: str  # the argument that sets it
@@ -184,7 +184,7 @@ _layer_method: dict[str, Any] = {
 }
 METHODS = {
   "kfac": Method(
-    make=lambda layers: kfac(0.1, layers),
+    make=lambda layers, **own: kfac(0.1, layers, **own),
     products=lambda layers: 1,
     temporaries=_by_layer(lambda groups: 3),  # gradient, direction, trace
     remake=lambda d, size: inverse_flops(d),
@@ -193,7 +193,7 @@ METHODS = {
     **_layer_method,
   ),
   "fop": Method(
-    make=lambda layers: fop(0.1, layers),
+    make=lambda layers, **own: fop(0.1, layers, **own),
     products=lambda layers: layers.groups + 1,  # M^-1 of each, F g_avg
     # each contrast, its g_perp, M^-1 of it; trace
     temporaries=_by_layer(lambda groups: 5 * groups - 2),
@@ -203,7 +203,7 @@ METHODS = {
     **_layer_method,
   ),
   "ekfac": Method(
-    make=lambda layers: kfac(0.1, layers, scaling="eigenvalue"),
+    make=lambda layers, **own: kfac(0.1, layers, scaling="eigenvalue", **own),
     products=lambda layers: 2,  # into the basis and back
     temporaries=_by_layer(lambda groups: 4, kept=2, copies=1),
     remake=lambda d, size: (EIGH + 2) * d**3 + 2 * size * d,  # S carried over
@@ -212,7 +212,7 @@ METHODS = {
     **_layer_method,
   ),
   "soap": Method(
-    make=lambda layers: soap(layers=layers),
+    make=lambda layers, **own: soap(layers=layers, **own),
     blocks=_soap_blocks,
     longest=MAX_PRECOND_DIM,
     limit="soap(max_precond_dim={})",
@@ -226,7 +226,7 @@ METHODS = {
     one_sided="soap(one_sided=True)",
   ),
   "shampoo": Method(
-    make=lambda layers: shampoo(0.1, layers=layers),
+    make=lambda layers, **own: shampoo(0.1, layers=layers, **own),
     blocks=_shampoo_blocks,
     longest=BLOCK_SIZE,
     limit="shampoo(block_size={})",
