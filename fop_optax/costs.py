@@ -59,13 +59,16 @@ class Block(NamedTuple):
 
 
 class LayerEstimate(NamedTuple):
-  """What one layer takes, all its matrices (or tensors) together, on all devices."""
+  """What one layer takes, all its matrices (or tensors) together, on all devices.
 
-  path: str
+  An entry of `Estimate.layers`, in the order of the layers (or tensors).
+  """
+
+  path: str  # printable path of the weight
   blocks: int  # number of matrices
   dims: tuple[int, ...]  # shape of each
   diagonal: tuple[bool, ...]  # for each side whether it has no matrix
-  factor_bytes: int
+  factor_bytes: int  # running factors, or second moments
   inverse_bytes: int  # inverses, eigenvectors or roots; of EKFAC with S
   moment_bytes: int  # of SOAP and Shampoo: moments and counts that are kept beside them
   ordinary_flops: float  # of each step

@@ -235,6 +235,9 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     `norm_constraint` bound the last, and how many layers did not move at all, and why: without
     statistics there is no direction.
 
+  Raises:
+    ValueError: for something else than `diagnostics` returned.
+
   Example:
     >>> import fop_optax, jax.numpy as jnp
     >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
@@ -248,6 +251,11 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     layer  folds  nonfinite_statistics  inverses  failed_inverses  damping  added
     ['w']  1      0                     1         0                0.5      0
   """
+  if not isinstance(numbers, dict) or "nonfinite_losses" not in numbers:
+    raise ValueError(
+      f"`diagnostics_table(numbers)` has a {type(numbers).__name__} that is not of `diagnostics`:"
+      " write `fop_optax.diagnostics_table(fop_optax.diagnostics(opt_state, captured.layers))`."
+    )
   skipped = [numbers[f"nonfinite_{what}"] for what in ("losses", "gradients", "directions")]
   lines = [
     f"steps taken: {int(numbers['count'])}; left out for losses, gradients, directions:"

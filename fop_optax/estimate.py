@@ -40,6 +40,15 @@ class Estimate:
     refresh_flops: what a refresh adds: second moments of rows, and inverses, bases or roots.
     counted: whether second moments of rows are in that: rows are known, or there are none.
     savings: what would make the state smaller.
+
+  Example:
+    >>> import fop_optax, jax
+    >>> params = {"w": jax.ShapeDtypeStruct((300, 10), "float32")}
+    >>> x = jax.ShapeDtypeStruct((64, 300), "float32")
+    >>> captured = fop_optax.capture(lambda p, x: ((x @ p["w"]) ** 2).mean(), params, x)
+    >>> own = fop_optax.estimate(captured, "kfac")
+    >>> print(own.factor_bytes == 4 * (300**2 + 10**2), own.layers[0].dims, own.savings[0])
+    True (300, 10) Saving(how='capture(max_dim=256)', bytes=717600)
   """
 
   optimizer: str

@@ -59,6 +59,19 @@ class Captured:
     notes: what else was found, a sentence each; they stand below the table.
     rows: for each layer, of how many rows its statistics are, of the batch at the time of capture.
     examples: and of how many examples.
+
+  Example:
+    >>> import fop_optax, jax.numpy as jnp
+    >>> def loss(params, x, y):
+    ...   return fop_optax.squared_error(x @ params["w"] * params["gain"], y)
+    >>> params = {"w": jnp.ones((3, 2)), "gain": jnp.ones(2)}
+    >>> x, y = jnp.ones((8, 3)), jnp.zeros((8, 2))
+    >>> captured = fop_optax.capture(loss, params, x, y)
+    >>> print([layer.path for layer in captured.layers], list(captured.fallbacks), captured.rows)
+    ["['w']"] ["['gain']"] (8,)
+    >>> value, grads, stats = captured.value_and_grad(params, x, y)
+    >>> print(value, grads["gain"], stats.factors[0].A.shape)
+    9.0 [9. 9.] (1, 3, 3)
   """
 
   layers: Layers

@@ -101,9 +101,26 @@ def scale_by_fop(
 ) -> optax.GradientTransformationExtraArgs:
   """Turns gradients into FOP's direction; no rate and no sign.
 
-  See :func:`fop_optax.fop` for more details. There is no `norm_constraint` unless it is
-  given, and `learning_rate` is only what it reckons with; `fallback` is a direction for the leaves
-  in no layer, by default `optax.scale_by_adam()`.
+  See :func:`fop_optax.fop` for more details: all arguments, and errors, are as there. But there is
+  no `norm_constraint` unless it is given, and `learning_rate` is only what it reckons with;
+  `fallback` is a direction for the leaves in no layer, by default `optax.scale_by_adam()`.
+
+  Example:
+    Both halves of the batch are equal, so that nothing is projected: the step is K-FAC's, which of
+    least squares with the exact Fisher matrix is Newton's.
+
+    >>> import fop_optax, jax.numpy as jnp, optax
+    >>> loss = lambda params, x, y: fop_optax.squared_error(x @ params["w"], y)
+    >>> params, half = {"w": jnp.zeros((2, 1))}, jnp.array([[1.0, 1.0], [1.0, -2.0]])
+    >>> x = jnp.repeat(half, 2, axis=0)  # example i is in group i mod 2
+    >>> y = x @ jnp.array([[3.0], [-1.0]])
+    >>> captured = fop_optax.capture(loss, params, x, y, groups=2, fisher="exact")
+    >>> newton = fop_optax.scale_by_fop(captured.layers, damping=1e-6)
+    >>> tx = optax.chain(newton, optax.scale(-1.0))
+    >>> _, grads, stats = captured.value_and_grad(params, x, y)
+    >>> updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
+    >>> print(updates["w"].round(1).ravel())
+    [ 3. -1.]
   """
   options = Options(
     damping=damping,
@@ -291,6 +308,7 @@ def fop(
   Raises:
     ValueError: as `kfac`; if the loss was captured with `groups=1`; if a `beta` is given with more
       than two groups, or a tree asked for of a number that is no power of two.
+    TypeError: if `layers`, `stats` or `sharding` are of another type.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp, optax

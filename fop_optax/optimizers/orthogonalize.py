@@ -145,6 +145,7 @@ def orthogonalize(
   Raises:
     ValueError: for hyperparameters out of range; in `update` for dimension numbers that do not fit,
       directions that are not real floating point, and trees that are not of these layers.
+    TypeError: if `layers` are of another type.
 
   Example:
     >>> import fop_optax, jax.numpy as jnp, optax

@@ -154,6 +154,18 @@ def to_owners(opt_state: Any, sharding: Sharding) -> Any:
   Raises:
     ValueError: if it has no curvature, or one that has owners already.
     TypeError: if `sharding` is none.
+
+  Example:
+    >>> import fop_optax, jax, jax.numpy as jnp
+    >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+    >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+    >>> captured = fop_optax.capture(loss, params, x)
+    >>> sharding = fop_optax.Sharding(jax.make_mesh((1,), ("data",)))
+    >>> state = fop_optax.scale_by_kfac(captured.layers).init(params)  # on one device
+    >>> tx = fop_optax.scale_by_kfac(captured.layers, sharding=sharding)  # goes on over the mesh
+    >>> dealt = fop_optax.to_owners(state, sharding)
+    >>> print(jax.tree.structure(dealt) == jax.tree.structure(tx.init(params)))
+    True
   """
   if not isinstance(sharding, Sharding):
     raise TypeError(
