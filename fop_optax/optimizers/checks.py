@@ -58,6 +58,19 @@ def check_period(name: str, value: Any) -> None:
   check(name, value, whole, "a whole number of steps, at least 1")
 
 
+def check_static(name: str, value: Any, least: int = 1, among: Sequence[str] = ()) -> None:
+  """Checks a hyperparameter that shapes depend on, alone or `among` some that all are static."""
+  if not isinstance(value, int) or value < least:
+    which, how = (
+      (f"the integers among {', '.join(among)}", "(...)") if among else ("it", f'"{name}"')
+    )
+    raise ValueError(
+      f"`{name}={value}` should be a Python integer, at least {least}."
+      f" `optax.inject_hyperparams` makes arrays of numbers: declare {which} with"
+      f" `optax.inject_hyperparams(..., static_args={how})`."
+    )
+
+
 def check_dtype(name: str, value: Any) -> None:
   """Checks the dtype that something is held in; None stands for that of the arithmetic."""
   if value is None:

@@ -47,7 +47,7 @@ class OrthogonalizeOptions:
   layers: Layers | None
 
   def __post_init__(self):
-    by_tensor.check_static("ns_steps", self.ns_steps)
+    checks.check_static("ns_steps", self.ns_steps)
     if self.scale is not None:
       checks.one_of("scale", self.scale, tuple(SCALES))
     checks.one_of("others", self.others, OTHERS)

@@ -37,13 +37,7 @@ class Settings:
   def __post_init__(self):
     checks.one_of("curvature", self.curvature, CURVATURES)
     for name in STATIC:
-      value, least = getattr(self, name), 1 if name == "groups" else 0
-      if not isinstance(value, int) or value < least:
-        raise ValueError(
-          f"`{name}={value}` should be a Python integer, at least {least}."
-          " `optax.inject_hyperparams` makes arrays of numbers: declare the integers among"
-          f" {', '.join(STATIC)} with `optax.inject_hyperparams(..., static_args=(...))`."
-        )
+      checks.check_static(name, getattr(self, name), 1 if name == "groups" else 0, STATIC)
 
   def blocks(self, tree: Any) -> Layers:
     """The leaves of a tree like params, each a block of curvature."""
