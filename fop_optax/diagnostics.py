@@ -14,6 +14,7 @@ from fop_optax.curvature.stacks import plan_stacks
 from fop_optax.curvature.state import BlockNumbers, CurvatureState, StackState, in_order
 from fop_optax.factorizations import eigvalsh
 from fop_optax.layers import Layers
+from fop_optax.optimizers.checks import states_in
 from fop_optax.optimizers.fop import ScaleByFopState
 from fop_optax.optimizers.kfac import ScaleByKfacState
 from fop_optax.optimizers.neumann import ScaleByNeumannState
@@ -183,8 +184,7 @@ def _spectrum(factor):
 
 
 def _find(opt_state: Any) -> Any:
-  is_state = lambda x: isinstance(x, STATES)
-  found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+  found = states_in(opt_state, STATES)
   if len(found) != 1:
     raise ValueError(
       f"`diagnostics(opt_state)` found {len(found)} states of this library's optimizers, where it"

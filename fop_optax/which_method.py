@@ -69,10 +69,9 @@ def what(value: Any) -> str:
     return "an optimizer"
   if _is_function(value):
     return f"the function `{value.__name__}`"
-  leaves = jax.tree.leaves(value, is_leaf=_is_state)
-  if any(map(_is_state, leaves)):
+  if checks.states_in(value, STATES):
     return "an optimizer's state"
-  arrays = sum(hasattr(leaf, "shape") for leaf in leaves)
+  arrays = sum(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
   kind = type(value).__name__
   article = "an" if kind[0] in "AEIOUaeiou" else "a"
   return f"{article} {kind}" + (f" with {arrays} arrays" if arrays else "")
@@ -97,7 +96,7 @@ def made(
       error.add_note(_NO_TREE)
     raise
   params = leaves if params is None else params
-  found = _states(state)
+  found = checks.states_in(state, STATES)
   if len(found) != 1:
     had = f"{len(found)} curvatures" if found else "no curvature that `estimate` knows"
     raise ValueError(
@@ -133,16 +132,8 @@ _ANY = "Of any optimizer `jax.eval_shape(tx.init, params)` has the shapes of the
 def _usual(name: str, layers: Layers, params: Any, sharding: Sharding | None) -> Sequence[Any]:
   """Stacks of the method by default."""
   tx = costs.METHODS[name].make(layers, sharding=sharding)
-  (state,) = _states(jax.eval_shape(tx.init, params))
+  (state,) = checks.states_in(jax.eval_shape(tx.init, params), STATES)
   return _stacks(state)
-
-
-def _is_state(x: Any) -> bool:
-  return isinstance(x, STATES)
-
-
-def _states(tree: Any) -> list[Any]:
-  return [x for x in jax.tree.leaves(tree, is_leaf=_is_state) if _is_state(x)]
 
 
 def _stacks(state: Any) -> Sequence[Any]:

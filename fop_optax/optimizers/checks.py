@@ -144,10 +144,15 @@ def _other_tree(own: Any, others: Any, structure: Any, wanted: Any) -> str:
   return " and ".join(parts + ([f"has {few(more)}, which params do not have"] if more else []))
 
 
+def states_in(tree: Any, kinds: type | tuple[type, ...]) -> list[Any]:
+  """The states of some kinds in a tree, however deep."""
+  is_kind = lambda x: isinstance(x, kinds)
+  return [x for x in jax.tree.leaves(tree, is_leaf=is_kind) if is_kind(x)]
+
+
 def check_kind(state: Any, kind: type) -> None:
   """Checks that a state is one of the optimizer that it is handed to."""
-  is_kind = lambda x: isinstance(x, kind)
-  if not any(map(is_kind, jax.tree.leaves(state, is_leaf=is_kind))):
+  if not states_in(state, kind):
     raise ValueError(
       f"The optimizer's state has no `{kind.__name__}` in it: it is a {type(state).__name__} of"
       " another optimizer, or no state. Write `opt_state = tx.init(params)` and"

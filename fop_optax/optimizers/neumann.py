@@ -233,8 +233,7 @@ def neumann_eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     >>> print(fop_optax.neumann_eval_params(tx.init(params), params))  # w itself in the warm-up
     {'w': Array([1., 1.], dtype=float32)}
   """
-  is_state = lambda x: isinstance(x, ScaleByNeumannState)
-  found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+  found = checks.states_in(opt_state, ScaleByNeumannState)
   if len(found) != 1:
     raise ValueError(
       f"`neumann_eval_params(opt_state, params)` found {len(found)} states of the Neumann optimizer"
