@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.positive import inverse_flops
 from fop_optax.curvature.stacks import Stack, dtype_of, padded_lengths
 from fop_optax.layers import Layer, Layers
@@ -18,7 +19,6 @@ from fop_optax.optimizers.shampoo import shampoo
 from fop_optax.optimizers.shampoo_options import BLOCK_SIZE
 from fop_optax.optimizers.soap import soap
 from fop_optax.optimizers.soap_options import MAX_PRECOND_DIM
-from fop_optax.owners import plan_owners
 from fop_optax.tensors import Tensor, tensors
 
 EIGH, QR = 9, 8 / 3  # times d^3: LAPACK's eigenvectors; a square QR, with its Q written out
@@ -59,13 +59,16 @@ class Block(NamedTuple):
 
 
 class LayerEstimate(NamedTuple):
-  """What one layer takes, all its matrices (or tensors) together, on all devices."""
+  """What one layer takes, all its matrices (or tensors) together, on all devices.
 
-  path: str
+  An entry of `Estimate.layers`, in the order of the layers (or tensors).
+  """
+
+  path: str  # printable path of the weight
   blocks: int  # number of matrices
   dims: tuple[int, ...]  # shape of each
   diagonal: tuple[bool, ...]  # for each side whether it has no matrix
-  factor_bytes: int
+  factor_bytes: int  # running factors, or second moments
   inverse_bytes: int  # inverses, eigenvectors or roots; of EKFAC with S
   moment_bytes: int  # of SOAP and Shampoo: moments and counts that are kept beside them
   ordinary_flops: float  # of each step
@@ -89,7 +92,7 @@ Temporaries = Callable[[Sizes], tuple[int, int]]  # bytes, of an ordinary and of
 class Method(NamedTuple):
   """An optimizer, and what it keeps and does for each matrix or tensor."""
 
-  make: Callable[[Layers], optax.GradientTransformation]
+  make: Callable[..., optax.GradientTransformation]  # of layers, with options
   blocks: Callable[[Layers, Sequence[int], int], list[Block]]  # with sides up to a limit
   longest: int | None  # the limit by default
   limit: str  # the argument that sets it
@@ -184,7 +187,7 @@ _layer_method: dict[str, Any] = {
 }
 METHODS = {
   "kfac": Method(
-    make=lambda layers: kfac(0.1, layers),
+    make=lambda layers, **own: kfac(0.1, layers, **own),
     products=lambda layers: 1,
     temporaries=_by_layer(lambda groups: 3),  # gradient, direction, trace
     remake=lambda d, size: inverse_flops(d),
@@ -193,7 +196,7 @@ METHODS = {
     **_layer_method,
   ),
   "fop": Method(
-    make=lambda layers: fop(0.1, layers),
+    make=lambda layers, **own: fop(0.1, layers, **own),
     products=lambda layers: layers.groups + 1,  # M^-1 of each, F g_avg
     # each contrast, its g_perp, M^-1 of it; trace
     temporaries=_by_layer(lambda groups: 5 * groups - 2),
@@ -203,7 +206,7 @@ METHODS = {
     **_layer_method,
   ),
   "ekfac": Method(
-    make=lambda layers: kfac(0.1, layers, scaling="eigenvalue"),
+    make=lambda layers, **own: kfac(0.1, layers, scaling="eigenvalue", **own),
     products=lambda layers: 2,  # into the basis and back
     temporaries=_by_layer(lambda groups: 4, kept=2, copies=1),
     remake=lambda d, size: (EIGH + 2) * d**3 + 2 * size * d,  # S carried over
@@ -212,7 +215,7 @@ METHODS = {
     **_layer_method,
   ),
   "soap": Method(
-    make=lambda layers: soap(layers=layers),
+    make=lambda layers, **own: soap(layers=layers, **own),
     blocks=_soap_blocks,
     longest=MAX_PRECOND_DIM,
     limit="soap(max_precond_dim={})",
@@ -226,7 +229,7 @@ METHODS = {
     one_sided="soap(one_sided=True)",
   ),
   "shampoo": Method(
-    make=lambda layers: shampoo(0.1, layers=layers),
+    make=lambda layers, **own: shampoo(0.1, layers=layers, **own),
     blocks=_shampoo_blocks,
     longest=BLOCK_SIZE,
     limit="shampoo(block_size={})",
@@ -321,7 +324,7 @@ class Share(NamedTuple):
 
 
 def largest_share(costs: Sequence[LayerEstimate], devices: int) -> Share:
-  """What each device has of the curvature, dealt as by `fop_optax.sharding.plan_owners`.
+  """What each device has of the curvature, dealt as by `fop_optax.curvature.owners.plan_owners`.
 
   Memory and products are those of its slots, empty ones included; inverses those of its blocks, on
   the device with most.

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fop_optax.curvature.inverse import EigenvalueInverse, SplitDamping, UsedDamping
+from fop_optax.curvature.eigenvalue_inverse import EigenvalueInverse
+from fop_optax.curvature.scaling import SplitDamping, UsedDamping
 from fop_optax.curvature.stacks import plan_stacks
 from fop_optax.curvature.state import BlockNumbers, CurvatureState, StackState, in_order
 from fop_optax.factorizations import eigvalsh
 from fop_optax.layers import Layers
+from fop_optax.optimizers.checks import states_in
 from fop_optax.optimizers.fop import ScaleByFopState
 from fop_optax.optimizers.kfac import ScaleByKfacState
 from fop_optax.optimizers.neumann import ScaleByNeumannState
@@ -182,8 +184,7 @@ def _spectrum(factor):
 
 
 def _find(opt_state: Any) -> Any:
-  is_state = lambda x: isinstance(x, STATES)
-  found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+  found = states_in(opt_state, STATES)
   if len(found) != 1:
     raise ValueError(
       f"`diagnostics(opt_state)` found {len(found)} states of this library's optimizers, where it"
@@ -234,6 +235,9 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     `norm_constraint` bound the last, and how many layers did not move at all, and why: without
     statistics there is no direction.
 
+  Raises:
+    ValueError: for something else than `diagnostics` returned.
+
   Example:
     >>> import fop_optax, jax.numpy as jnp
     >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
@@ -247,6 +251,11 @@ def diagnostics_table(numbers: dict[str, Any]) -> str:
     layer  folds  nonfinite_statistics  inverses  failed_inverses  damping  added
     ['w']  1      0                     1         0                0.5      0
   """
+  if not isinstance(numbers, dict) or "nonfinite_losses" not in numbers:
+    raise ValueError(
+      f"`diagnostics_table(numbers)` has a {type(numbers).__name__} that is not of `diagnostics`:"
+      " write `fop_optax.diagnostics_table(fop_optax.diagnostics(opt_state, captured.layers))`."
+    )
   skipped = [numbers[f"nonfinite_{what}"] for what in ("losses", "gradients", "directions")]
   lines = [
     f"steps taken: {int(numbers['count'])}; left out for losses, gradients, directions:"

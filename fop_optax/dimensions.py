@@ -176,6 +176,10 @@ def dimension_numbers(layers: Layers) -> LayerDimensionNumbers:
     A callable of params that returns a tree like them, of `optax.contrib.MuonDimensionNumbers` or
     None, with `reasons` for each None.
 
+  Raises:
+    TypeError: if `layers` are of another type.
+    ValueError: when called, for params that are not of these layers.
+
   Example:
     >>> import fop_optax, jax.numpy as jnp, optax
     >>> def loss(params, x):
@@ -190,6 +194,11 @@ def dimension_numbers(layers: Layers) -> LayerDimensionNumbers:
     {"['bias']": 'in no layer: see `captured.fallbacks`'}
     >>> tx = optax.contrib.muon(0.02, muon_weight_dimension_numbers=numbers)
   """
+  if not isinstance(layers, Layers):
+    raise TypeError(
+      f"`dimension_numbers(layers)` has a {type(layers).__name__} for layers: pass"
+      " `captured.layers`."
+    )
   numbers, reasons = [], {}
   for leaf, (path, shape) in enumerate(zip(layers.paths, layers.shapes, strict=True)):
     own, reason = _numbers_of(layers, leaf, shape)

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fop_optax import costs
 from fop_optax.capture.captured import Captured
 from fop_optax.costs import LayerEstimate, Saving
 from fop_optax.layers import Layers
-from fop_optax.optimizers.checks import check_layers, one_of
+from fop_optax.optimizers.checks import check_layers
+from fop_optax.which_method import Made, check_optimizer, made, what
 
 SHOWN = 8  # lines of the table
 
@@ -38,6 +40,15 @@ class Estimate:
     refresh_flops: what a refresh adds: second moments of rows, and inverses, bases or roots.
     counted: whether second moments of rows are in that: rows are known, or there are none.
     savings: what would make the state smaller.
+
+  Example:
+    >>> import fop_optax, jax
+    >>> params = {"w": jax.ShapeDtypeStruct((300, 10), "float32")}
+    >>> x = jax.ShapeDtypeStruct((64, 300), "float32")
+    >>> captured = fop_optax.capture(lambda p, x: ((x @ p["w"]) ** 2).mean(), params, x)
+    >>> own = fop_optax.estimate(captured, "kfac")
+    >>> print(own.factor_bytes == 4 * (300**2 + 10**2), own.layers[0].dims, own.savings[0])
+    True (300, 10) Saving(how='capture(max_dim=256)', bytes=717600)
   """
 
   optimizer: str
@@ -65,20 +76,21 @@ class Estimate:
 
 def estimate(
   captured: Captured | Layers,
-  optimizer: str = "kfac",
+  optimizer: str | optax.GradientTransformation = "kfac",
   *,
-  devices: int = 1,
+  devices: int | None = None,
   rows: int | Sequence[int] | None = None,
   factor_dtype: jax.typing.DTypeLike | None = None,
   params: Any = None,
 ) -> Estimate:
   r"""Bytes and FLOPs of an optimizer before anything of it is allocated, from shapes alone.
 
-  Bytes of the state are those that `tx.init(params)` will make, with default arguments. A step
-  holds beside it the parameters, gradients and what is made of them, and at a refresh statistics of
-  each group and new inverses next to the old: within 0.15 of XLA's own account of a compiled step,
-  whose state is donated, where layers have matrices and the network itself takes little. Its
-  activations are gone when the update begins: they add at most what they take.
+  Bytes of the state are those that `tx.init(params)` will make: of an optimizer that is passed, or
+  of one with default arguments where its name is. A step holds beside it the parameters, gradients
+  and what is made of them, and at a refresh statistics of each group and new inverses next to the
+  old: with default arguments within 0.15 of XLA's own account of a compiled step, whose state is
+  donated, where layers have matrices and the network itself takes little. Its activations are gone
+  when the update begins: they add at most what they take.
 
   FLOPs are those of matrix products and factorisations, as the compiled program has them. A product
   of a layer's matrix :math:`[r, o]` with both of its inverses has :math:`2 r o (r + o)`; a step has
@@ -98,26 +110,31 @@ def estimate(
   Args:
     captured: what `fop_optax.capture` returned, or its `layers`.
     optimizer: `"kfac"`, `"fop"`, `"ekfac"` (`kfac(scaling="eigenvalue")`), `"soap"` or `"shampoo"`
-      (both with `layers=captured.layers`).
-    devices: over how many devices blocks of curvature have owners, as by the optimizer's
-      `sharding` (its `devices`). Totals are of the device with most: of its slots, also those that
-      stay empty. Examples are shared out evenly; parameters, gradients, statistics of a batch and
-      moments are on each device, but of SOAP and Shampoo the moments are with the owners. EKFAC's
-      bases are on each device while statistics are taken.
+      (both with `layers=captured.layers`); or one of these that was made, `tx`, whatever its
+      `sharding`, `factor_dtype`, rates, momentum and fallback. Of one whose other options make
+      other curvature `jax.eval_shape(tx.init, params)` has the shapes of the state.
+    devices: with a name, over how many devices blocks of curvature have owners, as by the
+      optimizer's `sharding` (its `devices`); None: one. Totals are of the device with most: of its
+      slots, also those that stay empty. Examples are shared out evenly; parameters, gradients,
+      statistics of a batch and moments are on each device, but of SOAP and Shampoo the moments are
+      with the owners. EKFAC's bases are on each device while statistics are taken.
     rows: how many rows (examples, times tokens or pixels) each layer meets in a batch, a number for
       all or one for each; None: as many as in the batch of capture. Layers alone do not know it,
       and second moments are not counted.
-    factor_dtype: in which the factors are held; None: that of the arithmetic.
-    params: the parameters or their shapes, for dtypes; None: float32.
+    factor_dtype: with a name, in which the factors are held; None: that of the arithmetic.
+    params: the parameters or their shapes, for dtypes; None: float32. An optimizer that knows their
+      tree, as by a mask, needs them.
 
   Returns:
     An :class:`Estimate`, which prints as a table of what each layer takes, layers of one shape in
     one line, and lines on a device: totals, and what would make its state smaller.
 
   Raises:
-    TypeError: if `captured` is of another type.
-    ValueError: for an unknown optimizer, numbers out of range, rows or params that do not fit the
-      layers, and FOP of layers captured with `groups=1`.
+    TypeError: if `captured` or `optimizer` is something else, as an optimizer's state, params or
+      the function that makes an optimizer.
+    ValueError: for an unknown name, an optimizer without curvature or with other than by default,
+      numbers out of range, `devices` or `factor_dtype` beside an optimizer that was made, rows or
+      params that do not fit the layers, and FOP of layers captured with `groups=1`.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp
@@ -128,7 +145,8 @@ def estimate(
     >>> params = {"w1": shape((784, 2048), "float32"), "b1": shape((2048,), "float32")}
     >>> params |= {"w2": shape((2048, 10), "float32")}
     >>> x, y = shape((512, 784), "float32"), shape((512,), "int32")
-    >>> estimate = fop_optax.estimate(fop_optax.capture(loss, params, x, y))
+    >>> captured = fop_optax.capture(loss, params, x, y)
+    >>> estimate = fop_optax.estimate(captured, "kfac")
     >>> print(estimate)
     layers        matrices  factors  inverses   each step     refresh
     ['w1']  1 * 785 x 2048  19.2 MB   19.2 MB  9.11 GFLOP    21 GFLOP
@@ -141,14 +159,14 @@ def estimate(
     smaller by 18 MB: factor_dtype=jnp.bfloat16
     >>> estimate.state_bytes
     78552212
+    >>> tx = fop_optax.kfac(0.1, captured.layers, momentum=None)
+    >>> fop_optax.estimate(captured, tx).state_bytes
+    72039572
   """
-  layers = check_layers(captured.layers if isinstance(captured, Captured) else captured)
-  one_of("optimizer", optimizer, tuple(costs.METHODS))
-  if not isinstance(devices, int) or devices < 1:
-    raise ValueError(f"`estimate(devices={devices!r})` takes a whole number of at least 1.")
-  method, itemsize = costs.METHODS[optimizer], _itemsize(factor_dtype)
+  layers = _layers(captured)
   leaves = _leaves(layers, params)
-  state = _bytes(jax.eval_shape(method.make(layers).init, leaves))
+  chosen = _of(optimizer, layers, leaves, params, devices, factor_dtype)
+  method, devices, itemsize = costs.METHODS[chosen.name], chosen.devices, chosen.itemsize
   blocks = costs.blocks_of(method, layers, leaves)
   lengths = costs.remade_as(method, blocks)
   wide = costs.largest_share([costs.cost(method, 0, block, lengths) for block in blocks], 1)
@@ -161,14 +179,16 @@ def estimate(
       for own, layer, n in zip(found, layers, counts.rows, strict=True)
     ]
   share, parameters = costs.largest_share(found, devices), _bytes(leaves)
-  state += share.bytes + share.moment_bytes - wide.bytes - wide.moment_bytes
+  state = chosen.state_bytes
+  if isinstance(optimizer, str):  # as it is by default, on one device
+    state += share.bytes + share.moment_bytes - wide.bytes - wide.moment_bytes
   statistics = sum(costs.statistics_bytes(method, block) for block in blocks)
   gathered = sum(b.count * b.squares * b.itemsize for b in blocks) if method.squares else 0
   ordinary, refresh = method.temporaries(
     costs.Sizes(parameters, share.bytes, share.inverse_bytes, statistics, layers.groups)
   )
   return Estimate(
-    optimizer=optimizer,
+    optimizer=chosen.name,
     devices=devices,
     layers=tuple(found),
     parameter_bytes=parameters,
@@ -182,6 +202,41 @@ def estimate(
     counted=bool(counts) or not method.of_rows,
     savings=tuple(costs.savings(method, layers, leaves, itemsize, devices)),
   )
+
+
+def _layers(captured: Any) -> Layers:
+  layers = captured.layers if isinstance(captured, Captured) else captured
+  if not isinstance(layers, Layers):
+    raise TypeError(
+      f"`estimate(captured, optimizer)` took {what(captured)} for `captured`: pass what"
+      " `captured = fop_optax.capture(loss, params, ...)` returned, or its `layers`."
+    )
+  return check_layers(layers)
+
+
+def _of(
+  optimizer: Any,
+  layers: Layers,
+  leaves: Sequence[Any],
+  params: Any,
+  devices: int | None,
+  factor_dtype: Any,
+) -> Made:
+  """What is reckoned with, of a name as the optimizer is by default on one device."""
+  check_optimizer(optimizer)
+  if not isinstance(optimizer, str):
+    for name, value in {"devices": devices, "factor_dtype": factor_dtype}.items():
+      if value is not None:
+        raise ValueError(
+          f"`estimate({name}={value!r})` goes with the name of an optimizer. One that is made has"
+          " its own: make it with that, or pass a name."
+        )
+    return made(optimizer, layers, leaves, params)
+  devices = 1 if devices is None else devices
+  if not isinstance(devices, int) or devices < 1:
+    raise ValueError(f"`estimate(devices={devices!r})` takes a whole number of at least 1.")
+  state = _bytes(jax.eval_shape(costs.METHODS[optimizer].make(layers).init, leaves))
+  return Made(optimizer, devices, _itemsize(factor_dtype), state)
 
 
 def _leaves(layers: Layers, params: Any) -> list[jax.ShapeDtypeStruct]:

@@ -49,6 +49,14 @@ class Layer:
     biases: none, the bias, or several of slices of the outputs (of q, k and v).
     uses: in how many products of the loss the weight stands (a scan's body counts once).
     diagonal: whether the input and the output factor are kept as their diagonals.
+
+  Example:
+    >>> import fop_optax, jax.numpy as jnp
+    >>> loss = lambda params, x: jnp.mean((x @ params["w"] + params["b"]) ** 2)
+    >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    >>> (layer,) = fop_optax.capture(loss, params, jnp.ones((8, 3))).layers
+    >>> print(layer.path, layer.kind, layer.dims, layer.factor_shapes)  # a row more: the bias
+    ['w'] dense (4, 2) ((1, 4, 4), (1, 2, 2))
   """
 
   path: str
@@ -107,6 +115,14 @@ class Layers(Sequence[Layer]):
     groups: number of groups of examples the gradient is taken over; contrasts are one fewer.
     frozen: indices of the leaves that no gradient of the loss reaches: they are left as they are.
     fisher: whose labels the output factors are of, as `fop_optax.capture` takes it.
+
+  Example:
+    >>> import fop_optax, jax.numpy as jnp
+    >>> loss = lambda params, x: jnp.mean((jnp.tanh(x @ params["u"]) @ params["w"]) ** 2)
+    >>> params = {"u": jnp.ones((3, 5)), "w": jnp.ones((5, 2))}
+    >>> layers = fop_optax.capture(loss, params, jnp.ones((8, 3)), groups=2).layers
+    >>> print(len(layers), layers.groups, [layer.dims for layer in layers])
+    2 2 [(3, 5), (5, 2)]
   """
 
   entries: tuple[Layer, ...]
@@ -245,7 +261,20 @@ class Factors(NamedTuple):
 
 
 class Stats(NamedTuple):
-  """What `Captured.value_and_grad` hands to an optimizer beside the mean gradient."""
+  """What `Captured.value_and_grad` hands to an optimizer beside the mean gradient.
+
+  Example:
+    >>> import fop_optax, jax.numpy as jnp
+    >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+    >>> params, x = {"w": jnp.ones((2, 1))}, jnp.array([[2.0, 0.0], [0.0, 1.0]])
+    >>> captured = fop_optax.capture(loss, params, x, groups=2)
+    >>> value, grads, stats = captured.value_and_grad(params, x)
+    >>> print(stats.factors[0].A, stats.contrasts[0]["w"].ravel())  # mean of x x'; grad_1 - grad_2
+    [[[2.  0. ]
+      [0.  0.5]]] [ 8. -2.]
+    >>> print(stats.inputs_only().factors[0].G)
+    [[[1.]]]
+  """
 
   refresh: jax.Array  # bool, shape=(): whether `factors` hold statistics of this batch
   factors: tuple[Factors, ...]  # one a layer, in the order of `Captured.layers`

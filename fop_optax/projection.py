@@ -32,18 +32,26 @@ orthonormal rows that sum to zero; the direction is the same for each such `H`. 
 groups; this form is its extension here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fop_optax.block_gradients import (
+  Gradients,
+  Product,
+  along,
+  constants_of,
+  dot,
+  joining,
+  largest_entries,
+  of_each,
+  power_of_two,
+)
 from fop_optax.factorizations import eigh
-from fop_optax.moments import SMALL
-
-Product = Callable[[jax.Array], jax.Array]
 
 # A direction of `E` counts if its share of the contrasts' size is above this; in float32 as well.
 REL_EPS = 1e-6
@@ -151,21 +159,6 @@ def fop_direction(
   return FopDirection(direction[0], *(number[0] for number in numbers))
 
 
-class Gradients(NamedTuple):
-  """Gradients of blocks of one shape, along the leading axis of every array, and their metric."""
-
-  average: jax.Array  # [blocks, ...]
-  contrasts: jax.Array  # [blocks, k, ...]
-  solve: Product  # V -> M^-1 V of all blocks: [blocks, ...]
-  multiply: Product | None
-  fisher_norm: jax.typing.ArrayLike  # shape=(blocks,), or a number
-  resolution: jax.typing.ArrayLike | None = None
-
-  @property
-  def dtype(self) -> Any:
-    return jnp.promote_types(self.average.dtype, jnp.float32)
-
-
 def fop_directions(
   stacks: Sequence[Gradients],
   *,
@@ -176,18 +169,17 @@ def fop_directions(
 ) -> tuple[list[jax.Array], FopNumbers]:
   """`fop_direction` of each block of several stacks, and the numbers of all blocks together.
 
-  With a `tree`, of `tree_of`, contrasts are folded level by level: `eta g_comb` of one is `g_avg`
-  of the next. Numbers are worked out as one vector over all blocks, however many stacks there are:
-  the program has them once, and compiles quickly. Those that arrays are multiplied by end in a
-  division: XLA would work out others anew in each product. There is one stack at least.
+  With a `tree`, of `group_gradients.tree_of`, contrasts are folded level by level: `eta g_comb` of
+  one is `g_avg` of the next. Numbers that arrays are multiplied by end in a division: XLA would
+  work out others anew in each product. There is one stack at least.
   """
-  join, split = _joining(stacks)
-  constants = _constants(stacks)
+  join, split = joining(stacks)
+  constants = constants_of(stacks)
 
   # A power of two near the largest entry of g_avg: divides exactly, and lets no square underflow.
-  (largest,) = join([(_largest(own.average.astype(own.dtype)),) for own in stacks])
-  scale = _power_of_two(largest, constants.limit)
-  times = lambda x, own, size: x.astype(own.dtype) * _along(size, x)
+  (largest,) = join([(largest_entries(own.average.astype(own.dtype)),) for own in stacks])
+  scale = power_of_two(largest, constants.limit)
+  times = lambda x, own, size: x.astype(own.dtype) * along(size, x)
   sizes = list(zip(stacks, split(1 / scale), strict=True))
   g = [times(own.average, own, size) for own, size in sizes]
   c = [times(own.contrasts, own, size) for own, size in sizes]
@@ -202,25 +194,25 @@ def fop_directions(
     g, u, numbers = _fold(stacks, constants, g, u, part, k, adaptive_step, beta)
     k = 1.0
     levels.append(numbers)
-  directions = [_along(size, x) * x for size, x in zip(split(scale), u, strict=True)]
+  directions = [along(size, x) * x for size, x in zip(split(scale), u, strict=True)]
   return directions, _together(levels, scale)
 
 
 def _fold(stacks, constants, ga, u, c, k, adaptive_step, beta):
   """`eta g_comb` of `g_avg` and contrasts, `M^-1` of it, and their numbers; `u = M^-1 g_avg`."""
-  join, split = _joining(stacks)
+  join, split = joining(stacks)
   # (4), (5). Formed entry by entry: differences of the scalars below would cancel.
   f_ga = [
     v if own.multiply is None else own.multiply(g) for own, g, v in zip(stacks, ga, u, strict=True)
   ]
   q, c_f, ga2, c2, f2 = join(
-    _of_each(
+    of_each(
       lambda g, f, ci: (
-        _dot(g, f),
-        _dot(ci, f[:, None], 2),
-        _dot(g, g),
-        _dot(ci, ci, 2),
-        _dot(f, f),
+        dot(g, f),
+        dot(ci, f[:, None], 2),
+        dot(g, g),
+        dot(ci, ci, 2),
+        dot(f, f),
       ),
       (1, 1, 2),
       *(ga, f_ga, c),
@@ -228,7 +220,7 @@ def _fold(stacks, constants, ga, u, c, k, adaptive_step, beta):
   )
   projected = q > 8 * constants.eps * jnp.asarray(constants.norm, q.dtype) * ga2
   s = jnp.where(projected[:, None], c_f, 0) / jnp.where(projected, q, 1)[:, None]
-  gp = [ci - _along(own, ci) * g[:, None] for ci, own, g in zip(c, split(s), ga, strict=True)]
+  gp = [ci - along(own, ci) * g[:, None] for ci, own, g in zip(c, split(s), ga, strict=True)]
   # One contrast after the other: `vmap` over the second axis would copy it to the front.
   v = [
     jnp.stack([own.solve(perp[:, i]) for i in range(perp.shape[1])], axis=1)
@@ -236,22 +228,22 @@ def _fold(stacks, constants, ga, u, c, k, adaptive_step, beta):
   ]
 
   N, D, E, left = join(
-    _of_each(
+    of_each(
       lambda g, f, ug, vi, perp: (
-        _dot(g, ug),
-        _dot(vi, g[:, None], 2),
+        dot(g, ug),
+        dot(vi, g[:, None], 2),
         _gram(vi, perp),
-        _dot(perp, f[:, None], 2),
+        dot(perp, f[:, None], 2),
       ),
       (1, 1, 1, 2, 2),
       *(ga, f_ga, u, v, gp),
     )
   )
-  size2 = jnp.trace(E, axis1=1, axis2=2) + 2 * _dot(s, D) + _dot(s, s) * N  # = sum_i <c_i, c_i>
+  size2 = jnp.trace(E, axis1=1, axis2=2) + 2 * dot(s, D) + dot(s, s) * N  # = sum_i <c_i, c_i>
   sizeable = (N > 0) & (jnp.sum(c2, axis=1) > constants.tiny**2 * ga2)
   b, rho2 = _mixture(N, D, E, REL_EPS * size2, sizeable, beta)
-  num = N + _dot(b, D)  # <g_avg, g_comb>
-  den = N + 2 * _dot(b, D) + _dot(b, _dot(E, b[:, None], 2))  # <g_comb, g_comb>
+  num = N + dot(b, D)  # <g_avg, g_comb>
+  den = N + 2 * dot(b, D) + dot(b, dot(E, b[:, None], 2))  # <g_comb, g_comb>
   eta = jnp.ones_like(N)
   if adaptive_step:
     if beta is None:
@@ -261,7 +253,7 @@ def _fold(stacks, constants, ga, u, c, k, adaptive_step, beta):
   def comb(x, parts):
     """(6), (18)"""
     rows = zip(split(eta), split(b), x, parts, strict=True)
-    return [_along(e, x) * (x + jnp.sum(_along(own, p) * p, axis=1)) for e, own, x, p in rows]
+    return [along(e, x) * (x + jnp.sum(along(own, p) * p, axis=1)) for e, own, x, p in rows]
 
   residual = jnp.where(projected, _residual(left, c2, s, ga2, f2), 0)
   return comb(ga, gp), comb(u, v), FopNumbers(b, eta, rho2, residual, s, eta**2 * den)
@@ -281,26 +273,6 @@ def _together(levels: Sequence[FopNumbers], scale: jax.Array) -> FopNumbers:
   )
 
 
-def tree_of(groups: int) -> list[np.ndarray]:
-  """For each level of a binary tree its contrasts out of those of `capture`, `[2^level, k]`.
-
-  The groups are halved level by level; a contrast is the difference of the means of two halves, of
-  the length of the others: `sqrt(2) W g` with the Haar matrix `W`, where `capture` has the Helmert
-  matrix `H`, and `W g = W H' (H g)` as both have orthonormal rows that sum to zero.
-  """
-  if groups & (groups - 1):
-    raise ValueError(f"A binary tree of contrasts takes 2, 4, 8, ... groups, not {groups}.")
-  helmert = np.zeros((groups - 1, groups))
-  for i in range(1, groups):
-    helmert[i - 1, : i + 1] = np.array([1 / i] * i + [-1]) * np.sqrt(i / (i + 1))
-  levels, width = [], groups
-  while width > 1:
-    haar = np.kron(np.eye(groups // width), np.repeat([1.0, -1.0], width // 2)) / width**0.5
-    levels.append(haar @ helmert.T)
-    width //= 2
-  return levels
-
-
 def check_total_gradient(total_gradient: str) -> None:
   if total_gradient not in ("mean", "sum"):
     raise ValueError(f'`total_gradient` is "mean" or "sum", not {total_gradient!r}.')
@@ -311,7 +283,7 @@ def _mixture(N, D, E, floor, sizeable, beta):
   finite = jnp.all(jnp.isfinite(D), axis=1) & jnp.all(jnp.isfinite(E), axis=(1, 2))
   sizeable &= finite
   best = jax.vmap(_solve_semidefinite)(E, D, floor, sizeable)
-  rho2 = jnp.where(sizeable, _dot(D, best) / jnp.where(sizeable, N, 1), 0)
+  rho2 = jnp.where(sizeable, dot(D, best) / jnp.where(sizeable, N, 1), 0)
   if beta is not None:
     best = jnp.where(finite, jnp.asarray(beta, N.dtype), 0)[:, None]
   return best, jnp.clip(rho2, 0, 1)
@@ -331,110 +303,10 @@ def _solve_semidefinite(E, D, floor, valid):
   else:
     values, vectors = eigh(E)
   kept = valid & (values > floor)
-  shares = jnp.where(kept, _dot(vectors.T, D), 0) / jnp.where(kept, values, 1)
-  return _dot(vectors, shares)
-
-
-def _of_each(function, leads, *columns):
-  """`function` of the arrays of each stack, of which zeros behind so many leading axes add nothing.
-
-  Small ones go side by side: XLA compiles sums over each shape that is small, and those over large
-  ones are library calls.
-  """
-  rows = list(zip(*columns, strict=True))
-  small = [k for k, (first, *_) in enumerate(rows) if first.size <= SMALL]
-  if len(small) < 2 or len({first.dtype for first, *_ in rows}) > 1:
-    return [function(*row) for row in rows]
-  width = max(rows[k][0][0].size for k in small)
-
-  def beside(arrays, lead):
-    flat = [x.reshape(*x.shape[:lead], -1) for x in arrays]
-    edges = [[(0, 0)] * lead + [(0, width - x.shape[-1])] for x in flat]
-    return jnp.concatenate(list(map(jnp.pad, flat, edges)))
-
-  columns = [[rows[k][i] for k in small] for i in range(len(leads))]
-  found, start, out = function(*map(beside, columns, leads)), 0, {}
-  for k in small:
-    stop = start + len(rows[k][0])
-    out[k] = tuple(x[start:stop] for x in found)
-    start = stop
-  return [out[k] if k in out else function(*row) for k, row in enumerate(rows)]
-
-
-def _joining(stacks):
-  """How numbers of each stack become vectors over all blocks, and those parts of them again."""
-  dtype = jnp.result_type(*(own.dtype for own in stacks))
-  ends = np.cumsum([len(own.average) for own in stacks])
-  starts = [0, *ends[:-1]]
-
-  def join(numbers):
-    if len(numbers) == 1:
-      return numbers[0]
-    return [
-      jnp.concatenate([x.astype(dtype) for x in column]) for column in zip(*numbers, strict=True)
-    ]
-
-  def split(x):
-    pieces = zip(stacks, starts, ends, strict=True)
-    return [x[start:end].astype(own.dtype) for own, start, end in pieces]
-
-  return join, split
-
-
-class Constants(NamedTuple):
-  """For each block, or one for all: numbers that do not depend on gradients."""
-
-  eps: jax.typing.ArrayLike  # of the arithmetic
-  tiny: jax.typing.ArrayLike  # what is rounding of the gradients
-  limit: jax.typing.ArrayLike  # of the exponent of a scale
-  norm: jax.typing.ArrayLike  # of F
-
-
-def _constants(stacks: Sequence[Gradients]) -> Constants:
-
-  def each(number):
-    values = [number(own) for own in stacks]
-    if all(isinstance(x, float | int) for x in values) and len(set(values)) == 1:
-      return values[0]
-    return jnp.concatenate(
-      [jnp.broadcast_to(x, len(own.average)) for x, own in zip(values, stacks, strict=True)]
-    )
-
-  eps = lambda own: float(jnp.finfo(own.dtype).eps)
-  fine = lambda own: float(jnp.finfo(own.average.dtype).eps)
-  spacing = lambda own: fine(own) if own.resolution is None else own.resolution
-
-  def tiny(own):
-    rounding = spacing(own)
-    larger = max if isinstance(rounding, float) else jnp.maximum
-    return larger(1e3 * eps(own), 4 * rounding)
-
-  # neither a scale nor its reciprocal may underflow
-  limit = lambda own: int(-1 - jnp.finfo(own.dtype).minexp)
-  return Constants(each(eps), each(tiny), each(limit), each(lambda own: own.fisher_norm))
-
-
-def _power_of_two(largest, limit):
-  """The nearest one; 1 for zero and for what is not finite."""
-  known = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-  nearest = jax.lax.reduce_precision(known, jnp.finfo(known.dtype).nexp, 0)
-  return jnp.clip(nearest, 2.0**-limit, 2.0**limit)
-
-
-def _largest(x):
-  return jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0)
-
-
-def _dot(x, y, lead=1):
-  """Inner products along all but so many leading axes."""
-  return jnp.sum(x * y, axis=tuple(range(lead, x.ndim)))
+  shares = jnp.where(kept, dot(vectors.T, D), 0) / jnp.where(kept, values, 1)
+  return dot(vectors, shares)
 
 
 def _gram(v, gp):
   """`<v_i, gp_j>` of each block: `[blocks, k, k]`."""
-  return _dot(v[:, :, None], gp[:, None], 3)
-
-
-def _along(numbers, x):
-  """Numbers of the leading axes of `x`, with axes of one entry behind them."""
-  return numbers.reshape(*numbers.shape, *[1] * (x.ndim - numbers.ndim))
+  return dot(v[:, :, None], gp[:, None], 3)

@@ -1,7 +1,7 @@
 """Curvature owned over a mesh: which device keeps, inverts and applies which blocks.
 
 Inverting replicated curvature costs each of `n` devices what it costs one. Here each block, its `A`
-and its `G` together, has one owner. Who owns what is planned in `owners.py`.
+and its `G` together, has one owner. Who owns what is planned in `curvature/owners.py`.
 
 Blocks of one stack that a device owns are in its *slots*: the arrays of a stack are `[n * slots,
 ...]`, the device's own along the leading axis, `slots` the most that one of them owns. A slot that

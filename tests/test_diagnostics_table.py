@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import problems
+import pytest
 
 import fop_optax
 
@@ -91,3 +92,7 @@ def test_ranges_over_matrices_and_methods_without_layers():
   assert "\nstack" in fop_optax.diagnostics_table(fop_optax.diagnostics(state))
   state = fop_optax.neumann(0.01, steps_per_epoch=1).init(params)
   assert fop_optax.diagnostics_table(fop_optax.diagnostics(state)).startswith("steps taken: 0;")
+  with pytest.raises(
+    ValueError, match=r"has a tuple that is not of `diagnostics`: write `fop_optax"
+  ):
+    fop_optax.diagnostics_table(state)

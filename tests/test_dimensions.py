@@ -65,6 +65,8 @@ def test_of_layers():
   }
   with pytest.raises(ValueError, match=r"params has 1 leaves, but these layers were captured"):
     numbers({"w": jnp.ones(2)})
+  with pytest.raises(TypeError, match=r"has a dict for layers: pass `captured.layers`"):
+    fop_optax.dimension_numbers(PARAMS)
 
 
 def test_the_same_matrices_as_the_views():

@@ -3,6 +3,7 @@
 Doctests are run by `make doctest`.
 """
 
+import inspect
 import os
 import re
 import subprocess
@@ -132,6 +133,27 @@ def test_reference_has_every_public_name():
   ours = lambda value: getattr(value, "__module__", "").startswith("fop_optax")
   public = [name for name, value in vars(fop_optax).items() if ours(value) and name[0] != "_"]
   assert sorted(documented) == sorted(public)
+
+
+FUNCTIONS = {name: own for name, own in vars(fop_optax).items() if inspect.isfunction(own)}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_say_what_they_take_and_show_it(name):
+  """A direction alone says so by the optimizer that is made of it."""
+  doc = inspect.getdoc(FUNCTIONS[name])
+  assert ">>> " in doc
+  parameters = list(inspect.signature(FUNCTIONS[name]).parameters)
+  if name.startswith("scale_by_"):
+    whole = name.removeprefix("scale_by_")
+    assert f"See :func:`fop_optax.{whole}` for more details" in doc
+    assert set(parameters) <= set(inspect.signature(FUNCTIONS[whole]).parameters)
+    return
+  arguments = re.search(r"^Args:\n(.*?)^\S", doc, re.MULTILINE | re.DOTALL).group(1)
+  named = re.findall(r"^  (?:\*{0,2})(\w+): ", arguments, re.MULTILINE)
+  assert named == parameters
+  assert re.search("^Returns:", doc, re.MULTILINE)
+  assert re.search("^Raises:", doc, re.MULTILINE)
 
 
 def test_every_page_is_in_a_table_of_contents():

@@ -10,11 +10,11 @@ from selection import slow_but
 
 from experiments.benchmarks import cases, hlo
 import fop_optax
+from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.stacks import plan_stacks
 from fop_optax.curvature.state import StackState
 from fop_optax.optimizers.shampoo_step import ShampooStack
 from fop_optax.optimizers.soap_step import SoapStack
-from fop_optax.owners import plan_owners
 
 MAKERS = {
   "kfac": lambda layers, **own: fop_optax.kfac(0.1, layers, **own),
@@ -311,9 +311,105 @@ def test_errors(arguments, message):
     fop_optax.estimate(captured, **arguments)
 
 
-def test_error_of_no_layers():
-  with pytest.raises(TypeError, match="`layers` is a dict, not a `Layers`"):
-    fop_optax.estimate({})
+@pytest.mark.parametrize("optimizer", MAKERS)
+def test_an_optimizer_that_is_made_is_its_method(optimizer):
+  captured, params, _ = captured_of("transformer", optimizer)
+  make = lambda **own: MAKERS[optimizer](captured.layers, **own)
+  assert fop_optax.estimate(captured, make()) == fop_optax.estimate(captured, optimizer)
+  mask = jax.tree.map(lambda x: x.ndim > 1, params)
+  masked = optax.chain(make(), optax.add_decayed_weights(0.1, mask))
+  own = fop_optax.estimate(captured.layers, masked, params=params)
+  assert own == fop_optax.estimate(captured.layers, optimizer)
+  with pytest.raises(ValueError) as caught:
+    fop_optax.estimate(captured, masked)
+  notes = "".join(caught.value.__notes__)
+  assert "needs `fop_optax.estimate(captured, tx, params=params)`" in notes
+
+
+@pytest.mark.parametrize("optimizer", ["ekfac", "soap"])
+def test_an_optimizer_that_is_made_has_its_owners(optimizer):
+  captured, params, _ = captured_of("transformer", optimizer)
+  sharding = fop_optax.Sharding(jax.make_mesh((8,), ("data",)))
+  own = fop_optax.estimate(captured, MAKERS[optimizer](captured.layers, sharding=sharding))
+  named = fop_optax.estimate(captured, optimizer, devices=8)
+  places = 4 * sum(layer.blocks for layer in own.layers)  # where each block is
+  assert own.state_bytes == named.state_bytes + places
+  assert (own.devices, own.factor_bytes) == (8, named.factor_bytes)
+  assert (own.refresh_flops, own.savings) == (named.refresh_flops, named.savings)
+
+
+def test_an_optimizer_that_is_made_has_its_dtype_and_momentum():
+  captured, params, _ = captured_of("mlp")
+  tx = fop_optax.kfac(0.1, captured.layers, momentum=None, factor_dtype=jnp.bfloat16)
+  own = fop_optax.estimate(captured, optax.inject_hyperparams(lambda: tx, static_args=())())
+  named = fop_optax.estimate(captured, factor_dtype=jnp.bfloat16)
+  assert (own.factor_bytes, own.savings) == (named.factor_bytes, named.savings)
+  assert own.state_bytes < named.state_bytes
+
+
+def test_what_is_no_capture_and_no_optimizer():
+  captured, params, _ = captured_of("mlp")
+  tx = fop_optax.soap(0.1, layers=captured.layers)
+  state = jax.eval_shape(tx.init, params)
+  takes = "for `captured`: pass what `captured = fop_optax.capture"
+  for wrong, shown in (
+    (params, "a dict with 7 arrays"),
+    (state, "an optimizer's state"),
+    (tx, "an optimizer"),
+    (mlp, "the function `mlp`"),
+    (None, "None"),
+  ):
+    with pytest.raises(TypeError, match=rf"took {shown} {takes}"):
+      fop_optax.estimate(wrong, captured)
+  for wrong, message in (
+    (
+      params,
+      r"`optimizer` is a dict with 7 arrays: pass a name, one of 'kfac', .*, or an optimizer",
+    ),
+    (state, "`optimizer` is an optimizer's state: pass a name"),
+    (captured, "`optimizer` is a Captured: pass a name"),
+    (
+      fop_optax.kfac,
+      r"is the function `kfac`, which makes one: call it, as `fop_optax.kfac\(0.1, ",
+    ),
+  ):
+    with pytest.raises(TypeError, match=message):
+      fop_optax.estimate(captured, wrong)
+
+
+OTHER = {
+  "scaling": lambda layers: fop_optax.kfac(0.1, layers, scaling="exact"),
+  "sides": lambda layers: fop_optax.soap(0.1, layers=layers, max_precond_dim=64),
+  "no layers": lambda layers: fop_optax.soap(0.1),
+  "other parts": lambda layers: fop_optax.shampoo(0.1, layers=layers, eigenvalue_correction=True),
+}
+
+
+@pytest.mark.parametrize("make", OTHER.values(), ids=OTHER)
+def test_optimizers_with_other_curvature(make):
+  layers = captured_of("mlp")[0].layers
+  with pytest.raises(ValueError, match="keeps other curvature than any of .* `sharding`, `factor_"):
+    fop_optax.estimate(layers, make(layers))
+
+
+@pytest.mark.parametrize(
+  "make, options, message",
+  [
+    (lambda layers: optax.adam(0.1), {}, "keeps no curvature that .*`jax.eval_shape"),
+    (lambda layers: fop_optax.neumann(0.1, steps_per_epoch=2), {}, "keeps no curvature"),
+    (lambda layers: optax.chain(*[MAKERS["kfac"](layers)] * 2), {}, "keeps 2 curvatures: pass one"),
+    (MAKERS["kfac"], {"devices": 2}, r"`estimate\(devices=2\)` goes with the name of an optimizer"),
+    (
+      MAKERS["kfac"],
+      {"factor_dtype": "bfloat16"},
+      r"factor_dtype='bfloat16'\)` goes with the name",
+    ),
+  ],
+)
+def test_optimizers_that_are_not_reckoned_with(make, options, message):
+  layers = captured_of("mlp")[0].layers
+  with pytest.raises(ValueError, match=message):
+    fop_optax.estimate(layers, make(layers), **options)
 
 
 def test_what_a_program_holds_is_counted():

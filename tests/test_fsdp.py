@@ -13,10 +13,10 @@ import pytest
 from experiments.benchmarks.hlo import collectives
 import fop_optax
 from fop_optax.curvature.layouts import plan_layout
+from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.passage import Passage
 from fop_optax.curvature.stacks import plan_stacks, stack_matrices
 from fop_optax.layers import Bias, Layer, Layers
-from fop_optax.owners import plan_owners
 from fop_optax.sharding import Exchange, Sharding
 
 pytestmark = pytest.mark.usefixtures("x64")

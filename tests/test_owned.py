@@ -16,10 +16,11 @@ from test_contract import factorised
 
 from experiments.benchmarks.hlo import collectives
 import fop_optax
-from fop_optax.curvature.inverse import EigenvalueInverse, ExactInverse
+from fop_optax.curvature.eigenvalue_inverse import EigenvalueInverse
+from fop_optax.curvature.exact_inverse import ExactInverse
+from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.stacks import Stack, plan_stacks
 from fop_optax.curvature.state import CurvatureState
-from fop_optax.owners import plan_owners
 from fop_optax.sharding import Sharding
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -13,11 +13,12 @@ from problems import contrast_rows
 import pytest
 from selection import slow_but
 
-from fop_optax.capture import batch
+from fop_optax import group_gradients
+from fop_optax.block_gradients import Gradients
 from fop_optax.curvature import precondition
 from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.layers import Factors
-from fop_optax.projection import Gradients, fop_direction, fop_directions, tree_of
+from fop_optax.projection import fop_direction, fop_directions
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -364,7 +365,7 @@ def test_a_tree_of_contrasts_folds_level_by_level(groups):
     combined = inner(combined, new) / inner(new, new) * new
     width //= 2
   with jax.enable_x64(True):
-    of_capture = jnp.stack(batch.contrasts(list(jnp.asarray(g))))
+    of_capture = jnp.stack(group_gradients.contrasts(list(jnp.asarray(g))))
     stack = Gradients(
       jnp.asarray(g.mean(0))[None],
       of_capture[None],
@@ -372,7 +373,7 @@ def test_a_tree_of_contrasts_folds_level_by_level(groups):
       lambda V: V @ F,
       0.0,
     )
-    (direction,), numbers = fop_directions([stack], tree=tree_of(groups))
+    (direction,), numbers = fop_directions([stack], tree=group_gradients.tree_of(groups))
     np.testing.assert_allclose(direction[0], np.linalg.solve(M, combined), rtol=1e-9)
     np.testing.assert_allclose(numbers.norm2[0], inner(combined, combined), rtol=1e-9)
     np.testing.assert_allclose(numbers.rho2[0], max(rho2), rtol=1e-9)
@@ -380,4 +381,4 @@ def test_a_tree_of_contrasts_folds_level_by_level(groups):
       (joint,), _ = fop_directions([stack])
       np.testing.assert_array_equal(direction, joint)
   with pytest.raises(ValueError, match=r"takes 2, 4, 8, \.\.\. groups, not 6"):
-    tree_of(6)
+    group_gradients.tree_of(6)

@@ -7,7 +7,7 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 
-from fop_optax.capture import batch as batches
+from fop_optax import group_gradients
 from fop_optax.capture import flow
 from fop_optax.capture.trace import Traced
 
@@ -93,7 +93,7 @@ def merge(roles: Sequence[Role], auxes: Sequence[PyTree], inputs: Sequence[Any])
       ordered = jnp.moveaxis(jnp.stack(pieces, axis=2), 0, 1)
       out.append(ordered.reshape((-1, *ordered.shape[4:])))
     elif role[0] == "mean":
-      out.append(batches.mean([piece for group in ours for piece in group]))
+      out.append(group_gradients.mean([piece for group in ours for piece in group]))
     else:
       out.append(ours[0][-1])
   return jax.tree.unflatten(treedef, out)

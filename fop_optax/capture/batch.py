@@ -7,17 +7,16 @@ reshape `[B] -> [B / chunks, chunks]`, which leaves a sharded batch axis sharded
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fop_optax import _compat
 from fop_optax.capture.arguments import Arguments, is_typed_key
 from fop_optax.capture.second_moments import Statistics
+from fop_optax.group_gradients import wide
 
 PyTree = Any
 
@@ -241,24 +240,3 @@ class Result(NamedTuple):
   aux: PyTree
   grads: list[jax.Array]
   statistics: tuple[Statistics, ...]
-
-
-def mean(arrays: Sequence[jax.Array]) -> jax.Array:
-  """The mean of some arrays, summed in float32 or better."""
-  total = functools.reduce(jnp.add, map(wide, arrays))
-  return (total / len(arrays)).astype(arrays[0].dtype)
-
-
-def contrasts(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-  """`c_i = sqrt(2) sum_j H_ij g_j`, `H` the Helmert matrix: two groups give `g_1 - g_2`."""
-  group, out = list(map(wide, arrays)), []
-  for i in range(1, len(group)):  # row i of H: the mean of the first i less the next, normalised
-    difference = sum(group[:i]) / i - group[i]
-    out.append((difference * np.sqrt(2 * i / (i + 1))).astype(arrays[0].dtype))
-  return out
-
-
-def wide(array: jax.Array) -> jax.Array:
-  """`array` in float32, or in its own better (or complex) precision."""
-  # promote_types refuses 8-bit floats
-  return array.astype(jnp.float32) if jnp.finfo(array.dtype).bits < 32 else array

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fop_optax import _compat
+from fop_optax import _compat, group_gradients
 from fop_optax.capture import auxiliary, counted, layer_table, second_moments, sharing, tiles
 from fop_optax.capture import batch as batches
 from fop_optax.capture.arguments import classify
@@ -59,6 +59,19 @@ class Captured:
     notes: what else was found, a sentence each; they stand below the table.
     rows: for each layer, of how many rows its statistics are, of the batch at the time of capture.
     examples: and of how many examples.
+
+  Example:
+    >>> import fop_optax, jax.numpy as jnp
+    >>> def loss(params, x, y):
+    ...   return fop_optax.squared_error(x @ params["w"] * params["gain"], y)
+    >>> params = {"w": jnp.ones((3, 2)), "gain": jnp.ones(2)}
+    >>> x, y = jnp.ones((8, 3)), jnp.zeros((8, 2))
+    >>> captured = fop_optax.capture(loss, params, x, y)
+    >>> print([layer.path for layer in captured.layers], list(captured.fallbacks), captured.rows)
+    ["['w']"] ["['gain']"] (8,)
+    >>> value, grads, stats = captured.value_and_grad(params, x, y)
+    >>> print(value, grads["gain"], stats.factors[0].A.shape)
+    9.0 [9. 9.] (1, 3, 3)
   """
 
   layers: Layers
@@ -166,10 +179,10 @@ class Captured:
 
     by_leaf = list(zip(*(result.grads for result in results), strict=True))
     unflatten = functools.partial(jax.tree.unflatten, signature.params)
-    contrasts = zip(*map(batches.contrasts, by_leaf), strict=True)
-    statistics = jax.tree.map(lambda *f: batches.mean(f), *(r.statistics for r in results))
+    contrasts = zip(*map(group_gradients.contrasts, by_leaf), strict=True)
+    statistics = jax.tree.map(lambda *f: group_gradients.mean(f), *(r.statistics for r in results))
     statistics = combine(jax.tree.map(lambda f: jnp.sum(f, axis=1), statistics))  # over the shards
-    loss = batches.mean([result.loss for result in results])
+    loss = group_gradients.mean([result.loss for result in results])
     stats = Stats(
       jnp.asarray(refresh, bool),
       tiles.cut([own.factors for own in statistics], self._tiles),
@@ -177,7 +190,7 @@ class Captured:
       loss,
       tuple(own.S for own in statistics if own.S is not None),
     )
-    grads = unflatten(map(batches.mean, by_leaf))
+    grads = unflatten(map(group_gradients.mean, by_leaf))
     if not self._spec.has_aux:
       return loss, grads, stats
     auxes = [result.aux for result in results]

@@ -17,16 +17,27 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax import _compat
-from fop_optax.capture.batch import Result, mean
+from fop_optax.capture.batch import Result
 from fop_optax.capture.captured import Captured
 from fop_optax.capture.evaluate import MARK, Evaluation
 from fop_optax.capture.fisher import check_marked, times_hessian
 from fop_optax.capture.values import Key
 from fop_optax.factorizations import eigh
+from fop_optax.group_gradients import mean
 
 
 class QuadraticModel(NamedTuple):
-  """A quadratic model of the loss in `k` directions, see :func:`fop_optax.quadratic_model`."""
+  """A quadratic model of the loss in `k` directions, see :func:`fop_optax.quadratic_model`.
+
+  Example:
+    >>> import fop_optax, jax.numpy as jnp
+    >>> b, C, D = jnp.array([-1.0, -2.0]), jnp.diag(jnp.array([1.0, 4.0])), jnp.eye(2)
+    >>> model = fop_optax.QuadraticModel(jnp.array(5.0), linear=b, curvature=C, gram=D)
+    >>> print(model.minimizer(), model.change(model.minimizer()))
+    [1.  0.5] -1.0
+    >>> print(model.minimizer(damping=1.0).round(3), model.minimizer(fixed=[0.25, None]))
+    [0.5 0.4] [0.25 0.5 ]
+  """
 
   loss: jax.Array  # shape=(): of the batch, at the parameters
   linear: jax.Array  # b, shape=(k,)
@@ -72,7 +83,12 @@ class QuadraticModel(NamedTuple):
     return jnp.where(free, free_part, given)
 
   def change(self, w: jax.Array, damping: jax.typing.ArrayLike = 0.0) -> jax.Array:
-    r"""The model's change of the loss, :math:`b^\top w + w^\top (C + \lambda D) w / 2`."""
+    r"""The model's change of the loss, :math:`b^\top w + w^\top (C + \lambda D) w / 2`.
+
+    Args:
+      w: a coefficient for each direction, shape `[k]`.
+      damping: lambda.
+    """
     return self.linear @ w + 0.5 * w @ (self.curvature + damping * self.gram) @ w
 
 
@@ -101,8 +117,8 @@ def quadratic_model(
     `linear`, and not in `curvature`.
 
   Raises:
-    ValueError: if there is no marked loss or one inside of `cond` or `while_loop`; for trees that
-      are not like params; if `args` is no sequence.
+    ValueError: if there is no marked loss or one inside of `cond` or `while_loop`; without a
+      direction, and for trees that are not like params; if `args` is no sequence.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp

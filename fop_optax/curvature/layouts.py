@@ -18,9 +18,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 import numpy as np
 
 from fop_optax import views
+from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.stacks import Blocks, Stack, dtype_of
 from fop_optax.layers import Layer, Layers, bias_row, is_masked, spread_biases
-from fop_optax.owners import plan_owners
 from fop_optax.sharding import Axes, Sharding, Spec, axes_of, laid
 from fop_optax.tensors import Tensor
 

@@ -6,22 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fop_optax.curvature.advance import counted, renew, turn_of
 from fop_optax.curvature.damping import Damping
-from fop_optax.curvature.inverse import Inversions, UsedDamping
+from fop_optax.curvature.inverse import Inversions
 from fop_optax.curvature.layouts import Layout
+from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.passage import Passage
+from fop_optax.curvature.scaling import UsedDamping
 from fop_optax.curvature.stacks import Stack
-from fop_optax.curvature.state import (
-  CurvatureOptions,
-  CurvatureState,
-  StackState,
-  counted,
-  renew,
-  turn_of,
-)
+from fop_optax.curvature.state import CurvatureOptions, CurvatureState, StackState
 from fop_optax.curvature.steps import Finite
 from fop_optax.layers import Stats
-from fop_optax.owners import plan_owners
 from fop_optax.sharding import Exchange, on_owners
 
 Pieces = Sequence[Sequence[jax.Array]]  # for each family those of its weight and bias

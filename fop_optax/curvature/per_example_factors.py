@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax import moments
-from fop_optax.curvature import factors, inverse
+from fop_optax.curvature import factored_inverse, factors
 from fop_optax.curvature.damping import Size, split_damping, trace_of
+from fop_optax.curvature.exact_inverse import EXACT
+from fop_optax.curvature.factored_inverse import FACTORED
 from fop_optax.layers import Factors
 
 
@@ -49,8 +51,6 @@ def _split(A: Size, G: Size, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 SCALINGS = {
-  "factored": inverse.SCALINGS["factored"]._replace(
-    invert=functools.partial(inverse.factored_invert, split=_split)
-  ),
-  "exact": inverse.SCALINGS["exact"],
+  "factored": FACTORED._replace(invert=functools.partial(factored_inverse.invert, split=_split)),
+  "exact": EXACT,
 }

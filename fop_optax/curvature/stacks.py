@@ -217,14 +217,15 @@ def stored(
   failed.
   """
   made = sound if due is None else sound & due
-
-  def keep(old, new):
-    if old is None or new is None:
-      return old
-    return jnp.where(made.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-
-  kept = tuple(keep(a, b) for a, b in zip(old, new, strict=True))
+  pairs = zip(old, new, strict=True)
+  kept = tuple(a if a is None or b is None else renewed(a, b, made) for a, b in pairs)
   return kept, made, ~sound
+
+
+def renewed(old: Any, new: Any, made: jax.Array) -> Any:
+  """A tree of arrays with the blocks first: `new` of those that were `made`, else `old`."""
+  own = lambda old, new: jnp.where(made.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+  return jax.tree.map(own, old, new)
 
 
 def per_stack(flat: Any, blocks: Sequence[int]) -> list[Any]:

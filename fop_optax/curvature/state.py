@@ -1,35 +1,19 @@
-"""The curvature state of an optimizer, and one step of it."""
+"""The curvature state of an optimizer: what is in it, and what it is before any step."""
 
 from collections.abc import Sequence
-import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fop_optax.curvature.damping import Damping, traces
-from fop_optax.curvature.factors import Fold, old_weight
-from fop_optax.curvature.inverse import (
-  EigenvalueInverse,
-  Inverse,
-  Inversions,
-  Scaling,
-  UsedDamping,
-  init_inversions,
-  remake,
-)
-from fop_optax.curvature.stacks import (
-  Stack,
-  dtype_of,
-  per_stack,
-  stack_factors,
-  stack_squares,
-)
-from fop_optax.curvature.steps import Finite, Period, Steps, no_steps, whole_period
-from fop_optax.layers import Factors, Layers, Stats, side_shapes
-from fop_optax.owners import plan_owners
-from fop_optax.sharding import Sharding, Share, check_not_manual, note, placed, whole
+from fop_optax.curvature.factors import Fold
+from fop_optax.curvature.inverse import Inverse, Inversions, init_inversions
+from fop_optax.curvature.owners import plan_owners
+from fop_optax.curvature.scaling import Scaling, UsedDamping
+from fop_optax.curvature.stacks import Stack, dtype_of, per_stack
+from fop_optax.curvature.steps import Period, Steps, no_steps, whole_period
+from fop_optax.layers import Factors, Layers, side_shapes
+from fop_optax.sharding import Sharding, check_not_manual, note, placed, whole
 
 
 class StackState(NamedTuple):
@@ -231,186 +215,3 @@ def empty_curvature(
   """State before any step."""
   curvature, inverse = map(jnp.copy, periods)
   return CurvatureState(no_steps(), curvature, inverse, blocks, stacks)
-
-
-class Turn(NamedTuple):
-  """What a step has to do."""
-
-  finite: Finite
-  refresh: jax.Array  # bool, shape=(): whether there are statistics to fold in
-  phase: jax.Array  # int32, shape=(): of the step within the period of inverses
-  inverse_period: jax.Array  # int32, shape=()
-  decay: jax.typing.ArrayLike
-  damping: Damping
-
-
-def advance(
-  state: CurvatureState,
-  stacks: Sequence[Stack],
-  stats: Stats,
-  finite: Finite,
-  damping: Damping,
-  options: CurvatureOptions,
-) -> CurvatureState:
-  """One step: folds statistics in if there are some, remakes the inverses that are due.
-
-  A step whose loss or gradient is not `finite` is counted and changes nothing else; the count
-  stands still, so that a refresh that fell on it is made up for by the next.
-  """
-  turn = turn_of(state, stats, finite, damping, options)
-  blocks, kept = state.blocks, state.stacks
-  if blocks is not None:
-    blocks, kept = renew(blocks, kept, stacks, stats, turn, options)
-  return counted(state, finite, options)._replace(blocks=blocks, stacks=kept)
-
-
-def turn_of(
-  state: CurvatureState, stats: Stats, finite: Finite, damping: Damping, options: CurvatureOptions
-) -> Turn:
-  """The turn of the step to come."""
-  _, period = options.periods(state.steps.count)
-  refresh, phase = stats.refresh & finite.both, state.steps.count % period
-  return Turn(finite, refresh, phase, period, options.decay, damping)
-
-
-def counted(state: CurvatureState, finite: Finite, options: CurvatureOptions) -> CurvatureState:
-  """After a step with such a loss and gradient, with the matrices of before."""
-  steps = state.steps.counted(finite)
-  curvature_period, inverse_period = options.periods(steps.count)
-  return CurvatureState(steps, curvature_period, inverse_period, state.blocks, state.stacks)
-
-
-Kept = tuple[BlockNumbers, tuple[StackState, ...]]
-
-
-def renew(
-  blocks: BlockNumbers,
-  kept: tuple[StackState, ...],
-  stacks: Sequence[Stack],
-  stats: Stats,
-  turn: Turn,
-  options: CurvatureOptions,
-  share: Share | None = None,
-) -> Kept:
-  """Statistics folded in, inverses remade: of all blocks, or of the `share` that one device owns.
-
-  Of a share `kept` has the matrices, and what comes back of `blocks.inversions` is of it alone.
-  """
-  blocks, kept = _folded(blocks, kept, stacks, stats, turn, options, share)
-  due = turn.refresh
-  if options.stagger:  # block i has its turn, and those that have no inverse yet
-    own = jnp.arange(len(blocks.folds)) % turn.inverse_period
-    due = (blocks.waiting | (turn.phase == own)) & turn.finite.both
-  elif options.inverse_update_period is not None:
-    due = (jnp.any(blocks.waiting) | (turn.phase == 0)) & turn.finite.both
-  return _remade(blocks, kept, due, turn.damping, options.scaling, share)
-
-
-def _folded(
-  blocks: BlockNumbers,
-  kept: tuple[StackState, ...],
-  stacks: Sequence[Stack],
-  stats: Stats,
-  turn: Turn,
-  options: CurvatureOptions,
-  share: Share | None,
-) -> Kept:
-  """With statistics in the running factors, and in EKFAC's second moments, if there are some."""
-  sizes, dtypes = [own.blocks for own in kept], [own.dtype for own in kept]
-  # where there was a basis to measure them in
-  known = blocks.inversions.made > 0
-  mine = (lambda numbers: numbers) if share is None else share.numbers
-
-  def fold_all(folds, nonfinite, residual, averages, S):
-    new, new_S, sound, traces_of_G = _statistics(stats, stacks, dtypes, S, share)
-    folds = folds + sound
-    weight = old_weight(folds, jnp.asarray(turn.decay), jnp.result_type(*dtypes))
-    blended = weight * residual + (1 - weight) * traces_of_G / 2
-    residual = jnp.where(sound, blended, residual).astype(residual.dtype)
-    folded = per_stack(mine((sound, weight)), sizes)
-    measured = per_stack(mine((sound & known, weight)), sizes)
-    averages = tuple(map(functools.partial(_fold, options.fold), averages, new, folded))
-    S = tuple(map(_averaged, S, new_S, measured))
-    return folds, nonfinite + ~sound, residual, averages, S
-
-  inverses = [own.inverse for own in kept]
-  S = tuple(own.S if isinstance(own, EigenvalueInverse) else None for own in inverses)
-  numbers = blocks.folds, blocks.nonfinite, blocks.residual
-  *numbers, averages, S = jax.lax.cond(
-    turn.refresh,
-    fold_all,
-    lambda *same: same,
-    *(*numbers, tuple(own.factors for own in kept), S),
-  )
-  folds, nonfinite, residual = numbers
-  blocks = blocks._replace(folds=folds, nonfinite=nonfinite, residual=residual)
-  rows = zip(kept, averages, map(_with_S, inverses, S), strict=True)
-  return blocks, tuple(own._replace(factors=a, inverse=i) for own, a, i in rows)
-
-
-def _statistics(stats, stacks, dtypes, S, share):
-  """Factors and second moments (or None) stack by stack; of all blocks: finite or not, tr G."""
-  mine = (lambda index, tree: tree) if share is None else share.stack
-  found = [
-    stack_factors(stack, stats.factors, dtype) for stack, dtype in zip(stacks, dtypes, strict=True)
-  ]
-  new = list(itertools.starmap(mine, enumerate(found)))
-  # Of a sum of squares no entry is larger than the diagonal's, or not a number where that is one.
-  traces_of_G = traces([own.G for own in found])
-  tell = [traces([own.A for own in found]), traces_of_G]
-  if S[0] is None:
-    return new, S, jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0), traces_of_G
-  squares = [
-    stack_squares(stack, stats.second_moments, dtype)
-    for stack, dtype in zip(stacks, dtypes, strict=True)
-  ]
-  tell.append(jnp.concatenate([gap for _, gap in squares]))
-  squares_of = [mine(index, own) for index, (own, _) in enumerate(squares)]
-  return new, squares_of, jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0), traces_of_G
-
-
-def _fold(function, average, new, numbers):
-  """In the dtype of the arithmetic; what is held keeps its own."""
-  finite, weight = numbers
-  like = lambda tree, other: jax.tree.map(lambda x, y: x.astype(y.dtype), tree, other)
-  wide = jax.vmap(function)(like(average, new), new, finite, weight.astype(new.A.dtype))
-  return like(wide, average)
-
-
-def _averaged(old, new, numbers):
-  if old is None:
-    return None
-  measured, weight = (x[:, None, None] for x in numbers)
-  weight = weight.astype(old.dtype)
-  return jnp.where(measured, weight * old + (1 - weight) * new, old)
-
-
-def _with_S(inverse, S):
-  return inverse if S is None else inverse._replace(S=S)
-
-
-def _remade(
-  blocks: BlockNumbers,
-  kept: tuple[StackState, ...],
-  due: jax.Array,
-  damping: Damping,
-  scaling: Scaling,
-  share: Share | None,
-) -> Kept:
-  """With the inverses that are `due`: one for all, or one a block."""
-  factors = [own.running for own in kept]
-  known, before = blocks.folds > 0, blocks.inversions
-  if share is not None:
-    due, known, before = share.numbers((due, known, before))
-    due = due if share.filled is None else due & share.filled
-  each = due if due.ndim else None
-  inverses, inversions = jax.lax.cond(
-    jnp.any(due),
-    lambda old, before: remake(old, before, factors, known, damping, scaling, each),
-    lambda *same: same,
-    *(tuple(own.inverse for own in kept), before),
-  )
-  blocks = blocks._replace(inversions=inversions)
-  return blocks, tuple(
-    own._replace(inverse=inverse) for own, inverse in zip(kept, inverses, strict=True)
-  )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fop_optax.capture import batch
+from fop_optax import group_gradients
 from fop_optax.layers import Stats, is_masked
 from fop_optax.optimizers.per_example import check_batch, means
 
@@ -51,8 +51,10 @@ def by_group(
     check_batch(updates, params, groups)
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_masked)
     by_leaf = [leaf if is_masked(leaf) else means(leaf, groups) for leaf in leaves]
-    mean = [own if is_masked(own) else batch.mean(own) for own in by_leaf]
-    parts = [[own] * (groups - 1) if is_masked(own) else batch.contrasts(own) for own in by_leaf]
+    mean = [own if is_masked(own) else group_gradients.mean(own) for own in by_leaf]
+    parts = [
+      [own] * (groups - 1) if is_masked(own) else group_gradients.contrasts(own) for own in by_leaf
+    ]
     contrasts = tuple(treedef.unflatten(c) for c in zip(*parts, strict=True))
     stats = Stats(jnp.asarray(False), (), contrasts)
     return inner.update(treedef.unflatten(mean), state, params, stats=stats, **extra_args)

@@ -204,16 +204,6 @@ def check_views(dimension_numbers: Dimensions, layers: Any) -> None:
     )
 
 
-def check_static(name: str, value: Any, least: int = 1) -> None:
-  """Checks a hyperparameter that shapes depend on."""
-  if not isinstance(value, int) or value < least:
-    raise ValueError(
-      f"`{name}={value}` should be a Python integer, at least {least}."
-      " `optax.inject_hyperparams` makes arrays of numbers: declare it with"
-      f' `optax.inject_hyperparams(..., static_args="{name}")`.'
-    )
-
-
 def decay(weight_decay: Scalar, mask: Any) -> optax.GradientTransformation:
   """`optax.add_decayed_weights`; without need of params, and in the same place, if it is 0."""
   if isinstance(weight_decay, numbers.Real) and weight_decay == 0:

@@ -58,6 +58,19 @@ def check_period(name: str, value: Any) -> None:
   check(name, value, whole, "a whole number of steps, at least 1")
 
 
+def check_static(name: str, value: Any, least: int = 1, among: Sequence[str] = ()) -> None:
+  """Checks a hyperparameter that shapes depend on, alone or `among` some that all are static."""
+  if not isinstance(value, int) or value < least:
+    which, how = (
+      (f"the integers among {', '.join(among)}", "(...)") if among else ("it", f'"{name}"')
+    )
+    raise ValueError(
+      f"`{name}={value}` should be a Python integer, at least {least}."
+      f" `optax.inject_hyperparams` makes arrays of numbers: declare {which} with"
+      f" `optax.inject_hyperparams(..., static_args={how})`."
+    )
+
+
 def check_dtype(name: str, value: Any) -> None:
   """Checks the dtype that something is held in; None stands for that of the arithmetic."""
   if value is None:
@@ -131,10 +144,15 @@ def _other_tree(own: Any, others: Any, structure: Any, wanted: Any) -> str:
   return " and ".join(parts + ([f"has {few(more)}, which params do not have"] if more else []))
 
 
+def states_in(tree: Any, kinds: type | tuple[type, ...]) -> list[Any]:
+  """The states of some kinds in a tree, however deep."""
+  is_kind = lambda x: isinstance(x, kinds)
+  return [x for x in jax.tree.leaves(tree, is_leaf=is_kind) if is_kind(x)]
+
+
 def check_kind(state: Any, kind: type) -> None:
   """Checks that a state is one of the optimizer that it is handed to."""
-  is_kind = lambda x: isinstance(x, kind)
-  if not any(map(is_kind, jax.tree.leaves(state, is_leaf=is_kind))):
+  if not states_in(state, kind):
     raise ValueError(
       f"The optimizer's state has no `{kind.__name__}` in it: it is a {type(state).__name__} of"
       " another optimizer, or no state. Write `opt_state = tx.init(params)` and"

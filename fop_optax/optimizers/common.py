@@ -10,10 +10,12 @@ import optax
 
 from fop_optax import _compat
 from fop_optax.curvature import factors, per_example_factors
+from fop_optax.curvature.advance import advance
 from fop_optax.curvature.damping import Damping
-from fop_optax.curvature.inverse import SCALINGS, Scaling
+from fop_optax.curvature.inverse import SCALINGS
 from fop_optax.curvature.layouts import Layout, plan_layout
 from fop_optax.curvature.owned import Directions, Method, StackedGradients, advance_owned
+from fop_optax.curvature.scaling import Scaling
 from fop_optax.curvature.stacks import (
   Stack,
   dtype_of,
@@ -23,7 +25,6 @@ from fop_optax.curvature.stacks import (
 from fop_optax.curvature.state import (
   CurvatureOptions,
   CurvatureState,
-  advance,
   factor_shapes,
   init_curvature,
 )

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fop_optax.curvature.inverse import Scaling, UsedDamping
+from fop_optax.block_gradients import Gradients
 from fop_optax.curvature.owned import Directions
+from fop_optax.curvature.scaling import Scaling, UsedDamping
 from fop_optax.curvature.state import CurvatureState, StackState
+from fop_optax.group_gradients import tree_of
 from fop_optax.layers import Layers, Stats
 from fop_optax.optimizers import checks, common, completion
 from fop_optax.optimizers.bounded_steps import finish
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
-from fop_optax.projection import Gradients, check_total_gradient, fop_directions, tree_of
+from fop_optax.projection import check_total_gradient, fop_directions
 from fop_optax.sharding import Sharding
 
 METRICS = ("fisher", "damped", "inverse")
@@ -100,9 +102,26 @@ def scale_by_fop(
 ) -> optax.GradientTransformationExtraArgs:
   """Turns gradients into FOP's direction; no rate and no sign.
 
-  See :func:`fop_optax.fop` for more details. There is no `norm_constraint` unless it is
-  given, and `learning_rate` is only what it reckons with; `fallback` is a direction for the leaves
-  in no layer, by default `optax.scale_by_adam()`.
+  See :func:`fop_optax.fop` for more details: all arguments, and errors, are as there. But there is
+  no `norm_constraint` unless it is given, and `learning_rate` is only what it reckons with;
+  `fallback` is a direction for the leaves in no layer, by default `optax.scale_by_adam()`.
+
+  Example:
+    Both halves of the batch are equal, so that nothing is projected: the step is K-FAC's, which of
+    least squares with the exact Fisher matrix is Newton's.
+
+    >>> import fop_optax, jax.numpy as jnp, optax
+    >>> loss = lambda params, x, y: fop_optax.squared_error(x @ params["w"], y)
+    >>> params, half = {"w": jnp.zeros((2, 1))}, jnp.array([[1.0, 1.0], [1.0, -2.0]])
+    >>> x = jnp.repeat(half, 2, axis=0)  # example i is in group i mod 2
+    >>> y = x @ jnp.array([[3.0], [-1.0]])
+    >>> captured = fop_optax.capture(loss, params, x, y, groups=2, fisher="exact")
+    >>> newton = fop_optax.scale_by_fop(captured.layers, damping=1e-6)
+    >>> tx = optax.chain(newton, optax.scale(-1.0))
+    >>> _, grads, stats = captured.value_and_grad(params, x, y)
+    >>> updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
+    >>> print(updates["w"].round(1).ravel())
+    [ 3. -1.]
   """
   options = Options(
     damping=damping,
@@ -290,6 +309,7 @@ def fop(
   Raises:
     ValueError: as `kfac`; if the loss was captured with `groups=1`; if a `beta` is given with more
       than two groups, or a tree asked for of a number that is no power of two.
+    TypeError: if `layers`, `stats` or `sharding` are of another type.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp, optax

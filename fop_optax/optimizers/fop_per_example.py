@@ -41,8 +41,17 @@ def scale_by_fop_per_example(
 ) -> optax.GradientTransformationExtraArgs:
   """Turns per-example gradients `[B, *param]` into FOP's direction; no rate and no sign.
 
-  See :func:`fop_optax.fop_per_example` for more details. `learning_rate` is only what
-  `norm_constraint` reckons with.
+  See :func:`fop_optax.fop_per_example` for more details: all arguments, and errors, are as there.
+  But there is no `norm_constraint` unless it is given, and `learning_rate` is only what it reckons
+  with.
+
+  Example:
+    >>> import fop_optax, jax.numpy as jnp
+    >>> params, grads = jnp.zeros(2), jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> tx = fop_optax.scale_by_fop_per_example(curvature="exact", damping=1e-6)
+    >>> direction, _ = tx.update(grads, tx.init(params), params)
+    >>> print(direction.round(3))  # K-FAC's is (1, 0.5)
+    [1.202 0.293]
   """
   options = Options(
     damping=damping,

@@ -62,6 +62,7 @@ def hyperball(
     ValueError: for a rate out of range; in `init` and `update` for dimension numbers that do not
       fit, and trees that are not of these layers; in `update` without params, and for directions
       that are not real floating point and states of another model.
+    TypeError: if `layers` are of another type.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp, optax

@@ -40,9 +40,24 @@ def scale_by_kfac(
 ) -> optax.GradientTransformationExtraArgs:
   """Rescales gradients by K-FAC's inverse; no rate and no sign.
 
-  See :func:`fop_optax.kfac` for more details. There is no `norm_constraint` unless it is
-  given, and `learning_rate` is only what it reckons with; `fallback` is a direction for the leaves
-  in no layer, by default `optax.scale_by_adam()`.
+  See :func:`fop_optax.kfac` for more details: all arguments, and errors, are as there. But there
+  is no `norm_constraint` unless it is given, and `learning_rate` is only what it reckons with;
+  `fallback` is a direction for the leaves in no layer, by default `optax.scale_by_adam()`.
+
+  Example:
+    Of least squares the exact Fisher matrix is the Hessian: the step is Newton's.
+
+    >>> import fop_optax, jax.numpy as jnp, optax
+    >>> loss = lambda params, x, y: fop_optax.squared_error(x @ params["w"], y)
+    >>> params, x = {"w": jnp.zeros((2, 1))}, jnp.array([[1.0, 1.0], [1.0, -2.0]])
+    >>> y = x @ jnp.array([[3.0], [-1.0]])
+    >>> captured = fop_optax.capture(loss, params, x, y, fisher="exact")
+    >>> newton = fop_optax.scale_by_kfac(captured.layers, damping=1e-6)
+    >>> tx = optax.chain(newton, optax.scale(-1.0))
+    >>> _, grads, stats = captured.value_and_grad(params, x, y)
+    >>> updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
+    >>> print(updates["w"].round(1).ravel())
+    [ 3. -1.]
   """
   options = Options(
     damping=damping,

@@ -103,8 +103,16 @@ def scale_by_neumann(
 ) -> optax.GradientTransformation:
   """Turns gradients into the Neumann optimizer's step, but for its sign.
 
-  See :func:`fop_optax.neumann` for more details. The rate is part of it: the series adds up
-  gradients times the rate at their step.
+  See :func:`fop_optax.neumann` for more details: all arguments, and errors, are as there. The rate
+  is part of it: the series adds up gradients times the rate at their step.
+
+  Example:
+    >>> import fop_optax, jax.numpy as jnp, optax
+    >>> params, grads = jnp.ones(2), jnp.array([4.0, 1.0])
+    >>> tx = optax.chain(fop_optax.scale_by_neumann(0.1, steps_per_epoch=10), optax.scale(-1.0))
+    >>> updates, _ = tx.update(grads, tx.init(params), params)
+    >>> print(updates.round(3))  # gradient descent: the warm-up
+    [-0.4 -0.1]
   """
   options = NeumannOptions(
     learning_rate=learning_rate,
@@ -225,8 +233,7 @@ def neumann_eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     >>> print(fop_optax.neumann_eval_params(tx.init(params), params))  # w itself in the warm-up
     {'w': Array([1., 1.], dtype=float32)}
   """
-  is_state = lambda x: isinstance(x, ScaleByNeumannState)
-  found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+  found = checks.states_in(opt_state, ScaleByNeumannState)
   if len(found) != 1:
     raise ValueError(
       f"`neumann_eval_params(opt_state, params)` found {len(found)} states of the Neumann optimizer"

@@ -47,7 +47,7 @@ class OrthogonalizeOptions:
   layers: Layers | None
 
   def __post_init__(self):
-    by_tensor.check_static("ns_steps", self.ns_steps)
+    checks.check_static("ns_steps", self.ns_steps)
     if self.scale is not None:
       checks.one_of("scale", self.scale, tuple(SCALES))
     checks.one_of("others", self.others, OTHERS)
@@ -145,6 +145,7 @@ def orthogonalize(
   Raises:
     ValueError: for hyperparameters out of range; in `update` for dimension numbers that do not fit,
       directions that are not real floating point, and trees that are not of these layers.
+    TypeError: if `layers` are of another type.
 
   Example:
     >>> import fop_optax, jax.numpy as jnp, optax

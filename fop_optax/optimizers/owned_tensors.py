@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from fop_optax.curvature.layouts import Layout
+from fop_optax.curvature.owners import plan_owners
 from fop_optax.curvature.passage import Passage
 from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.steps import whole_period
-from fop_optax.owners import plan_owners
 from fop_optax.sharding import (
   Exchange,
   Sharding,

@@ -10,20 +10,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
-from fop_optax.curvature.inverse import (
-  SCALINGS,
-  EigenvalueInverse,
-  ExactInverse,
-  Inverse,
-  Scaling,
-)
+from fop_optax.curvature.eigenvalue_inverse import EigenvalueInverse
+from fop_optax.curvature.exact_inverse import ExactInverse
+from fop_optax.curvature.inverse import SCALINGS, Inverse
+from fop_optax.curvature.owners import plan_owners
+from fop_optax.curvature.scaling import Scaling
 from fop_optax.curvature.stacks import Stack
 from fop_optax.curvature.state import CurvatureState, StackState, in_order
 from fop_optax.layers import is_masked
 from fop_optax.optimizers.owned_tensors import OwnedStack
 from fop_optax.optimizers.shampoo import ScaleByShampooState
 from fop_optax.optimizers.soap import ScaleBySoapState
-from fop_optax.owners import plan_owners
 from fop_optax.sharding import Sharding, laid, named, noted
 
 
@@ -157,6 +154,18 @@ def to_owners(opt_state: Any, sharding: Sharding) -> Any:
   Raises:
     ValueError: if it has no curvature, or one that has owners already.
     TypeError: if `sharding` is none.
+
+  Example:
+    >>> import fop_optax, jax, jax.numpy as jnp
+    >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+    >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+    >>> captured = fop_optax.capture(loss, params, x)
+    >>> sharding = fop_optax.Sharding(jax.make_mesh((1,), ("data",)))
+    >>> state = fop_optax.scale_by_kfac(captured.layers).init(params)  # on one device
+    >>> tx = fop_optax.scale_by_kfac(captured.layers, sharding=sharding)  # goes on over the mesh
+    >>> dealt = fop_optax.to_owners(state, sharding)
+    >>> print(jax.tree.structure(dealt) == jax.tree.structure(tx.init(params)))
+    True
   """
   if not isinstance(sharding, Sharding):
     raise TypeError(

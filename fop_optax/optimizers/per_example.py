@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fop_optax.capture import batch
+from fop_optax import group_gradients
 from fop_optax.curvature import gram, per_example_factors
 from fop_optax.curvature.gram import Gram
 from fop_optax.curvature.stacks import dtype_of
@@ -38,13 +38,7 @@ class Settings:
   def __post_init__(self):
     checks.one_of("curvature", self.curvature, CURVATURES)
     for name in STATIC:
-      value, least = getattr(self, name), 1 if name == "groups" else 0
-      if not isinstance(value, int) or value < least:
-        raise ValueError(
-          f"`{name}={value}` should be a Python integer, at least {least}."
-          " `optax.inject_hyperparams` makes arrays of numbers: declare the integers among"
-          f" {', '.join(STATIC)} with `optax.inject_hyperparams(..., static_args=(...))`."
-        )
+      checks.check_static(name, getattr(self, name), 1 if name == "groups" else 0, STATIC)
 
   def blocks(self, tree: Any) -> Layers:
     """The leaves of a tree like params, each a block of curvature."""
@@ -128,8 +122,8 @@ def kronecker(
     layers = settings.blocks(_one_example(updates))
     flat, treedef = jax.tree.flatten(updates)
     groups = [means(leaf, settings.groups) for leaf in flat]
-    mean = jax.tree.unflatten(treedef, map(batch.mean, groups))
-    by_leaf = [batch.contrasts(group) for group in groups]
+    mean = jax.tree.unflatten(treedef, map(group_gradients.mean, groups))
+    by_leaf = [group_gradients.contrasts(group) for group in groups]
     contrasts = tuple(jax.tree.unflatten(treedef, c) for c in zip(*by_leaf, strict=True))
     count = state.curvature.steps.count
     refresh = count % options.curvature.periods(count)[0] == 0
@@ -213,8 +207,8 @@ def exact(
 
 def _weights(size: int, groups: int, dtype: Any) -> Weights:
   by_group = list(jnp.tile(jnp.eye(groups, dtype=dtype), size // groups) * (groups / size))
-  contrasts = jnp.asarray(batch.contrasts(by_group), dtype).reshape(groups - 1, size)
-  return Weights(batch.mean(by_group), contrasts)
+  contrasts = jnp.asarray(group_gradients.contrasts(by_group), dtype).reshape(groups - 1, size)
+  return Weights(group_gradients.mean(by_group), contrasts)
 
 
 def _transformation(settings, init, apply) -> optax.GradientTransformationExtraArgs:

@@ -50,7 +50,18 @@ def scale_by_shampoo(
 ) -> optax.GradientTransformationExtraArgs:
   """Turns gradients into Shampoo's direction; no rate, no sign and no decay.
 
-  See :func:`fop_optax.shampoo` for more details.
+  See :func:`fop_optax.shampoo` for more details: all arguments, and errors, are as there.
+
+  Example:
+    The first direction of a matrix `G = U S V'` is `U V'`:
+
+    >>> import fop_optax, jax.numpy as jnp
+    >>> params, grads = jnp.zeros((2, 2)), jnp.array([[4.0, 0.0], [0.0, 1.0]])
+    >>> tx = fop_optax.scale_by_shampoo()
+    >>> direction, _ = tx.update(grads, tx.init(params), params)
+    >>> print(direction.round(3))
+    [[1. 0.]
+     [0. 1.]]
   """
   options = ShampooOptions(
     b1=b1,
@@ -178,6 +189,7 @@ def shampoo(
   Raises:
     ValueError: for hyperparameters out of range; in `init` and `update` for dimension numbers that
       do not fit, gradients that are not real floating point, and states of another model.
+    TypeError: if `layers`, `stats` or `sharding` are of another type.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp, optax

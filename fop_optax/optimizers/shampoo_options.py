@@ -53,7 +53,7 @@ class ShampooOptions:
     checks.check_period("start_step", self.start_step)
     for name in ("block_size", "merge_to"):
       if getattr(self, name) is not None:
-        by_tensor.check_static(name, getattr(self, name))
+        checks.check_static(name, getattr(self, name))
     checks.check_sharding(self.sharding)
     by_tensor.check_views(self.dimension_numbers, self.layers)
     self._check_exponents()

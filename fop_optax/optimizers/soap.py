@@ -52,7 +52,19 @@ def scale_by_soap(
 ) -> optax.GradientTransformationExtraArgs:
   """Turns gradients into SOAP's direction; no rate, no sign and no decay.
 
-  See :func:`fop_optax.soap` for more details.
+  See :func:`fop_optax.soap` for more details: all arguments, and errors, are as there.
+
+  Example:
+    The first gradient makes the bases; the step after it is Adam's in them.
+
+    >>> import fop_optax, jax.numpy as jnp
+    >>> params, grads = jnp.zeros((2, 2)), jnp.array([[4.0, 0.0], [0.0, 1.0]])
+    >>> tx = fop_optax.scale_by_soap()
+    >>> _, state = tx.update(grads, tx.init(params), params)
+    >>> direction, _ = tx.update(grads, state, params)
+    >>> print(direction.round(3))
+    [[1. 0.]
+     [0. 1.]]
   """
   options = SoapOptions(
     b1=b1,
@@ -192,6 +204,7 @@ def soap(
   Raises:
     ValueError: for hyperparameters out of range; in `init` and `update` for dimension numbers that
       do not fit, gradients that are not real floating point, and states of another model.
+    TypeError: if `layers`, `stats` or `sharding` are of another type.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp, optax

@@ -50,7 +50,7 @@ class SoapOptions:
     checks.check("eps", self.eps, lambda x: x >= 0, "at least 0")
     checks.check_period("inverse_update_period", self.inverse_update_period)
     if self.max_precond_dim is not None:
-      by_tensor.check_static("max_precond_dim", self.max_precond_dim)
+      checks.check_static("max_precond_dim", self.max_precond_dim)
     checks.check_dtype("mu_dtype", self.mu_dtype)
     checks.check_dtype("statistics_dtype", self.statistics_dtype)
     checks.check_sharding(self.sharding)
