@@ -1,6 +1,7 @@
 """What goes with a bounded step: momentum that begins anew, and the units of the loss."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def test_the_trace_against_its_equations(restart, nesterov):
   gradients = (
     np.random.default_rng(0).normal(size=(30, 2, 3)) + np.sin(np.arange(30))[:, None, None]
   )
-  tx = with_momentum(scaled(2.0), 0.9, nesterov, restart)
+  tx = with_momentum(scaled(2.0), 0.9, nesterov, restart=restart)
   state = tx.init({"a": jnp.zeros(3), "b": jnp.zeros(3)})
   v, restarts = np.zeros((2, 3)), 0
   for g in gradients:
@@ -40,8 +41,43 @@ def test_the_trace_against_its_equations(restart, nesterov):
   assert 0 < restarts < 15
 
 
+def held_back(norm_scale):
+  """Directions that are the gradient, so many times shorter, times the looseness."""
+
+  class State(NamedTuple):
+    norm_scale: jax.Array
+
+  def update(updates, state, params=None, *, looseness):
+    return jax.tree.map(lambda g: state.norm_scale * looseness * g, updates), state
+
+  init = lambda params: State(jnp.asarray(norm_scale))
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+@pytest.mark.parametrize("norm_scale", (0.5, 1.0))
+def test_a_bound_that_gives_way(norm_scale):
+  """Of gradients that stay for a while, turn, and stay again; not where nothing was held back."""
+  noise = np.random.default_rng(0).normal(size=(40, 3))
+  along = np.where(np.arange(40)[:, None] % 20 < 12, 1.0, 0.0) * np.array([1.0, 2.0, 3.0])
+  tx = with_momentum(held_back(norm_scale), 0.5, False, loosen=True)
+  state = tx.init(jnp.zeros(3))
+  v, loose, slope, seen = np.zeros(3), 1.0, 0.0, []
+  for g in along + 0.1 * noise:
+    updates, state = tx.update(jnp.asarray(g), state)
+    if g @ v > 0.9 * slope > 0 and norm_scale < 1:
+      loose *= 1.5
+    elif g @ v < 0.5 * slope:
+      loose = max(1.0, loose / 2)
+    v = 0.5 * v + norm_scale * loose * g
+    slope = g @ v
+    seen.append(loose)
+    np.testing.assert_allclose(updates, v, rtol=1e-12)
+    np.testing.assert_allclose(state.looseness, loose)
+  assert (max(seen) > 50) == (norm_scale < 1) and any(np.diff(seen) < 0) == (norm_scale < 1)
+
+
 def test_masked_leaves_and_narrow_dtypes():
-  tx = with_momentum(scaled(1.0), 0.5, False, True)
+  tx = with_momentum(scaled(1.0), 0.5, False, restart=True)
   params = {"a": jnp.ones(3, jnp.bfloat16), "b": optax.MaskedNode()}
   state = tx.init(params)
   _, state = tx.update(params, state)
@@ -219,9 +255,25 @@ def test_weights_that_are_zero_are_free():
 @pytest.mark.parametrize("scale", (0.03, 0.1))
 def test_networks_that_start_small(method, groups, scale):
   """Layers multiply: each first step alone would be small, all of them together leave the start."""
-  loss, params, x, y = narrow(scale)
+  curve = losses(method, groups, *narrow(scale))
+  assert jnp.max(curve) < 1.5 * curve[0]
+  assert curve[-1] < 0.1
+
+
+@pytest.mark.parametrize("options", ({}, {"damping": 0.0, "relative_damping": 1.0}))
+def test_a_saturated_start(options):
+  """Inputs that nobody scaled: the loss starts far above a nat, and is straight for long."""
+  loss, params, x, y = narrow(2.0)
+  curve = losses(fop_optax.kfac, 1, loss, params, 30 * x, y, **options)
+  assert curve[0] > 100
+  assert (curve[-1] < 0.25 * curve[0]) == (not options)
+  assert curve[-1] < 0.9 * curve[0]
+
+
+def losses(method, groups, loss, params, x, y, **options):
+  """Of 60 steps."""
   captured = fop_optax.capture(loss, params, x, y, groups=groups)
-  tx = method(0.1, captured.layers)
+  tx = method(0.1, captured.layers, **options)
 
   @jax.jit
   def step(carry, _):
@@ -231,6 +283,24 @@ def test_networks_that_start_small(method, groups, scale):
     updates, state = tx.update(grads, state, params, stats=stats)
     return (optax.apply_updates(params, updates), state), value
 
-  curve = jax.lax.scan(step, (params, tx.init(params)), length=60)[1]
-  assert jnp.max(curve) < 1.5 * curve[0]
-  assert curve[-1] < 0.1
+  return jax.lax.scan(step, (params, tx.init(params)), length=60)[1]
+
+
+@pytest.mark.parametrize("curvature", ("kronecker", "exact"))
+def test_gradients_of_single_examples(curvature):
+  """Momentum begins anew by their mean; a straight loss loosens the bound; narrow weights bound."""
+  loss, params, x, y = narrow(2.0)
+  one = lambda params, x, y: loss(params, x[None], y[None])
+  tx = fop_optax.kfac_per_example(0.1, curvature=curvature)
+
+  @jax.jit
+  def step(carry, _):
+    params, state = carry
+    grads = jax.vmap(jax.grad(one), (None, 0, 0))(params, 30 * x, y)
+    updates, state = tx.update(grads, state, params)
+    looseness = optax.tree.get(state, "looseness")
+    return (optax.apply_updates(params, updates), state), looseness
+
+  (params, _), looseness = jax.lax.scan(step, (params, tx.init(params)), length=30)
+  assert jnp.max(looseness) > 2
+  assert loss(params, 30 * x, y) < 0.9 * loss(narrow(2.0)[1], 30 * x, y)

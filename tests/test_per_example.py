@@ -173,7 +173,7 @@ def test_gradients_and_contrasts_are_the_captured_ones(groups):
     learning_rate=1.0,
     per_example=True,
   )
-  seen = lambda grads, state, params=None, *, stats: ((grads, stats.contrasts), state)
+  seen = lambda grads, state, params=None, *, stats, **_: ((grads, stats.contrasts), state)
   inner = lambda layers: optax.GradientTransformationExtraArgs(lambda params: (), seen)
   state = fop_optax.scale_by_kfac_per_example().init(params)
   got, _ = per_example.kronecker(settings, options, inner).update(grads, state, params)

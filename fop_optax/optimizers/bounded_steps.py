@@ -12,16 +12,22 @@ from fop_optax.optimizers.common import Options, Step, value_at
 
 
 def finish(
-  options: Options, layers: Layers, step: Step, count: jax.Array, params: optax.Params | None
+  options: Options,
+  layers: Layers,
+  step: Step,
+  count: jax.Array,
+  params: optax.Params | None,
+  looseness: jax.typing.ArrayLike,
 ) -> tuple[Any, jax.Array]:
   """The directions as a tree like the gradient, as far as they go; the factor of the norm's bound.
 
-  In units of the loss, and within the size of the weights where `params` tell it.
+  In units of the loss, and within the size of the weights where `params` tell it. `looseness` is
+  that of the norm's bound.
   """
-  factor = constrain(options, step.found.norm2, count)
+  factor = constrain(options, step.found.norm2, count, looseness)
   scale = step.size * factor
   directions = jax.tree.map(lambda d: scale.astype(d.dtype) * d, step.found.directions)
-  if options.within_weights and params is not None:
+  if options.own_bounds and params is not None:
     rate = value_at(options.learning_rate, count)
     directions = within_weights(step, layers, directions, params, rate)
   if step.layout is not None:
@@ -31,10 +37,13 @@ def finish(
   return layers.tree(step.updates, leaves), factor
 
 
-def constrain(options: Options, norm2: jax.Array, count: jax.Array) -> jax.Array:
+def constrain(
+  options: Options, norm2: jax.Array, count: jax.Array, looseness: jax.typing.ArrayLike = 1.0
+) -> jax.Array:
   r"""The factor that keeps a step within `norm_constraint`, 1 where there is none.
 
-  With kappa the constraint, alpha the rate and mu the momentum all layers are scaled by one factor
+  With kappa the constraint, as many times as it is loosened, alpha the rate and mu the momentum all
+  layers are scaled by one factor
 
   .. math::
     \nu = \min\Big(1, (1 - \mu) \sqrt{\kappa / (\alpha^2 \textstyle\sum_l d_l^\top M_l d_l)}\Big)
@@ -51,7 +60,7 @@ def constrain(options: Options, norm2: jax.Array, count: jax.Array) -> jax.Array
     return jnp.ones((), norm2.dtype)
   value = lambda x: value_at(x, count).astype(norm2.dtype)
   share = 1 - value(0.0 if options.momentum is None else options.momentum)
-  kappa = value(options.norm_constraint) * share**2
+  kappa = value(options.norm_constraint) * jnp.asarray(looseness, norm2.dtype) * share**2
   size = value(options.learning_rate) ** 2 * jnp.abs(norm2)
   nu2 = jnp.where(size > kappa, kappa / jnp.where(size > kappa, size, 1), 1)
   # The root last: XLA works out numbers that are quicker anew for each leaf.

@@ -144,6 +144,16 @@ def _other_tree(own: Any, others: Any, structure: Any, wanted: Any) -> str:
   return " and ".join(parts + ([f"has {few(more)}, which params do not have"] if more else []))
 
 
+def check_trace(trace: Any, gradient: Any) -> None:
+  """Checks that a trace of momentum is of the parameters that a gradient is of."""
+  shapes = lambda tree: [tuple(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree)]
+  if shapes(trace) != shapes(gradient):
+    raise ValueError(
+      "The optimizer's state is of another model or another mask: its momentum has shapes"
+      f" {shapes(trace)}, but the gradient {shapes(gradient)}. Make a state with `tx.init(params)`."
+    )
+
+
 def states_in(tree: Any, kinds: type | tuple[type, ...]) -> list[Any]:
   """The states of some kinds in a tree, however deep."""
   is_kind = lambda x: isinstance(x, kinds)

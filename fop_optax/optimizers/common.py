@@ -83,15 +83,18 @@ class Options:
     checks.check_sharding(self.sharding)
 
   def in_units_of_the_loss(self, layers: Layers) -> bool:
-    """Whether steps grow with the loss: bounded ones, with damping in the curvature's units alone.
+    """Whether steps grow with the loss.
 
     Other labels than those given make a curvature that needs nothing of the kind.
     """
-    return self.within_weights and not self.per_example and layers.fisher == "empirical"
+    return self.own_bounds and not self.per_example and layers.fisher == "empirical"
 
   @property
-  def within_weights(self) -> bool:
-    """Whether steps are no longer than the weights: bounded ones, by defaults of our own."""
+  def own_bounds(self) -> bool:
+    """Whether steps have the bounds that are ours beside `norm_constraint`.
+
+    Where damping is in the curvature's units alone: values of papers mean what they mean there.
+    """
     return self.norm_constraint is not None and self.damping is None
 
   def damping_at(self, count: jax.Array) -> Damping:

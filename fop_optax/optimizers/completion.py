@@ -85,9 +85,15 @@ def complete(
       ' `optax.inject_hyperparams(..., static_args="mask")`.'
     )
   if options.momentum is not None:
-    # an update out of examples' gradients has no mean gradient to compare with
-    restart = options.norm_constraint is not None and not options.per_example
-    precondition = keep_dtypes(with_momentum(precondition, options.momentum, nesterov, restart))
+    traced = with_momentum(
+      precondition,
+      options.momentum,
+      nesterov,
+      restart=options.norm_constraint is not None,
+      loosen=options.own_bounds,
+      examples=options.per_example,
+    )
+    precondition = keep_dtypes(traced)
   rest = optax.chain(*_decay_and_rate(options.learning_rate, weight_decay, mask))
   return optax.chain(precondition, keep_dtypes(rest))
 

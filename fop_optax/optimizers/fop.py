@@ -181,7 +181,7 @@ def project(
     return ScaleByFopState(curvature, projection, jnp.ones(()))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
-  def apply(updates, state, params, stats, fallback_finite):
+  def apply(updates, state, params, stats, fallback_finite, looseness):
     count = state.curvature.steps.count
     beta = None if fop_options.beta is None else common.value_at(fop_options.beta, count)
     step = common.begin(
@@ -189,16 +189,23 @@ def project(
     )
     if not step.stacks:
       return updates, state._replace(curvature=step.curvature)
-    updates, nu = finish(options, layers, step, count, params)
+    updates, nu = finish(options, layers, step, count, params, looseness)
     nu = nu.astype(state.norm_scale.dtype)
     return updates, ScaleByFopState(step.curvature, step.found.numbers, nu)
 
   def update(
-    updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
+    updates,
+    state,
+    params=None,
+    *,
+    stats: Stats | None = None,
+    fallback_finite=True,
+    looseness=1.0,
+    **extra_args,
   ):
     del extra_args
     stats = common.check_stats(options, layers, stats, updates, state)
-    return apply(updates, state, params, stats, fallback_finite)
+    return apply(updates, state, params, stats, fallback_finite, looseness)
 
   return optax.GradientTransformationExtraArgs(init, update)
 

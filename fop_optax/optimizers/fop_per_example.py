@@ -67,7 +67,7 @@ def scale_by_fop_per_example(
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta)
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector, groups)
-  return whole_steps(_project(options, fop_options, settings), ScaleByFopState, examples=True)
+  return whole_steps(_project(options, fop_options, settings), ScaleByFopState, settings.check)
 
 
 def _project(
@@ -241,4 +241,4 @@ def fop_per_example(
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector, groups)
   inner = _project(options, fop_options, settings)
   complete = completion.complete(options, inner, nesterov, weight_decay, mask)
-  return whole_steps(complete, ScaleByFopState, examples=True)
+  return whole_steps(complete, ScaleByFopState, settings.check)

@@ -97,19 +97,26 @@ def precondition(options: Options, layers: Layers) -> optax.GradientTransformati
     return ScaleByKfacState(curvature, jnp.ones(()))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
-  def apply(updates, state, params, stats, fallback_finite):
+  def apply(updates, state, params, stats, fallback_finite, looseness):
     step = common.begin(
       options, layers, updates, state.curvature, stats, False, fallback_finite, method
     )
-    updates, nu = finish(options, layers, step, state.curvature.steps.count, params)
+    updates, nu = finish(options, layers, step, state.curvature.steps.count, params, looseness)
     return updates, ScaleByKfacState(step.curvature, nu.astype(state.norm_scale.dtype))
 
   def update(
-    updates, state, params=None, *, stats: Stats | None = None, fallback_finite=True, **extra_args
+    updates,
+    state,
+    params=None,
+    *,
+    stats: Stats | None = None,
+    fallback_finite=True,
+    looseness=1.0,
+    **extra_args,
   ):
     del extra_args
     stats = common.check_stats(options, layers, stats, updates, state)
-    return apply(updates, state, params, stats, fallback_finite)
+    return apply(updates, state, params, stats, fallback_finite, looseness)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -179,6 +186,11 @@ def kfac(
 
   with alpha the rate and the bias in `W`; where the weights are zero it is free.
 
+  And the bound gives way where the loss is straight: with `relative_damping` alone it is half as
+  much again where nine tenths of the slope along the last step, which it held back, are left, and
+  half as much, down to what was given, where less than half is. So a network that starts in a
+  saturated cross entropy (inputs up to 255) gets out of it; with ordinary ones this is rare.
+
   If the loss, a gradient or the update is not finite, the whole step is skipped: the update is zero
   for every parameter, and momentum, weight decay and fallback stand still with the count. Skipped
   steps are counted by their cause, as are statistics that are not finite and inverses that fail
@@ -216,8 +228,8 @@ def kfac(
     stagger: whether blocks take turns to remake their inverses, so that no step pays for all.
     norm_constraint: kappa, a number or a schedule: the step that is taken, rate and momentum in it,
       has at most this squared length in the damped Fisher metric, which is twice the KL divergence
-      it predicts (times s squared, s as above). Without decay and fallback, which have no part in
-      it. None: no bound, and nothing of the other three things that go with it.
+      it predicts (times s squared, s as above, and more where the loss is straight). Without decay
+      and fallback, which have no part in it. None: no bound, and nothing else of what goes with it.
     fallback: a complete optimizer for leaves that are in no layer, applied as it is; by default
       Adam at 0.03 of `learning_rate`, with `weight_decay` and `mask` as above.
     factor_dtype: in which the running factors are held, as `jnp.bfloat16`, with which they take

@@ -62,7 +62,7 @@ def scale_by_kfac_per_example(
     per_example=True,
   )
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector)
-  return whole_steps(_precondition(options, settings), ScaleByKfacState, examples=True)
+  return whole_steps(_precondition(options, settings), ScaleByKfacState, settings.check)
 
 
 def _precondition(options: Options, settings: Settings) -> optax.GradientTransformationExtraArgs:
@@ -218,4 +218,4 @@ def kfac_per_example(
   settings = Settings(curvature, dimension_numbers, max_dim, max_vector)
   inner = _precondition(options, settings)
   complete = completion.complete(options, inner, nesterov, weight_decay, mask)
-  return whole_steps(complete, ScaleByKfacState, examples=True)
+  return whole_steps(complete, ScaleByKfacState, settings.check)

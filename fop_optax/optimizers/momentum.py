@@ -1,4 +1,4 @@
-"""Momentum that never carries a step uphill."""
+"""Momentum that never carries a step uphill, and a bound that gives way on a straight slope."""
 
 from typing import Any, NamedTuple
 
@@ -6,19 +6,29 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fop_optax.optimizers import checks
+
+STRAIGHT, BENT = 0.9, 0.5  # how much of the slope along the last step is left
+GROWTH, DECAY = 1.5, 2.0  # of looseness, a step
+
 
 class MomentumState(NamedTuple):
   """Of `with_momentum`."""
 
   direction: Any  # state of what makes the directions
   trace: Any  # of `optax.trace`
+  slope: jax.Array  # shape=(): along the last step, by the gradient that it was made of
+  looseness: jax.Array  # shape=(): how many times the bound was loosened
 
 
 def with_momentum(
   direction: optax.GradientTransformation,
   momentum: jax.typing.ArrayLike,
   nesterov: bool,
-  restart: bool,
+  *,
+  restart: bool = False,
+  loosen: bool = False,
+  examples: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The trace of what `direction` makes of the gradient, begun anew where it would point uphill.
 
@@ -31,22 +41,49 @@ def with_momentum(
   (the gradient scheme of O'Donoghue and Candes, 2015, "Adaptive restart for accelerated gradient
   schemes"). A trace that was right for the curvature of a few steps ago carries on where it rises:
   blocks that are each reckoned alone overshoot together.
+
+  With `loosen` the bound of the direction is ours to loosen: what is handed to it as `looseness` is
+
+  .. math::
+    l \leftarrow \begin{cases}
+      1.5 \, l & q > 0.9 \text{ and the bound held the last step back} \\
+      \max(1, l / 2) & q < 0.5 \end{cases}, \qquad
+    q = \frac{\langle g, v \rangle}{\langle g_{last}, v \rangle}
+
+  with the last trace v. Where nearly all of the slope is left the loss is straight, which the
+  curvature of gradients does not tell: that of a saturated cross entropy is as large as of another.
+  The state of `direction` says as `norm_scale` whether its bound held it back.
+
+  With `examples` gradients are of single examples, `[B, *param]`: g is their mean.
   """
   direction = optax.with_extra_args_support(direction)
   trace = optax.trace(momentum, nesterov)
 
   def init(params: optax.Params) -> MomentumState:
-    return MomentumState(direction.init(params), trace.init(params))
+    return MomentumState(direction.init(params), trace.init(params), jnp.zeros(()), jnp.ones(()))
 
   def update(updates, state, params=None, **extra_args):
+    gradient = jax.tree.map(lambda g: jnp.mean(g, axis=0), updates) if examples else updates
+    old, looseness = state.trace, state.looseness
+    checks.check_trace(old.trace, gradient)
+    carried = inner_product(gradient, old.trace) if restart or loosen else 0.0
+    if loosen:
+      held = state.direction.norm_scale < 1
+      straight = (carried > STRAIGHT * state.slope) & (state.slope > 0) & held
+      bent = carried < BENT * state.slope
+      less = jnp.where(bent, jnp.maximum(looseness / DECAY, 1), looseness)
+      looseness = jnp.where(straight, GROWTH * looseness, less)
+      extra_args = {**extra_args, "looseness": looseness}
     directions, inner = direction.update(updates, state.direction, params, **extra_args)
-    old = state.trace
-    if restart:
-      carried = inner_product(updates, old.trace)
-      uphill = momentum * carried + inner_product(updates, directions) < 0
+    slope = state.slope
+    if restart or loosen:
+      own = inner_product(gradient, directions)
+      slope = momentum * carried + own
+      uphill = slope < 0 if restart else False
       old = jax.tree.map(lambda v: jnp.where(uphill, jnp.zeros_like(v), v), old)
+      slope = jnp.where(uphill, own, slope)
     directions, new = trace.update(directions, old)
-    return directions, MomentumState(inner, new)
+    return directions, MomentumState(inner, new, slope, looseness)
 
   return optax.GradientTransformationExtraArgs(init, update)
 

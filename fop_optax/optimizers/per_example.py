@@ -45,6 +45,10 @@ class Settings:
     limits = Limits(self.max_dim, self.max_vector)
     return blocks(tree, self.dimension_numbers, limits, self.groups)
 
+  def check(self, updates: Any, params: Any) -> None:
+    """Checks that `updates` are per-example gradients at `params`."""
+    check_batch(updates, params, self.groups)
+
 
 def check_batch(updates: Any, params: Any, groups: int) -> None:
   """Checks that `updates` are per-example gradients at `params`, of examples that make groups."""
@@ -118,7 +122,7 @@ def kronecker(
     return state._replace(curvature=state.curvature._replace(blocks=outline, stacks=outline))
 
   @jax.jit  # so that an update outside of a user's jit does not compile its branches every time
-  def apply(updates, state, params):
+  def apply(updates, state, params, looseness):
     layers = settings.blocks(_one_example(updates))
     flat, treedef = jax.tree.flatten(updates)
     groups = [means(leaf, settings.groups) for leaf in flat]
@@ -128,9 +132,10 @@ def kronecker(
     count = state.curvature.steps.count
     refresh = count % options.curvature.periods(count)[0] == 0
     factors = _factors(layers, jax.tree.leaves(updates, is_leaf=is_masked), refresh)
-    return inner(layers).update(mean, state, params, stats=Stats(refresh, factors, contrasts))
+    stats = Stats(refresh, factors, contrasts)
+    return inner(layers).update(mean, state, params, stats=stats, looseness=looseness)
 
-  return _transformation(settings, init, apply)
+  return _transformation(init, apply)
 
 
 def _factors(layers: Layers, leaves: Sequence[Any], refresh: jax.Array) -> tuple[Factors, ...]:
@@ -180,7 +185,7 @@ def exact(
     return start(empty_curvature((one, one)), jnp.result_type(jnp.float32, *dtypes))
 
   @jax.jit
-  def apply(updates, state, params):
+  def apply(updates, state, params, looseness):
     del params
     leaves = jax.tree.leaves(updates)
     dtype = jnp.result_type(jnp.float32, *leaves)
@@ -192,7 +197,7 @@ def exact(
     weights = _weights(len(leaves[0]), settings.groups, dtype)
     resolution = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
     own = share(of, weights, damping, count, resolution)
-    nu = constrain(options, own.norm2, count)
+    nu = constrain(options, own.norm2, count, looseness)
     given = nu * own.weights
     updates = jax.tree.map(lambda leaf: gram.combine(leaf, given).astype(leaf.dtype), updates)
     steps = state.curvature.steps.counted(Finite(jnp.asarray(True), of.finite))
@@ -202,7 +207,7 @@ def exact(
       new["projection"] = own.projection
     return updates, state._replace(**new)
 
-  return _transformation(settings, init, apply)
+  return _transformation(init, apply)
 
 
 def _weights(size: int, groups: int, dtype: Any) -> Weights:
@@ -211,13 +216,12 @@ def _weights(size: int, groups: int, dtype: Any) -> Weights:
   return Weights(group_gradients.mean(by_group), contrasts)
 
 
-def _transformation(settings, init, apply) -> optax.GradientTransformationExtraArgs:
-  def update(updates, state, params=None, **extra_args):
+def _transformation(init, apply) -> optax.GradientTransformationExtraArgs:
+  def update(updates, state, params=None, *, looseness=1.0, **extra_args):
     del extra_args
-    check_batch(updates, params, settings.groups)
     if not jax.tree.leaves(updates):  # optax has masked everything
       return updates, state
-    return apply(updates, state, params)
+    return apply(updates, state, params, looseness)
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,5 +1,6 @@
 """Steps that are taken for all parameters or for none, from states where the parameters are."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ from fop_optax.optimizers import checks
 
 
 def whole_steps(
-  inner: optax.GradientTransformationExtraArgs, kind: type, examples: bool = False
+  inner: optax.GradientTransformationExtraArgs,
+  kind: type,
+  check: Callable[[Any, Any], None] = checks.check_gradient,
 ) -> optax.GradientTransformationExtraArgs:
   """`inner`, a step of which is taken for all parameters or for none.
 
@@ -22,8 +25,8 @@ def whole_steps(
   momentum and fallback included, but for the counters. Its `Steps` say whether loss and gradient
   were; it, or the curvature state around it, settles its own part.
 
-  Before that the state is checked, which has one of that `kind` in it, and the gradient; not where
-  it is of `examples`, which `per_example.check_batch` looks at.
+  Before that the state is checked, which has one of that `kind` in it, and the gradient beside the
+  parameters.
   """
   is_counted = lambda x: isinstance(x, CurvatureState | Steps)
 
@@ -50,8 +53,7 @@ def whole_steps(
         " `tx.update(grads, opt_state, params, stats=stats)`."
       )
     checks.check_kind(state, kind)
-    if not examples:
-      checks.check_gradient(updates, params)
+    check(updates, params)
     return settle(*inner.update(updates, state, params, **extra_args), state)
 
   def init(params):
