@@ -209,8 +209,10 @@ def kfac(
       Given alone, that is all; where neither is given, `relative_damping` is 1.
     relative_damping: lambda in units of each block's mean eigenvalue,
       :math:`\mathrm{tr} A \, \mathrm{tr} G / (\dim A \dim G)`, with `scaling="eigenvalue"` the mean
-      of `S`: the direction does not depend on the units of the loss then, nor on how far it has
-      come down. With both, their sum.
+      of `S`: what is damped does not depend on the units of the loss then, nor on how far it has
+      come down. The length of the direction does: with the labels given it is 1/c times as long of
+      a loss that is c times as large, which s above makes up for where c is large. A loss that
+      begins far below 1 is better multiplied. With both, their sum.
     decay: weight of the old average when statistics are folded in; less in the beginning, so that
       the average starts exact.
     momentum: decay of the trace of directions, None for none. See above for where it begins anew.
