@@ -64,11 +64,12 @@ def test_a_bound_that_gives_way(norm_scale):
   v, loose, slope, seen = np.zeros(3), 1.0, 0.0, []
   for g in along + 0.1 * noise:
     updates, state = tx.update(jnp.asarray(g), state)
+    before = loose  # it is the next step that is bounded anew
     if g @ v > 0.9 * slope > 0 and norm_scale < 1:
       loose *= 1.5
     elif g @ v < 0.5 * slope:
       loose = max(1.0, loose / 2)
-    v = 0.5 * v + norm_scale * loose * g
+    v = 0.5 * v + norm_scale * before * g
     slope = g @ v
     seen.append(loose)
     np.testing.assert_allclose(updates, v, rtol=1e-12)
@@ -114,7 +115,7 @@ def test_layers_that_mend_the_same_error_together(method, groups):
   # A bound that is never reached restarts; none does not.
   rises = lambda curve: float(jnp.sum(jnp.maximum(jnp.diff(curve), 0)))
   restarted, carried = losses(norm_constraint=1e9), losses(norm_constraint=None)
-  assert rises(restarted) < 0.1 * rises(carried)
+  assert rises(restarted) < 0.2 * rises(carried)
   assert restarted[-1] < 1e-6 * carried[-1]
 
 
@@ -164,13 +165,14 @@ def test_a_step_in_units_of_the_loss(method, residual, offset):
   updates, stats, value = first_step(method, problem)
   plain, _, _ = first_step(method, problem, fisher="sampled")
   traces = [np.trace(factors.G[0]) for factors in stats.factors]
-  size = max(1.0, min(float(value), float(np.median(traces)) / 2))
+  half = float(np.median(traces)) / 2
+  size = max(min(1.0, max(float(value), half)), min(float(value), half))
   assert (size > 10) == (residual == 10.0 and offset >= 0)
   for name, update in updates.items():
     np.testing.assert_allclose(update, size * plain[name], rtol=1e-6)
 
 
-@pytest.mark.parametrize("factor", (3.0, 1e4))
+@pytest.mark.parametrize("factor", (3.0, 1e4, 1e-2, 1e-4))
 def test_a_loss_in_other_units_takes_the_same_step(factor):
   ours, *_ = first_step(fop_optax.kfac, regression())
   times, *_ = first_step(fop_optax.kfac, regression(factor))
@@ -224,7 +226,7 @@ def test_a_step_no_longer_than_the_weights(method, groups):
   state = tx.init(params)
   free, _ = tx.update(grads, state, stats=stats)
   updates, _ = tx.update(grads, state, params, stats=stats)
-  share = np.minimum(1, lengths(params) / lengths(free))
+  share = np.minimum(1, 2 * 0.1 * lengths(params) / lengths(free))  # of what momentum makes of it
   assert share.min() < 1e-2 and share.max() == 1
   for own, unbounded, factor in zip(updates, free, share, strict=True):
     jax.tree.map(lambda u, d, f=factor: np.testing.assert_allclose(u, f * d), own, unbounded)
@@ -257,7 +259,7 @@ def test_networks_that_start_small(method, groups, scale):
   """Layers multiply: each first step alone would be small, all of them together leave the start."""
   curve = losses(method, groups, *narrow(scale))
   assert jnp.max(curve) < 1.5 * curve[0]
-  assert curve[-1] < 0.1
+  assert curve[-1] < 0.3 * curve[0]
 
 
 @pytest.mark.parametrize("options", ({}, {"damping": 0.0, "relative_damping": 1.0}))

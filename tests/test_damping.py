@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import problems
 import pytest
 
@@ -113,3 +114,42 @@ def test_mean_eigenvalue_of_an_exact_metric():
   F = X.T @ X / 6
   want = np.linalg.solve(F + 0.4 * np.linalg.eigvalsh(F).mean() * np.eye(7), X.mean(0))
   np.testing.assert_allclose(np.concatenate([got["a"].ravel(), got["b"]]), want, rtol=1e-8)
+
+
+@pytest.mark.parametrize("devices", (1, 8))
+@pytest.mark.parametrize("scaling", tuple(SCALINGS))
+def test_experts_that_few_rows_come_to(scaling, devices):
+  """Two folds of statistics of three experts in one array: damping is at least their mean's."""
+  rng = np.random.default_rng(3)
+  params = {"w": rng.normal(size=(3, 5, 4)), "head": rng.normal(size=(4, 2))}
+  batches = [
+    (np.array([1.0, 0.1, 1e-3])[:, None] * rng.normal(size=(16, 3, 5)), rng.integers(0, 2, 16))
+    for _ in range(2)
+  ]
+
+  def loss(p, x, y):
+    h = jnp.tanh(jnp.einsum("nei,eio->neo", x, p["w"])).sum(axis=1)
+    return fop_optax.softmax_cross_entropy(h @ p["head"], y)
+
+  captured = fop_optax.capture(loss, params, *batches[0])
+  sharding = None if devices == 1 else fop_optax.Sharding(jax.make_mesh((devices,), ("data",)))
+  tx = fop_optax.kfac(
+    0.1, captured.layers, relative_damping=0.5, scaling=scaling, decay=0.5, sharding=sharding
+  )
+  state, traces = tx.init(params), []
+  for batch in batches:
+    basis = fop_optax.bases(state) if scaling == "eigenvalue" else None
+    _, grads, stats = captured.value_and_grad(params, *batch, basis=basis)
+    _, state = tx.update(grads, state, params, stats=stats)
+    experts = next(own for own in stats.factors if len(own.A) == 3)
+    traces.append([jax.vmap(jnp.trace)(own) for own in experts])
+  (A, G), (new_A, new_G) = traces
+  mean = np.asarray((A + new_A) * (G + new_G)) / 4 / (5 * 4)
+  curvature = optax.tree.get(state, "curvature")
+  at = np.asarray(curvature.blocks.layer)
+  index = next(i for i, own in enumerate(captured.layers) if own.stack == 3)
+  used = jax.tree.map(lambda x: np.asarray(x)[at == index], curvature.blocks.inversions.damping)
+  lam = used.damping if scaling != "factored" else used.damping_A * used.damping_G
+  assert mean[2] < 1e-4 * mean.mean()
+  own = mean if scaling != "eigenvalue" else lam / 0.5
+  np.testing.assert_allclose(lam, 0.5 * np.maximum(own, mean.mean()), rtol=1e-10)

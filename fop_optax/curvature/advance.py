@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from fop_optax.curvature.damping import Damping, traces
 from fop_optax.curvature.eigenvalue_inverse import EigenvalueInverse
-from fop_optax.curvature.factors import old_weight
+from fop_optax.curvature.factors import fold, old_weight
 from fop_optax.curvature.inverse import remake
 from fop_optax.curvature.scaling import Scaling
 from fop_optax.curvature.stacks import Stack, per_stack, stack_factors, stack_squares
@@ -64,7 +65,8 @@ def counted(state: CurvatureState, finite: Finite, options: CurvatureOptions) ->
   """After a step with such a loss and gradient, with the matrices of before."""
   steps = state.steps.counted(finite)
   curvature_period, inverse_period = options.periods(steps.count)
-  return CurvatureState(steps, curvature_period, inverse_period, state.blocks, state.stacks)
+  periods = {"curvature_update_period": curvature_period, "inverse_update_period": inverse_period}
+  return state._replace(steps=steps, **periods)
 
 
 Kept = tuple[BlockNumbers, tuple[StackState, ...]]
@@ -90,7 +92,10 @@ def renew(
     due = (blocks.waiting | (turn.phase == own)) & turn.finite.both
   elif options.inverse_update_period is not None:
     due = (jnp.any(blocks.waiting) | (turn.phase == 0)) & turn.finite.both
-  return _remade(blocks, kept, due, turn.damping, options.scaling, share)
+  damping = turn.damping
+  if options.fold is fold:
+    damping = damping._replace(floor=_floor(blocks, stacks))
+  return _remade(blocks, kept, due, damping, options.scaling, share)
 
 
 def _folded(
@@ -108,52 +113,51 @@ def _folded(
   known = blocks.inversions.made > 0
   mine = (lambda numbers: numbers) if share is None else share.numbers
 
-  def fold_all(folds, nonfinite, residual, averages, S):
-    new, new_S, sound, traces_of_G = _statistics(stats, stacks, dtypes, S, share)
+  def fold_all(folds, nonfinite, trace_A, trace_G, averages, S):
+    new, new_S, sound, traces_of = _statistics(stats, stacks, dtypes, S, share)
     folds = folds + sound
     weight = old_weight(folds, jnp.asarray(turn.decay), jnp.result_type(*dtypes))
-    blended = weight * residual + (1 - weight) * traces_of_G / 2
-    residual = jnp.where(sound, blended, residual).astype(residual.dtype)
+    blend = lambda old, new: jnp.where(sound, weight * old + (1 - weight) * new, old)
+    trace_A, trace_G = map(blend, (trace_A, trace_G), traces_of)
     folded = per_stack(mine((sound, weight)), sizes)
     measured = per_stack(mine((sound & known, weight)), sizes)
     averages = tuple(map(functools.partial(_fold, options.fold), averages, new, folded))
     S = tuple(map(_averaged, S, new_S, measured))
-    return folds, nonfinite + ~sound, residual, averages, S
+    return folds, nonfinite + ~sound, trace_A, trace_G, averages, S
 
   inverses = [own.inverse for own in kept]
   S = tuple(own.S if isinstance(own, EigenvalueInverse) else None for own in inverses)
-  numbers = blocks.folds, blocks.nonfinite, blocks.residual
+  numbers = blocks.folds, blocks.nonfinite, blocks.trace_A, blocks.trace_G
   *numbers, averages, S = jax.lax.cond(
     turn.refresh,
     fold_all,
     lambda *same: same,
     *(*numbers, tuple(own.factors for own in kept), S),
   )
-  folds, nonfinite, residual = numbers
-  blocks = blocks._replace(folds=folds, nonfinite=nonfinite, residual=residual)
+  folds, nonfinite, trace_A, trace_G = numbers
+  blocks = BlockNumbers(blocks.layer, folds, nonfinite, trace_A, trace_G, blocks.inversions)
   rows = zip(kept, averages, map(_with_S, inverses, S), strict=True)
   return blocks, tuple(own._replace(factors=a, inverse=i) for own, a, i in rows)
 
 
 def _statistics(stats, stacks, dtypes, S, share):
-  """Factors and second moments (or None) stack by stack; of all blocks: finite or not, tr G."""
+  """Factors and second moments (or None) stack by stack; of all blocks: finite or not, traces."""
   mine = (lambda index, tree: tree) if share is None else share.stack
   found = [
     stack_factors(stack, stats.factors, dtype) for stack, dtype in zip(stacks, dtypes, strict=True)
   ]
   new = list(itertools.starmap(mine, enumerate(found)))
   # Of a sum of squares no entry is larger than the diagonal's, or not a number where that is one.
-  traces_of_G = traces([own.G for own in found])
-  tell = [traces([own.A for own in found]), traces_of_G]
+  both = traces([own.A for own in found]), traces([own.G for own in found])
   if S[0] is None:
-    return new, S, jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0), traces_of_G
+    return new, S, jnp.all(jnp.isfinite(jnp.stack(both)), axis=0), both
   squares = [
     stack_squares(stack, stats.second_moments, dtype)
     for stack, dtype in zip(stacks, dtypes, strict=True)
   ]
-  tell.append(jnp.concatenate([gap for _, gap in squares]))
+  tell = *both, jnp.concatenate([gap for _, gap in squares])
   squares_of = [mine(index, own) for index, (own, _) in enumerate(squares)]
-  return new, squares_of, jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0), traces_of_G
+  return new, squares_of, jnp.all(jnp.isfinite(jnp.stack(tell)), axis=0), both
 
 
 def _fold(function, average, new, numbers):
@@ -176,6 +180,21 @@ def _with_S(inverse, S):
   return inverse if S is None else inverse._replace(S=S)
 
 
+def _floor(blocks: BlockNumbers, stacks: Sequence[Stack]) -> jax.Array | None:
+  """What damping takes each block's mean eigenvalue to be at least: the mean over its layer.
+
+  An expert that one row of a batch comes to has next to no curvature, and would have as little
+  damping. None where each layer is one block.
+  """
+  if all(stack.blocks <= max(len(stack.layers), 1) for stack in stacks):
+    return None
+  dims = [math.prod(stack.dims) for stack in stacks for _ in range(stack.blocks)]
+  mean = blocks.trace_A * blocks.trace_G / jnp.asarray(dims, blocks.trace_A.dtype)
+  own = blocks.layer[:, None] == blocks.layer
+  count = jnp.sum(own, axis=1)
+  return jnp.where(count > 1, own.astype(mean.dtype) @ mean / count, 0)
+
+
 def _remade(
   blocks: BlockNumbers,
   kept: tuple[StackState, ...],
@@ -188,7 +207,8 @@ def _remade(
   factors = [own.running for own in kept]
   known, before = blocks.folds > 0, blocks.inversions
   if share is not None:
-    due, known, before = share.numbers((due, known, before))
+    due, known, before, floor = share.numbers((due, known, before, damping.floor))
+    damping = damping._replace(floor=floor)
     due = due if share.filled is None else due & share.filled
   each = due if due.ndim else None
   inverses, inversions = jax.lax.cond(

@@ -73,11 +73,13 @@ class Damping(NamedTuple):
     \lambda = \mathrm{absolute} + \mathrm{relative} \,
       \frac{\mathrm{tr} A}{\dim A} \frac{\mathrm{tr} G}{\dim G}
 
-  What `relative` is multiplied by is the mean eigenvalue of `A (x) G`.
+  What `relative` is multiplied by is the mean eigenvalue of `A (x) G`, or `floor` where that is
+  more.
   """
 
   absolute: jax.Array  # shape=()
   relative: jax.Array  # shape=()
+  floor: jax.Array | None = None  # shape=(blocks,)
 
   def of(self, A: Size, G: Size) -> jax.Array:
     """Lambda, in the dtype of the factors."""
@@ -85,7 +87,9 @@ class Damping(NamedTuple):
 
   def at(self, mean: jax.Array) -> jax.Array:
     """Lambda for blocks of this mean eigenvalue, in its dtype."""
-    absolute, relative = (x.astype(mean.dtype) for x in self)
+    absolute, relative = (x.astype(mean.dtype) for x in self[:2])
+    if self.floor is not None:
+      mean = jnp.maximum(mean, self.floor.astype(mean.dtype))
     return absolute + relative * mean
 
 

@@ -35,7 +35,7 @@ class Gram(NamedTuple):
 
   def damping(self, damping: Damping, parameters: int) -> jax.Array:
     """Lambda; the mean eigenvalue of `F` is `sum S` over the number of parameters."""
-    absolute, relative = (x.astype(self.S.dtype) for x in damping)
+    absolute, relative = (x.astype(self.S.dtype) for x in damping[:2])
     return absolute + relative * jnp.sum(self.S) / parameters
 
 

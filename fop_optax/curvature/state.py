@@ -51,7 +51,8 @@ class BlockNumbers(NamedTuple):
   layer: jax.Array  # int32, shape=(blocks,): the layer of each block, -1 for none
   folds: jax.Array  # int32, shape=(blocks,): statistics folded in
   nonfinite: jax.Array  # int32, shape=(blocks,): statistics refused because they were not finite
-  residual: jax.Array  # float32, shape=(blocks,): running average of half the trace of G
+  trace_A: jax.Array  # shape=(blocks,): running average
+  trace_G: jax.Array  # shape=(blocks,)
   inversions: Inversions
 
   @property
@@ -68,6 +69,9 @@ class CurvatureState(NamedTuple):
   inverse_update_period: jax.Array  # int32, shape=()
   blocks: BlockNumbers | None  # None where there are no stacks
   stacks: tuple[StackState, ...]
+  unit: (
+    jax.Array
+  )  # float32, shape=(): the `size_of` that the first loss had, at most 1; 0: none yet
 
   @property
   def damping(self) -> list[UsedDamping]:
@@ -79,21 +83,34 @@ class CurvatureState(NamedTuple):
     return [cast(tree, stack.dtype) for tree, stack in zip(own, self.stacks, strict=True)]
 
   def size_of(self, loss: jax.typing.ArrayLike) -> jax.Array:
-    r"""How many nats of a likelihood a loss stands for, by its gradients and at least one.
+    r"""How many nats of a likelihood a loss stands for, by its gradients.
 
     With the labels given the Fisher matrix of a squared error :math:`r^2 / 2` is :math:`r^2` times
     its Gauss-Newton matrix: twice the loss, half the square of its gradient. Of a cross entropy it
     is about that matrix, and half the square below 1. So
 
     .. math::
-      s = \max(1, \min(L, \tfrac{1}{2} \operatorname{median}_l \operatorname{tr} G_l))
+      s = \max(u, \min(L, t)), \qquad u = \min(1, \max(L_0, t_0)), \qquad
+      t = \tfrac{1}{2} \operatorname{median}_l \operatorname{tr} G_l
 
-    with the present loss L, which may have an offset, and the traces' running averages.
+    with the present loss L, which may have an offset, and the traces' running averages. The unit u
+    is 1 of a cross entropy, and less of a loss that starts small: that of the first step, which
+    does not shrink as the loss comes down; it is at least a hundredth of what came later.
     """
+    return jnp.maximum(self.unit, jnp.minimum(loss, self._half_trace()))
+
+  def in_unit_of(self, loss: jax.typing.ArrayLike) -> "CurvatureState":
+    """With the unit brought up to date by the loss of a step."""
+    now = jnp.clip(jnp.maximum(loss, self._half_trace()), 0, 1).astype(self.unit.dtype)
+    later = jnp.maximum(self.unit, now / 100)
+    unit = jnp.where(self.unit > 0, later, now)
+    return self._replace(unit=jnp.where(jnp.isfinite(loss), unit, self.unit))
+
+  def _half_trace(self) -> jax.Array:
     if self.blocks is None:
-      return jnp.ones(())
-    known = jnp.where(self.blocks.layer >= 0, self.blocks.residual, jnp.nan)
-    return jnp.maximum(1, jnp.minimum(loss, jnp.nan_to_num(jnp.nanmedian(known))))
+      return jnp.zeros(())
+    known = jnp.where(self.blocks.layer >= 0, self.blocks.trace_G / 2, jnp.nan)
+    return jnp.nan_to_num(jnp.nanmedian(known))
 
   def per_stack(self, flat: Any) -> list[Any]:
     """Numbers of all blocks (or None), stack by stack."""
@@ -165,7 +182,8 @@ def init_curvature(
     layer=jnp.asarray(owners, jnp.int32),
     folds=jnp.zeros(len(owners), jnp.int32),
     nonfinite=jnp.zeros(len(owners), jnp.int32),
-    residual=jnp.zeros(len(owners), jnp.float32),
+    trace_A=jnp.zeros(len(owners), dtype),
+    trace_G=jnp.zeros(len(owners), dtype),
     inversions=init_inversions(len(owners), options.scaling, dtype),
   )
   return empty_curvature(options.periods(0), numbers if states else None, states)
@@ -214,4 +232,4 @@ def empty_curvature(
 ) -> CurvatureState:
   """State before any step."""
   curvature, inverse = map(jnp.copy, periods)
-  return CurvatureState(no_steps(), curvature, inverse, blocks, stacks)
+  return CurvatureState(no_steps(), curvature, inverse, blocks, stacks, jnp.zeros((), jnp.float32))

@@ -10,6 +10,8 @@ from fop_optax.curvature.stacks import per_stack, stack_matrices, unstack
 from fop_optax.layers import Layers
 from fop_optax.optimizers.common import Options, Step, value_at
 
+LONGEST = 2.0  # step, in lengths of the weights that it moves
+
 
 def finish(
   options: Options,
@@ -28,7 +30,8 @@ def finish(
   scale = step.size * factor
   directions = jax.tree.map(lambda d: scale.astype(d.dtype) * d, step.found.directions)
   if options.own_bounds and params is not None:
-    rate = value_at(options.learning_rate, count)
+    share = 1 - value_at(0.0 if options.momentum is None else options.momentum, count)
+    rate = value_at(options.learning_rate, count) / (LONGEST * share)
     directions = within_weights(step, layers, directions, params, rate)
   if step.layout is not None:
     leaves = step.layout.join(directions, step.leaves)
@@ -70,12 +73,13 @@ def constrain(
 def within_weights(
   step: Step, layers: Layers, directions: Any, params: optax.Params, rate: jax.Array
 ) -> Any:
-  r"""Directions of which no step is longer than the weights that it moves.
+  r"""Directions of which no step is longer than twice the weights that it moves.
 
-  With `W` the matrix of a block, its bias in it, and alpha the rate
+  With `W` the matrix of a block, its bias in it, alpha the learning rate and mu the momentum, so
+  that `rate` is alpha / (2 (1 - mu)),
 
   .. math::
-    d \leftarrow \min\Big(1, \frac{|W|_F}{\alpha |d|_F}\Big) \, d
+    d \leftarrow \min\Big(1, \frac{2 (1 - \mu) |W|_F}{\alpha |d|_F}\Big) \, d
     \quad\text{where}\quad W \ne 0
 
   Layers multiply: their first-order changes add up to what they do together only while each is

@@ -171,20 +171,23 @@ def kfac(
   bounded, with `relative_damping` alone, is
 
   .. math::
-    s = \max(1, \min(L, \tfrac{1}{2} \operatorname{median}_l \operatorname{tr} G_l))
+    s = \max(u, \min(L, t)), \qquad u = \min(1, \max(L_0, t_0)), \qquad
+    t = \tfrac{1}{2} \operatorname{median}_l \operatorname{tr} G_l
 
-  times as large, L the present loss: 1 of a cross entropy. And where momentum would carry a bounded
-  step uphill, by the present gradient, it begins anew (O'Donoghue and Candes, 2015).
+  times as large, L the present loss: 1 of a cross entropy, more of large residuals, less of a loss
+  that starts small (u is of the first step, and at least a hundredth of what came later). And where
+  momentum would carry a bounded step uphill, by the present gradient, it begins anew (O'Donoghue
+  and Candes, 2015).
 
-  Nor is a step longer than the weights that it moves. Layers multiply, and a network that starts
-  with small weights, or behind a small scale, has so little curvature that its first bounded step
-  would leave the start by a thousand times its size. With `relative_damping` alone and a bound, a
-  block's direction is, `params` given,
+  Nor is a step longer than twice the weights that it moves. Layers multiply, and a network that
+  starts with small weights, or behind a small scale, has so little curvature that its first bounded
+  step would leave the start by a thousand times its size. With `relative_damping` alone and a
+  bound, a block's direction is, `params` given,
 
   .. math::
-    d \leftarrow \min\Big(1, \frac{|W|_F}{\alpha |d|_F}\Big) \, d
+    d \leftarrow \min\Big(1, \frac{2 (1 - \mu) |W|_F}{\alpha |d|_F}\Big) \, d
 
-  with alpha the rate and the bias in `W`; where the weights are zero it is free.
+  with alpha the rate, mu the momentum and the bias in `W`; where the weights are zero it is free.
 
   And the bound gives way where the loss is straight: with `relative_damping` alone it is half as
   much again where nine tenths of the slope along the last step, which it held back, are left, and
@@ -210,9 +213,8 @@ def kfac(
     relative_damping: lambda in units of each block's mean eigenvalue,
       :math:`\mathrm{tr} A \, \mathrm{tr} G / (\dim A \dim G)`, with `scaling="eigenvalue"` the mean
       of `S`: what is damped does not depend on the units of the loss then, nor on how far it has
-      come down. The length of the direction does: with the labels given it is 1/c times as long of
-      a loss that is c times as large, which s above makes up for where c is large. A loss that
-      begins far below 1 is better multiplied. With both, their sum.
+      come down. A layer of several blocks (experts, scanned layers) has at least its mean over
+      them, as an expert that hardly a row came to has next to no curvature. With both, their sum.
     decay: weight of the old average when statistics are folded in; less in the beginning, so that
       the average starts exact.
     momentum: decay of the trace of directions, None for none. See above for where it begins anew.

@@ -42,7 +42,8 @@ def with_momentum(
   schemes"). A trace that was right for the curvature of a few steps ago carries on where it rises:
   blocks that are each reckoned alone overshoot together.
 
-  With `loosen` the bound of the direction is ours to loosen: what is handed to it as `looseness` is
+  With `loosen` the bound of the direction is ours to loosen: what is handed to it at the next step
+  as `looseness` is
 
   .. math::
     l \leftarrow \begin{cases}
@@ -64,28 +65,32 @@ def with_momentum(
 
   def update(updates, state, params=None, **extra_args):
     gradient = jax.tree.map(lambda g: jnp.mean(g, axis=0), updates) if examples else updates
-    old, looseness = state.trace, state.looseness
-    checks.check_trace(old.trace, gradient)
-    carried = inner_product(gradient, old.trace) if restart or loosen else 0.0
     if loosen:
-      held = state.direction.norm_scale < 1
-      straight = (carried > STRAIGHT * state.slope) & (state.slope > 0) & held
-      bent = carried < BENT * state.slope
-      less = jnp.where(bent, jnp.maximum(looseness / DECAY, 1), looseness)
-      looseness = jnp.where(straight, GROWTH * looseness, less)
-      extra_args = {**extra_args, "looseness": looseness}
+      extra_args = {**extra_args, "looseness": state.looseness}
     directions, inner = direction.update(updates, state.direction, params, **extra_args)
-    slope = state.slope
-    if restart or loosen:
-      own = inner_product(gradient, directions)
+    old, slope, looseness = state.trace, state.slope, state.looseness
+    checks.check_trace(old.trace, gradient)
+    if restart or loosen:  # both products at once: a sum over devices each
+      carried, own = inner_product(gradient, old.trace), inner_product(gradient, directions)
       slope = momentum * carried + own
-      uphill = slope < 0 if restart else False
-      old = jax.tree.map(lambda v: jnp.where(uphill, jnp.zeros_like(v), v), old)
-      slope = jnp.where(uphill, own, slope)
+      if loosen:
+        looseness = _loosened(state, carried)
+      if restart:
+        uphill = slope < 0
+        old = jax.tree.map(lambda v: jnp.where(uphill, jnp.zeros_like(v), v), old)
+        slope = jnp.where(uphill, own, slope)
     directions, new = trace.update(directions, old)
     return directions, MomentumState(inner, new, slope, looseness)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _loosened(state: MomentumState, carried: jax.Array) -> jax.Array:
+  """The looseness for the next step, with the slope that is left along the last one."""
+  loose, held_back = state.looseness, state.direction.norm_scale < 1
+  straight = (carried > STRAIGHT * state.slope) & (state.slope > 0) & held_back
+  less = jnp.where(carried < BENT * state.slope, jnp.maximum(loose / DECAY, 1), loose)
+  return jnp.where(straight, GROWTH * loose, less)
 
 
 def inner_product(a: Any, b: Any) -> jax.Array:
