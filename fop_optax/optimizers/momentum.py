@@ -47,13 +47,15 @@ def with_momentum(
 
   .. math::
     l \leftarrow \begin{cases}
-      1.5 \, l & q > 0.9 \text{ and the bound held the last step back} \\
+      1.5 \, l & q > 0.9 \text{, the bound held the last step back, v has gathered} \\
       \max(1, l / 2) & q < 0.5 \end{cases}, \qquad
     q = \frac{\langle g, v \rangle}{\langle g_{last}, v \rangle}
 
   with the last trace v. Where nearly all of the slope is left the loss is straight, which the
   curvature of gradients does not tell: that of a saturated cross entropy is as large as of another.
-  The state of `direction` says as `norm_scale` whether its bound held it back.
+  The state of `direction` says as `norm_scale` whether its bound held it back. The first steps of a
+  trace are shorter than the bound, and straight for that: v has gathered where a direction is less
+  than twice the share that it has at last, in the slope along the step.
 
   With `examples` gradients are of single examples, `[B, *param]`: g is their mean.
   """
@@ -74,7 +76,8 @@ def with_momentum(
       carried, own = inner_product(gradient, old.trace), inner_product(gradient, directions)
       slope = momentum * carried + own
       if loosen:
-        looseness = _loosened(state, carried)
+        gathered = own < 2 * (1 - momentum) * slope
+        looseness = _loosened(state, carried, gathered)
       if restart:
         uphill = slope < 0
         old = jax.tree.map(lambda v: jnp.where(uphill, jnp.zeros_like(v), v), old)
@@ -85,10 +88,10 @@ def with_momentum(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _loosened(state: MomentumState, carried: jax.Array) -> jax.Array:
+def _loosened(state: MomentumState, carried: jax.Array, gathered: jax.Array) -> jax.Array:
   """The looseness for the next step, with the slope that is left along the last one."""
   loose, held_back = state.looseness, state.direction.norm_scale < 1
-  straight = (carried > STRAIGHT * state.slope) & (state.slope > 0) & held_back
+  straight = (carried > STRAIGHT * state.slope) & (state.slope > 0) & held_back & gathered
   less = jnp.where(carried < BENT * state.slope, jnp.maximum(loose / DECAY, 1), loose)
   return jnp.where(straight, GROWTH * loose, less)
 
