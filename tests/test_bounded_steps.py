@@ -174,6 +174,21 @@ def test_a_step_in_units_of_the_loss(method, residual, offset):
     np.testing.assert_allclose(update, size * plain[name], rtol=1e-6)
 
 
+@pytest.mark.parametrize("offset", (0.0, -1e3))
+@pytest.mark.parametrize("residual", (1.0, 10.0))
+def test_behind_a_head_of_zeros(residual, offset):
+  """Only its own gradients tell the unit: those of the layers before it are zero."""
+  loss, params, *batch = regression(residual=residual, offset=offset)
+  problem = loss, params | {"w": jnp.zeros((6, 2))}, *batch
+  updates, stats, value = first_step(fop_optax.kfac, problem)
+  plain, *_ = first_step(fop_optax.kfac, problem, fisher="sampled")
+  v, w = (float(np.trace(factors.G[0])) / 2 for factors in stats.factors)
+  assert v == 0 < w
+  size = max(min(1.0, max(float(value), w)), min(float(value), w))
+  np.testing.assert_allclose(updates["w"], size * plain["w"], rtol=1e-6)
+  assert jnp.any(updates["w"] != 0)
+
+
 @pytest.mark.parametrize("factor", (3.0, 1e4, 1e-2, 1e-4))
 def test_a_loss_in_other_units_takes_the_same_step(factor):
   ours, *_ = first_step(fop_optax.kfac, regression())

@@ -153,3 +153,22 @@ def test_experts_that_few_rows_come_to(scaling, devices):
   assert mean[2] < 1e-4 * mean.mean()
   own = mean if scaling != "eigenvalue" else lam / 0.5
   np.testing.assert_allclose(lam, 0.5 * np.maximum(own, mean.mean()), rtol=1e-10)
+
+
+def test_a_layer_that_overflows_leaves_experts_alone():
+  """Its mean eigenvalue is infinite in float32, theirs are not."""
+  params = {"w": jnp.ones((3, 2, 2), jnp.float32), "far": jnp.ones((3, 1), jnp.float32)}
+  x = jax.random.normal(jax.random.key(0), (8, 3, 2), jnp.float32)
+
+  def loss(p, x):
+    h = jnp.tanh(jnp.einsum("nei,eio->neo", x, p["w"]))
+    return jnp.mean(jnp.sum(h**2, axis=(1, 2)) + 1e12 * (1e12 * x[:, :, 0] @ p["far"])[:, 0])
+
+  captured = fop_optax.capture(loss, params, x)
+  tx = fop_optax.kfac(0.1, captured.layers)
+  _, grads, stats = captured.value_and_grad(params, x)
+  updates, state = tx.update(grads, tx.init(params), params, stats=stats)
+  found = fop_optax.diagnostics(state, captured.layers)["layers"]
+  assert np.all(found["['w']"]["inverses"] == 1)
+  assert np.all(found["['far']"]["failed_inverses"] == 1)
+  assert jnp.all(updates["w"] != 0) and jnp.all(updates["far"] == 0)

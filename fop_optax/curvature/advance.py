@@ -192,7 +192,8 @@ def _floor(blocks: BlockNumbers, stacks: Sequence[Stack]) -> jax.Array | None:
   mean = blocks.trace_A * blocks.trace_G / jnp.asarray(dims, blocks.trace_A.dtype)
   own = blocks.layer[:, None] == blocks.layer
   count = jnp.sum(own, axis=1)
-  return jnp.where(count > 1, own.astype(mean.dtype) @ mean / count, 0)
+  # no product of matrices: a mean that overflows would be NaN in other layers' sums
+  return jnp.where(count > 1, jnp.sum(jnp.where(own, mean, 0), axis=1) / count, 0)
 
 
 def _remade(

@@ -69,9 +69,7 @@ class CurvatureState(NamedTuple):
   inverse_update_period: jax.Array  # int32, shape=()
   blocks: BlockNumbers | None  # None where there are no stacks
   stacks: tuple[StackState, ...]
-  unit: (
-    jax.Array
-  )  # float32, shape=(): the `size_of` that the first loss had, at most 1; 0: none yet
+  unit: jax.Array  # float32, shape=(): the least `size_of`, at most 1; 0: no step yet
 
   @property
   def damping(self) -> list[UsedDamping]:
@@ -93,31 +91,32 @@ class CurvatureState(NamedTuple):
       s = \max(u, \min(L, t)), \qquad u = \min(1, \max(L_0, t_0)), \qquad
       t = \tfrac{1}{2} \operatorname{median}_l \operatorname{tr} G_l
 
-    with the present loss L, which may have an offset, and the traces' running averages. The unit u
-    is 1 of a cross entropy, and less of a loss that starts small: that of the first step, which
-    does not shrink as the loss comes down; it is at least a hundredth of what came later.
+    with the present loss L, which may have an offset, and the traces' running averages, where they
+    are not zero: behind a head of zeros most are. The unit u is 1 of a cross entropy, and less of a
+    loss that starts small: that of the first step, which does not shrink as the loss comes down; it
+    is at least a hundredth of what came later.
     """
     return jnp.maximum(self.unit, jnp.minimum(loss, self._half_trace()))
 
-  def in_unit_of(self, loss: jax.typing.ArrayLike) -> "CurvatureState":
-    """With the unit brought up to date by the loss of a step."""
+  def in_unit_of(self, loss: jax.typing.ArrayLike, finite: jax.Array) -> "CurvatureState":
+    """With the unit brought up to date by the loss of a step that is `finite`."""
     now = jnp.clip(jnp.maximum(loss, self._half_trace()), 0, 1).astype(self.unit.dtype)
     later = jnp.maximum(self.unit, now / 100)
     unit = jnp.where(self.unit > 0, later, now)
-    return self._replace(unit=jnp.where(jnp.isfinite(loss), unit, self.unit))
+    return self._replace(unit=jnp.where(finite, unit, self.unit))
 
   def _half_trace(self) -> jax.Array:
     if self.blocks is None:
       return jnp.zeros(())
-    known = jnp.where(self.blocks.layer >= 0, self.blocks.trace_G / 2, jnp.nan)
-    return jnp.nan_to_num(jnp.nanmedian(known))
+    traces = self.blocks.trace_G
+    return jnp.nan_to_num(jnp.nanmedian(jnp.where(traces > 0, traces / 2, jnp.nan)))
 
   def per_stack(self, flat: Any) -> list[Any]:
     """Numbers of all blocks (or None), stack by stack."""
     return per_stack(flat, [stack.blocks for stack in self.stacks])
 
   def settled(self, before: "CurvatureState", finite: jax.Array) -> "CurvatureState":
-    """With the count of `before` the step if its update is not `finite`, which is counted.
+    """With count and unit of `before` the step if its update is not `finite`, which is counted.
 
     Statistics that were finite stay folded in: to undo that would be a pass over all factors at
     every step.
@@ -127,6 +126,7 @@ class CurvatureState(NamedTuple):
       steps=self.steps.settled(before.steps, finite),
       curvature_update_period=keep(self.curvature_update_period, before.curvature_update_period),
       inverse_update_period=keep(self.inverse_update_period, before.inverse_update_period),
+      unit=keep(self.unit, before.unit),
     )
 
 

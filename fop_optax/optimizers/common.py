@@ -195,7 +195,7 @@ def begin(
     curvature, found = advance_owned(
       state, stacks, stats, finite, damping, options.curvature, gradients, method, layout
     )
-  curvature = curvature.in_unit_of(stats.loss)
+  curvature = curvature.in_unit_of(stats.loss, finite.both)
   size = curvature.size_of(stats.loss) if options.in_units_of_the_loss(layers) else 1.0
   return Step(stacks, found, curvature, updates, leaves, layout, size)
 

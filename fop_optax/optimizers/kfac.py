@@ -174,10 +174,10 @@ def kfac(
     s = \max(u, \min(L, t)), \qquad u = \min(1, \max(L_0, t_0)), \qquad
     t = \tfrac{1}{2} \operatorname{median}_l \operatorname{tr} G_l
 
-  times as large, L the present loss: 1 of a cross entropy, more of large residuals, less of a loss
-  that starts small (u is of the first step, and at least a hundredth of what came later). And where
-  momentum would carry a bounded step uphill, by the present gradient, it begins anew (O'Donoghue
-  and Candes, 2015).
+  times as large, L the present loss and the median that of layers with a gradient: 1 of a cross
+  entropy, more of large residuals, less of a loss that starts small (u is of the first step, and at
+  least a hundredth of what came later). And where momentum would carry a bounded step uphill, by
+  the present gradient, it begins anew (O'Donoghue and Candes, 2015).
 
   Nor is a step longer than twice the weights that it moves. Layers multiply, and a network that
   starts with small weights, or behind a small scale, has so little curvature that its first bounded
