@@ -192,7 +192,9 @@ def kfac(
   And the bound gives way where the loss is straight: with `relative_damping` alone it is half as
   much again where nine tenths of the slope along the last step, which it held back, are left, and
   half as much, down to what was given, where less than half is. So a network that starts in a
-  saturated cross entropy (inputs up to 255) gets out of it; with ordinary ones this is rare.
+  saturated cross entropy (inputs up to 255) gets out of it. With noise between batches and the
+  default bound this is rare elsewhere; of large batches and a bound far below it, where any loss is
+  straight over so short a step, it is not: `relative_damping=1, damping=0.0` holds it.
 
   If the loss, a gradient or the update is not finite, the whole step is skipped: the update is zero
   for every parameter, and momentum, weight decay and fallback stand still with the count. Skipped
@@ -217,7 +219,8 @@ def kfac(
       them, as an expert that hardly a row came to has next to no curvature. With both, their sum.
     decay: weight of the old average when statistics are folded in; less in the beginning, so that
       the average starts exact.
-    momentum: decay of the trace of directions, None for none. See above for where it begins anew.
+    momentum: decay of the trace of directions, None for none: then the bound does not give way
+      either. See above for where it begins anew.
     nesterov: whether momentum looks ahead.
     weight_decay: decoupled decay, times the learning rate; of leaves in layers and of those that
       the default `fallback` takes care of.

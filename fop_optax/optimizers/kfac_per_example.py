@@ -161,7 +161,9 @@ def kfac_per_example(
     inverse_update_period: inverses every that many steps; None: whenever statistics came.
     stagger: whether blocks take turns to remake their inverses.
     norm_constraint: kappa, a bound of the squared length of the step that is taken in the damped
-      Fisher metric, as in :func:`fop_optax.kfac`. None: no bound.
+      Fisher metric, as in :func:`fop_optax.kfac`, and with `relative_damping` alone it gives way as
+      there. Kronecker only, no step is longer then than twice the leaf that it moves. Units of the
+      loss are not known here. None: no bound.
     dimension_numbers: how leaves with two or more axes are matrices: a tree of
       :class:`fop_optax.DimensionNumbers` (or of those of `optax.contrib.muon`) like params or part
       of one, an entry standing for all leaves below it; or a callable that makes one from a tree
