@@ -1,4 +1,4 @@
-"""What goes with a bounded step: momentum that begins anew, and the units of the loss."""
+"""What goes with a bounded step: momentum, units of the loss, weights, a bound that gives way."""
 
 import dataclasses
 from typing import NamedTuple
@@ -38,6 +38,21 @@ def test_the_trace_against_its_equations(restart, nesterov):
     v = d if restart and uphill else 0.9 * v + d
     want = d + 0.9 * v if nesterov else v
     np.testing.assert_allclose(np.stack([updates["a"], updates["b"]]), want, rtol=1e-12)
+  assert 0 < restarts < 15
+
+
+def test_the_trace_of_gradients_of_single_examples():
+  """It begins anew by their mean."""
+  gradients = np.random.default_rng(0).normal(size=(20, 4, 3))
+  mean = optax.stateless(lambda grads, params: jax.tree.map(lambda g: jnp.mean(g, axis=0), grads))
+  ours = with_momentum(mean, 0.9, False, restart=True, examples=True)
+  plain = with_momentum(optax.identity(), 0.9, False, restart=True)
+  state, expected, restarts = ours.init(jnp.zeros(3)), plain.init(jnp.zeros(3)), 0
+  for g in gradients:
+    restarts += bool(g.mean(0) @ (0.9 * expected.trace.trace + g.mean(0)) < 0)
+    updates, state = ours.update(jnp.asarray(g), state)
+    want, expected = plain.update(jnp.asarray(g.mean(0)), expected)
+    np.testing.assert_allclose(updates, want, rtol=1e-12)
   assert 0 < restarts < 15
 
 
@@ -307,7 +322,7 @@ def losses(method, groups, loss, params, x, y, **options):
 
 @pytest.mark.parametrize("curvature", ("kronecker", "exact"))
 def test_gradients_of_single_examples(curvature):
-  """Momentum begins anew by their mean; a straight loss loosens the bound; narrow weights bound."""
+  """A straight loss loosens the bound."""
   loss, params, x, y = narrow(2.0)
   one = lambda params, x, y: loss(params, x[None], y[None])
   tx = fop_optax.kfac_per_example(0.1, curvature=curvature)
@@ -323,3 +338,31 @@ def test_gradients_of_single_examples(curvature):
   (params, _), looseness = jax.lax.scan(step, (params, tx.init(params)), length=40)
   assert jnp.max(looseness) > 2
   assert loss(params, 30 * x, y) < 0.9 * loss(narrow(2.0)[1], 30 * x, y)
+
+
+def test_a_leaf_bounds_the_step_of_single_examples():
+  """Weight and bias are blocks of their own there."""
+  loss, params, x, y = narrow(0.1, head=3.0)
+  one = lambda params, x, y: loss(params, x[None], y[None])
+  grads = jax.vmap(jax.grad(one), (None, 0, 0))(params, x, y)
+  tx = fop_optax.kfac_per_example(0.1)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  norms = lambda tree: np.array(list(map(jnp.linalg.norm, jax.tree.leaves(tree))))
+  ratios = norms(updates) / norms(params)
+  np.testing.assert_allclose(ratios.max(), 2 * 0.1)  # of what momentum makes of it
+  assert ratios.min() < 0.1
+
+
+def test_a_bound_that_was_given_is_held():
+  """Over steps so short any loss is straight."""
+  loss, params, x, y = narrow(2.0)
+  captured = fop_optax.capture(loss, params, 30 * x, y)
+  _, grads, stats = captured.value_and_grad(params, 30 * x, y)
+  longer = {}
+  for kappa in (0.05, 0.1, jnp.float32(0.1)):
+    tx = fop_optax.kfac(0.1, captured.layers, norm_constraint=kappa)
+    state = tx.init(params)
+    loose = optax.tree.set(state, looseness=jnp.asarray(4.0))
+    own, loosened = (tx.update(grads, s, params, stats=stats)[0] for s in (state, loose))
+    longer[float(kappa)] = float(optax.tree.norm(loosened) / optax.tree.norm(own))
+  assert [round(factor, 3) for factor in longer.values()] == [1.0, 2.0, 2.0]

@@ -8,7 +8,7 @@ import optax
 
 from fop_optax.curvature.stacks import per_stack, stack_matrices, unstack
 from fop_optax.layers import Layers
-from fop_optax.optimizers.common import Options, Step, value_at
+from fop_optax.optimizers.common import NORM_CONSTRAINT, Options, Step, value_at
 
 LONGEST = 2.0  # step, in lengths of the weights that it moves
 
@@ -45,8 +45,8 @@ def constrain(
 ) -> jax.Array:
   r"""The factor that keeps a step within `norm_constraint`, 1 where there is none.
 
-  With kappa the constraint, as many times as it is loosened, alpha the rate and mu the momentum all
-  layers are scaled by one factor
+  With kappa the constraint, as many times as the default one is loosened, alpha the rate and mu the
+  momentum all layers are scaled by one factor
 
   .. math::
     \nu = \min\Big(1, (1 - \mu) \sqrt{\kappa / (\alpha^2 \textstyle\sum_l d_l^\top M_l d_l)}\Big)
@@ -63,7 +63,9 @@ def constrain(
     return jnp.ones((), norm2.dtype)
   value = lambda x: value_at(x, count).astype(norm2.dtype)
   share = 1 - value(0.0 if options.momentum is None else options.momentum)
-  kappa = value(options.norm_constraint) * jnp.asarray(looseness, norm2.dtype) * share**2
+  kappa = value(options.norm_constraint)
+  ours = jnp.abs(kappa / NORM_CONSTRAINT - 1) < 1e-6  # another is held as it was given
+  kappa = jnp.where(ours, jnp.asarray(looseness, norm2.dtype), 1) * kappa * share**2
   size = value(options.learning_rate) ** 2 * jnp.abs(norm2)
   nu2 = jnp.where(size > kappa, kappa / jnp.where(size > kappa, size, 1), 1)
   # The root last: XLA works out numbers that are quicker anew for each leaf.

@@ -189,10 +189,11 @@ def kfac(
 
   with alpha the rate, mu the momentum and the bias in `W`; where the weights are zero it is free.
 
-  And the bound gives way where the loss is straight: with `relative_damping` alone it is half as
-  much again where nine tenths of the slope along the last step, which it held back, are left, and
-  half as much, down to what was given, where less than half is. So a network that starts in a
-  saturated cross entropy (inputs up to 255) gets out of it; with ordinary ones this is rare.
+  And the default bound gives way where the loss is straight: with `relative_damping` alone it is
+  half as much again where nine tenths of the slope along the last step, which it held back, are
+  left, and half as much, down to 0.1, where less than half is. So a network that starts in a
+  saturated cross entropy (inputs up to 255) gets out of it; with ordinary ones this is rare. A
+  bound other than the default is held as it was given.
 
   If the loss, a gradient or the update is not finite, the whole step is skipped: the update is zero
   for every parameter, and momentum, weight decay and fallback stand still with the count. Skipped
@@ -217,7 +218,8 @@ def kfac(
       them, as an expert that hardly a row came to has next to no curvature. With both, their sum.
     decay: weight of the old average when statistics are folded in; less in the beginning, so that
       the average starts exact.
-    momentum: decay of the trace of directions, None for none. See above for where it begins anew.
+    momentum: decay of the trace of directions, None for none: then the bound does not give way
+      either. See above for where it begins anew.
     nesterov: whether momentum looks ahead.
     weight_decay: decoupled decay, times the learning rate; of leaves in layers and of those that
       the default `fallback` takes care of.
@@ -232,7 +234,7 @@ def kfac(
     stagger: whether blocks take turns to remake their inverses, so that no step pays for all.
     norm_constraint: kappa, a number or a schedule: the step that is taken, rate and momentum in it,
       has at most this squared length in the damped Fisher metric, which is twice the KL divergence
-      it predicts (times s squared, s as above, and more where the loss is straight). Without decay
+      it predicts (times s squared, s as above; the default also gives way, as above). Without decay
       and fallback, which have no part in it. None: no bound, and nothing else of what goes with it.
     fallback: a complete optimizer for leaves that are in no layer, applied as it is; by default
       Adam at 0.03 of `learning_rate`, with `weight_decay` and `mask` as above.

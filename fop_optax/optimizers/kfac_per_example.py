@@ -162,8 +162,9 @@ def kfac_per_example(
     stagger: whether blocks take turns to remake their inverses.
     norm_constraint: kappa, a bound of the squared length of the step that is taken in the damped
       Fisher metric, as in :func:`fop_optax.kfac`, with what goes with it there but the units of the
-      loss, which gradients alone do not tell: multiply one that begins far from 1; and, with
-      `curvature="exact"`, the size of the weights. None: no bound.
+      loss, which gradients alone do not tell: multiply one that begins far from 1. With
+      `curvature="kronecker"` alone is no step longer than twice the leaf that it moves. None: no
+      bound.
     dimension_numbers: how leaves with two or more axes are matrices: a tree of
       :class:`fop_optax.DimensionNumbers` (or of those of `optax.contrib.muon`) like params or part
       of one, an entry standing for all leaves below it; or a callable that makes one from a tree
