@@ -143,7 +143,7 @@ def main(config: Config) -> None:
       missing = [at for at in asked if (workload.name, name, *at) not in runs]
       for run in run_all(workload, name, method, missing):
         runs[run.key] = run
-      console.print(_line([runs[workload.name, name, *at] for at in asked]))
+      console.print(_line([runs[workload.name, name, *at] for at in asked]), soft_wrap=True)
     save(list(runs.values()), config.out)  # after each workload: a long run may be cut short
   console.print(table(list(runs.values())))
 
