@@ -1,8 +1,8 @@
-"""Small training problems of many kinds, on real data: what defaults are chosen by."""
+"""Small training problems of many kinds: what defaults are chosen by, and what tries them."""
 
 from collections.abc import Callable
 
-from experiments.workloads import images, text
+from experiments.workloads import held_out, images, scales, text
 from experiments.workloads.base import Workload
 
 # Name -> builder, called with the data folder (None: as TFDS looks for it).
@@ -21,3 +21,23 @@ WORKLOADS: dict[str, Callable[[str | None], Workload]] = {
   "transformer-scanned": text.transformer_scanned,
   "lstm": text.lstm,
 }
+# Those that nothing was tuned on. They need no data folder, and the default sweep leaves them out.
+HELD_OUT: dict[str, Callable[[], Workload]] = {
+  "physics-informed": held_out.physics_informed,
+  "denoiser": held_out.denoiser,
+  "gru": held_out.gru,
+  "vae": held_out.autoencoder_variational,
+  "experts": held_out.experts,
+  "heads": held_out.heads,
+  "lora": held_out.low_rank_adapters,
+  "td": held_out.td_learning,
+  "small-units": scales.small_units,
+  "small-loss": scales.small_loss,
+  "small-weights": scales.small_weights,
+  "large-inputs": scales.large_inputs,
+}
+
+
+def build(name: str, data_dir: str | None = None) -> Workload:
+  """The workload of a name in `WORKLOADS` or `HELD_OUT`."""
+  return HELD_OUT[name]() if name in HELD_OUT else WORKLOADS[name](data_dir)

@@ -5,7 +5,8 @@
 Every method takes the same steps on the same batches from the same parameters, with a cosine to
 zero. AdamW and Muon are tuned: the best of four rates, by their mean final training loss. K-FAC,
 FOP and what else is of this library are not: each has one set of defaults for all workloads, at a
-third, once and three times the same rate.
+third, once and three times the same rate. `--workloads held-out` takes twelve of other kinds that
+nothing was tuned on, and that need no folder of data sets.
 Writes `runs.csv` (a line a run), `table.md` and `losses.png` into `--out`; runs that are there
 already are not made again: a sweep that was stopped goes on, and more seeds are added.
 """
@@ -24,7 +25,7 @@ import tyro
 
 from experiments.benchmarks.defaults.methods import MARKED, METHODS, RATE, TABLE, Method
 from experiments.benchmarks.defaults.results import LAST, Run, load, reported, save, table
-from experiments.workloads import WORKLOADS
+from experiments.workloads import HELD_OUT, WORKLOADS, build
 from experiments.workloads.base import Workload
 import fop_optax
 
@@ -34,7 +35,7 @@ class Config:
   """What to run.
 
   Attributes:
-    workloads: names in `experiments.workloads`.
+    workloads: names in `experiments.workloads`; `held-out` is all of those that are held out.
     methods: names of optimizers; AdamW, by which the others are measured, always runs.
     seeds: runs at each rate.
     data_dir: folder of prepared data sets; None: as TFDS looks for it.
@@ -124,15 +125,17 @@ def fits(workload: Workload, method: Method) -> bool:
 
 def main(config: Config) -> None:
   console = Console(width=120)
-  if unknown := set(config.methods) - set(METHODS) or set(config.workloads) - set(WORKLOADS):
+  workloads = _named(config.workloads)
+  unknown = set(config.methods) - set(METHODS) or set(workloads) - {*WORKLOADS, *HELD_OUT}
+  if unknown:
     raise SystemExit(
       f"unknown: {', '.join(sorted(unknown))}; methods are {', '.join(METHODS)}; workloads are"
-      f" {', '.join(WORKLOADS)}"
+      f" {', '.join(WORKLOADS)}, and held-out, which are {', '.join(HELD_OUT)}"
     )
   names = dict.fromkeys(("AdamW", *config.methods))  # what the others are measured by
   runs = {run.key: run for run in load(config.out)}
-  for workload_name in config.workloads:
-    workload = WORKLOADS[workload_name](config.data_dir)
+  for workload_name in workloads:
+    workload = build(workload_name, config.data_dir)
     for name, method in ((name, METHODS[name]) for name in names):
       if not fits(workload, method):
         continue
@@ -140,9 +143,15 @@ def main(config: Config) -> None:
       missing = [at for at in asked if (workload.name, name, *at) not in runs]
       for run in run_all(workload, name, method, missing):
         runs[run.key] = run
-      console.print(_line([runs[workload.name, name, *at] for at in asked]))
+      console.print(_line([runs[workload.name, name, *at] for at in asked]), soft_wrap=True)
     save(list(runs.values()), config.out)  # after each workload: a long run may be cut short
   console.print(table(list(runs.values())))
+
+
+def _named(workloads: Sequence[str]) -> list[str]:
+  """With all of their names for `held-out`, each once."""
+  groups = (HELD_OUT if name == "held-out" else (name,) for name in workloads)
+  return list(dict.fromkeys(name for group in groups for name in group))
 
 
 def _line(runs: Sequence[Run]) -> str:

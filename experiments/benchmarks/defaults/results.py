@@ -223,16 +223,19 @@ def draw(path: pathlib.Path, runs: Sequence[Run]) -> None:
     rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False, layout="constrained"
   )
   for axis, workload in zip(axes.flat, names, strict=False):
+    finite = []
     for index, name in enumerate(methods):
       own = [run for run in runs if (run.workload, run.method) == (workload, name)]
       if not own:
         continue
-      curve = np.mean([run.curve for run in reported(own)], axis=0)
+      chosen = reported(own)
+      finite += [run.curve for run in chosen if not run.diverged]
+      curve = np.mean([run.curve for run in chosen], axis=0)
       steps = 1 + np.arange(len(curve))
       axis.plot(steps, curve, color=colours(index), linewidth=1.3, label=name)
-    finite = [run.curve for run in runs if run.workload == workload and not run.diverged]
     low = min((curve.min() for curve in finite), default=np.nan)
-    high = max((curve[0] for curve in finite), default=np.nan)
+    # A loss whose target moves may stay above its start.
+    high = max((max(curve[0], np.quantile(curve, 0.9)) for curve in finite), default=np.nan)
     if not finite:
       axis.text(0.5, 0.5, "all runs diverged", transform=axis.transAxes, ha="center")
     elif low >= 0:
