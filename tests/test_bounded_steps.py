@@ -183,7 +183,7 @@ def test_a_step_in_units_of_the_loss(method, residual, offset):
   plain, _, _ = first_step(method, problem, fisher="sampled")
   traces = [np.trace(factors.G[0]) for factors in stats.factors]
   half = float(np.median(traces)) / 2
-  size = max(min(1.0, max(float(value), half)), min(float(value), half))
+  size = max(min(1.0, max(abs(float(value)), half)), min(float(value), half))
   assert (size > 10) == (residual == 10.0 and offset >= 0)
   for name, update in updates.items():
     np.testing.assert_allclose(update, size * plain[name], rtol=1e-6)

@@ -93,7 +93,7 @@ def renew(
   elif options.inverse_update_period is not None:
     due = (jnp.any(blocks.waiting) | (turn.phase == 0)) & turn.finite.both
   damping = turn.damping
-  if options.fold is fold:
+  if options.fold is fold:  # factors of products have other traces: they go without a floor
     damping = damping._replace(floor=_floor(blocks, stacks))
   return _remade(blocks, kept, due, damping, options.scaling, share)
 

@@ -88,7 +88,7 @@ class CurvatureState(NamedTuple):
     is about that matrix, and half the square below 1. So
 
     .. math::
-      s = \max(u, \min(L, t)), \qquad u = \min(1, \max(L_0, t_0)), \qquad
+      s = \max(u, \min(L, t)), \qquad u = \min(1, \max(|L_0|, t_0)), \qquad
       t = \tfrac{1}{2} \operatorname{median}_l \operatorname{tr} G_l
 
     with the present loss L, which may have an offset, and the traces' running averages, where they
@@ -100,7 +100,7 @@ class CurvatureState(NamedTuple):
 
   def in_unit_of(self, loss: jax.typing.ArrayLike, finite: jax.Array) -> "CurvatureState":
     """With the unit brought up to date by the loss of a step that is `finite`."""
-    now = jnp.clip(jnp.maximum(loss, self._half_trace()), 0, 1).astype(self.unit.dtype)
+    now = jnp.clip(jnp.maximum(jnp.abs(loss), self._half_trace()), 0, 1).astype(self.unit.dtype)
     later = jnp.maximum(self.unit, now / 100)
     unit = jnp.where(self.unit > 0, later, now)
     return self._replace(unit=jnp.where(finite, unit, self.unit))

@@ -171,7 +171,7 @@ def kfac(
   bounded, with `relative_damping` alone, is
 
   .. math::
-    s = \max(u, \min(L, t)), \qquad u = \min(1, \max(L_0, t_0)), \qquad
+    s = \max(u, \min(L, t)), \qquad u = \min(1, \max(|L_0|, t_0)), \qquad
     t = \tfrac{1}{2} \operatorname{median}_l \operatorname{tr} G_l
 
   times as large, L the present loss and the median that of layers with a gradient: 1 of a cross
