@@ -161,7 +161,7 @@ def estimate(
     78552232
     >>> tx = fop_optax.kfac(0.1, captured.layers, momentum=None)
     >>> fop_optax.estimate(captured, tx).state_bytes
-    72039572
+    72039584
   """
   layers = _layers(captured)
   leaves = _leaves(layers, params)
