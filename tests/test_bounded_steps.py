@@ -124,7 +124,7 @@ def test_layers_that_mend_the_same_error_together(method, groups):
     def step(carry, _):
       params, state = carry
       value, grads, stats = captured.value_and_grad(params, x, y)
-      updates, state = tx.update(grads, state, params, stats=stats)
+      updates, state = tx.update(grads, state, stats=stats)  # so that weights bound nothing
       return (optax.apply_updates(params, updates), state), value
 
     return jax.lax.scan(step, (params, tx.init(params)), length=60)[1]
@@ -132,7 +132,7 @@ def test_layers_that_mend_the_same_error_together(method, groups):
   # A bound that is never reached restarts; none does not.
   rises = lambda curve: float(jnp.sum(jnp.maximum(jnp.diff(curve), 0)))
   restarted, carried = losses(norm_constraint=1e9), losses(norm_constraint=None)
-  assert rises(restarted) < 0.2 * rises(carried)
+  assert rises(restarted) < 0.1 * rises(carried)
   assert restarted[-1] < 1e-6 * carried[-1]
 
 
@@ -354,15 +354,26 @@ def test_a_leaf_bounds_the_step_of_single_examples():
 
 
 def test_a_bound_that_was_given_is_held():
-  """Over steps so short any loss is straight."""
+  """Over steps so short any loss is straight: only the default gives way, injected or not."""
   loss, params, x, y = narrow(2.0)
   captured = fop_optax.capture(loss, params, 30 * x, y)
-  _, grads, stats = captured.value_and_grad(params, 30 * x, y)
-  longer = {}
-  for kappa in (0.05, 0.1, jnp.float32(0.1)):
-    tx = fop_optax.kfac(0.1, captured.layers, norm_constraint=kappa)
-    state = tx.init(params)
-    loose = optax.tree.set(state, looseness=jnp.asarray(4.0))
-    own, loosened = (tx.update(grads, s, params, stats=stats)[0] for s in (state, loose))
-    longer[float(kappa)] = float(optax.tree.norm(loosened) / optax.tree.norm(own))
-  assert [round(factor, 3) for factor in longer.values()] == [1.0, 2.0, 2.0]
+  injected = optax.inject_hyperparams(fop_optax.kfac, static_args="layers")
+  schedule = lambda count: 0.1
+
+  def last_looseness(tx):
+    @jax.jit
+    def step(carry, _):
+      params, state = carry
+      _, grads, stats = captured.value_and_grad(params, 30 * x, y)
+      updates, state = tx.update(grads, state, params, stats=stats)
+      return (optax.apply_updates(params, updates), state), None
+
+    (_, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=15)
+    return float(optax.tree.get(state, "looseness"))
+
+  for make in (fop_optax.kfac, injected):
+    default = last_looseness(make(0.1, captured.layers))
+    assert default > 2
+    assert last_looseness(make(0.1, captured.layers, norm_constraint=0.1)) == default
+    assert last_looseness(make(0.1, captured.layers, norm_constraint=0.05)) == 1
+  assert last_looseness(fop_optax.kfac(0.1, captured.layers, norm_constraint=schedule)) == 1

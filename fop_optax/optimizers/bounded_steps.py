@@ -8,7 +8,7 @@ import optax
 
 from fop_optax.curvature.stacks import per_stack, stack_matrices, unstack
 from fop_optax.layers import Layers
-from fop_optax.optimizers.common import NORM_CONSTRAINT, Options, Step, value_at
+from fop_optax.optimizers.common import Options, Step, value_at
 
 LONGEST = 2.0  # step, in lengths of the weights that it moves
 
@@ -30,8 +30,7 @@ def finish(
   scale = step.size * factor
   directions = jax.tree.map(lambda d: scale.astype(d.dtype) * d, step.found.directions)
   if options.own_bounds and params is not None:
-    share = 1 - value_at(0.0 if options.momentum is None else options.momentum, count)
-    rate = value_at(options.learning_rate, count) / (LONGEST * share)
+    rate = value_at(options.learning_rate, count) / (LONGEST * _share(options, count))
     directions = within_weights(step, layers, directions, params, rate)
   if step.layout is not None:
     leaves = step.layout.join(directions, step.leaves)
@@ -45,8 +44,8 @@ def constrain(
 ) -> jax.Array:
   r"""The factor that keeps a step within `norm_constraint`, 1 where there is none.
 
-  With kappa the constraint, as many times as the default one is loosened, alpha the rate and mu the
-  momentum all layers are scaled by one factor
+  With kappa the constraint, times its looseness, alpha the rate and mu the momentum all layers are
+  scaled by one factor
 
   .. math::
     \nu = \min\Big(1, (1 - \mu) \sqrt{\kappa / (\alpha^2 \textstyle\sum_l d_l^\top M_l d_l)}\Big)
@@ -62,14 +61,17 @@ def constrain(
   if options.norm_constraint is None:
     return jnp.ones((), norm2.dtype)
   value = lambda x: value_at(x, count).astype(norm2.dtype)
-  share = 1 - value(0.0 if options.momentum is None else options.momentum)
-  kappa = value(options.norm_constraint)
-  ours = jnp.abs(kappa / NORM_CONSTRAINT - 1) < 1e-6  # another is held as it was given
-  kappa = jnp.where(ours, jnp.asarray(looseness, norm2.dtype), 1) * kappa * share**2
+  share = _share(options, count).astype(norm2.dtype)
+  kappa = value(options.norm_constraint) * jnp.asarray(looseness, norm2.dtype) * share**2
   size = value(options.learning_rate) ** 2 * jnp.abs(norm2)
   nu2 = jnp.where(size > kappa, kappa / jnp.where(size > kappa, size, 1), 1)
   # The root last: XLA works out numbers that are quicker anew for each leaf.
   return jnp.sqrt(jnp.where(jnp.isfinite(size), nu2, jnp.nan))
+
+
+def _share(options: Options, count: jax.Array) -> jax.Array:
+  """1 - mu: what of a step may be a direction's own, where momentum adds up all like it."""
+  return 1 - value_at(0.0 if options.momentum is None else options.momentum, count)
 
 
 def within_weights(

@@ -1,6 +1,6 @@
 """What K-FAC and FOP share: options, checks of what comes in, and the way into a step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -96,6 +96,14 @@ class Options:
     Where damping is in the curvature's units alone: values of papers mean what they mean there.
     """
     return self.norm_constraint is not None and self.damping is None
+
+  @property
+  def loosens(self) -> bool | jax.Array:
+    """Whether the norm's bound gives way: the default one, injected or not; another is held."""
+    kappa = self.norm_constraint
+    if kappa is None or callable(kappa) or not self.own_bounds:
+      return False
+    return abs(kappa / NORM_CONSTRAINT - 1) < 1e-6
 
   def damping_at(self, count: jax.Array) -> Damping:
     """Damping at a step: what was given, and the default where nothing was."""
@@ -218,6 +226,31 @@ def _stacked(
   matrices = gather(leaves)
   others = [jnp.stack(parts, axis=1) for parts in zip(*map(gather, trees), strict=True)]
   return StackedGradients(matrices, others, resolutions, value)
+
+
+def transformation(
+  options: Options, layers: Layers, init: optax.TransformInitFn, apply: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+  """`apply(updates, state, params, stats, fallback_finite, looseness)` once `stats` are checked.
+
+  `fallback_finite` is as in `begin`, `looseness` how many times the norm's bound is loosened.
+  """
+
+  def update(
+    updates,
+    state,
+    params=None,
+    *,
+    stats: Stats | None = None,
+    fallback_finite=True,
+    looseness=1.0,
+    **extra_args,
+  ):
+    del extra_args
+    stats = check_stats(options, layers, stats, updates, state)
+    return apply(updates, state, params, stats, fallback_finite, looseness)
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def check_stats(options: Options, layers: Layers, stats: Any, updates: Any, state: Any) -> Stats:

@@ -90,7 +90,7 @@ def complete(
       options.momentum,
       nesterov,
       restart=options.norm_constraint is not None,
-      loosen=options.own_bounds,
+      loosen=options.loosens,
       examples=options.per_example,
     )
     precondition = keep_dtypes(traced)

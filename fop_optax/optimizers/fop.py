@@ -12,7 +12,7 @@ from fop_optax.curvature.owned import Directions
 from fop_optax.curvature.scaling import Scaling, UsedDamping
 from fop_optax.curvature.state import CurvatureState, StackState
 from fop_optax.group_gradients import tree_of
-from fop_optax.layers import Layers, Stats
+from fop_optax.layers import Layers
 from fop_optax.optimizers import checks, common, completion
 from fop_optax.optimizers.bounded_steps import finish
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
@@ -193,21 +193,7 @@ def project(
     nu = nu.astype(state.norm_scale.dtype)
     return updates, ScaleByFopState(step.curvature, step.found.numbers, nu)
 
-  def update(
-    updates,
-    state,
-    params=None,
-    *,
-    stats: Stats | None = None,
-    fallback_finite=True,
-    looseness=1.0,
-    **extra_args,
-  ):
-    del extra_args
-    stats = common.check_stats(options, layers, stats, updates, state)
-    return apply(updates, state, params, stats, fallback_finite, looseness)
-
-  return optax.GradientTransformationExtraArgs(init, update)
+  return common.transformation(options, layers, init, apply)
 
 
 def _gradients(

@@ -8,7 +8,7 @@ import optax
 
 from fop_optax.curvature.owned import Directions
 from fop_optax.curvature.state import CurvatureState
-from fop_optax.layers import Layers, Stats
+from fop_optax.layers import Layers
 from fop_optax.optimizers import checks, common, completion
 from fop_optax.optimizers.bounded_steps import finish
 from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
@@ -104,21 +104,7 @@ def precondition(options: Options, layers: Layers) -> optax.GradientTransformati
     updates, nu = finish(options, layers, step, state.curvature.steps.count, params, looseness)
     return updates, ScaleByKfacState(step.curvature, nu.astype(state.norm_scale.dtype))
 
-  def update(
-    updates,
-    state,
-    params=None,
-    *,
-    stats: Stats | None = None,
-    fallback_finite=True,
-    looseness=1.0,
-    **extra_args,
-  ):
-    del extra_args
-    stats = common.check_stats(options, layers, stats, updates, state)
-    return apply(updates, state, params, stats, fallback_finite, looseness)
-
-  return optax.GradientTransformationExtraArgs(init, update)
+  return common.transformation(options, layers, init, apply)
 
 
 def kfac(

@@ -27,7 +27,7 @@ def with_momentum(
   nesterov: bool,
   *,
   restart: bool = False,
-  loosen: bool = False,
+  loosen: bool | jax.Array = False,
   examples: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The trace of what `direction` makes of the gradient, begun anew where it would point uphill.
@@ -61,23 +61,24 @@ def with_momentum(
   """
   direction = optax.with_extra_args_support(direction)
   trace = optax.trace(momentum, nesterov)
+  may_loosen = loosen is not False  # an array, where hyperparameters are injected
 
   def init(params: optax.Params) -> MomentumState:
     return MomentumState(direction.init(params), trace.init(params), jnp.zeros(()), jnp.ones(()))
 
   def update(updates, state, params=None, **extra_args):
     gradient = jax.tree.map(lambda g: jnp.mean(g, axis=0), updates) if examples else updates
-    if loosen:
-      extra_args = {**extra_args, "looseness": state.looseness}
+    if may_loosen:
+      extra_args = {**extra_args, "looseness": jnp.where(loosen, state.looseness, 1)}
     directions, inner = direction.update(updates, state.direction, params, **extra_args)
     old, slope, looseness = state.trace, state.slope, state.looseness
     checks.check_trace(old.trace, gradient)
-    if restart or loosen:  # both products at once: a sum over devices each
+    if restart or may_loosen:  # both products at once: a sum over devices each
       carried, own = inner_product(gradient, old.trace), inner_product(gradient, directions)
       slope = momentum * carried + own
-      if loosen:
+      if may_loosen:
         gathered = own < 2 * (1 - momentum) * slope
-        looseness = _loosened(state, carried, gathered)
+        looseness = jnp.where(loosen, _loosened(state, carried, gathered), 1)
       if restart:
         uphill = slope < 0
         old = jax.tree.map(lambda v: jnp.where(uphill, jnp.zeros_like(v), v), old)
