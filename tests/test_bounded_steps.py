@@ -291,7 +291,7 @@ def test_networks_that_start_small(method, groups, scale):
   """Layers multiply: each first step alone would be small, all of them together leave the start."""
   curve = losses(method, groups, *narrow(scale))
   assert jnp.max(curve) < 1.5 * curve[0]
-  assert curve[-1] < 0.3 * curve[0]
+  assert curve[-1] < 0.1
 
 
 @pytest.mark.parametrize("options", ({}, {"damping": 0.0, "relative_damping": 1.0}))
@@ -300,12 +300,12 @@ def test_a_saturated_start(options):
   loss, params, x, y = narrow(2.0)
   curve = losses(fop_optax.kfac, 1, loss, params, 30 * x, y, **options)
   assert curve[0] > 100
-  assert (curve[-1] < 0.25 * curve[0]) == (not options)
+  assert (curve[-1] < 0.1 * curve[0]) == (not options)
   assert curve[-1] < 0.9 * curve[0]
 
 
 def losses(method, groups, loss, params, x, y, **options):
-  """Of 60 steps."""
+  """Of 120 steps."""
   captured = fop_optax.capture(loss, params, x, y, groups=groups)
   tx = method(0.1, captured.layers, **options)
 
@@ -317,7 +317,7 @@ def losses(method, groups, loss, params, x, y, **options):
     updates, state = tx.update(grads, state, params, stats=stats)
     return (optax.apply_updates(params, updates), state), value
 
-  return jax.lax.scan(step, (params, tx.init(params)), length=60)[1]
+  return jax.lax.scan(step, (params, tx.init(params)), length=120)[1]
 
 
 @pytest.mark.parametrize("curvature", ("kronecker", "exact"))
