@@ -21,7 +21,7 @@ WORKLOADS: dict[str, Callable[[str | None], Workload]] = {
   "transformer-scanned": text.transformer_scanned,
   "lstm": text.lstm,
 }
-# Those that nothing was tuned on. They need no data folder, and the default sweep leaves them out.
+# Those that no rate was chosen by. They need no data folder, and the default sweep leaves them out.
 HELD_OUT: dict[str, Callable[[], Workload]] = {
   "physics-informed": held_out.physics_informed,
   "denoiser": held_out.denoiser,

@@ -1,4 +1,4 @@
-"""Workloads that no default was chosen by: losses, weights and inputs of unusual size."""
+"""Workloads that no rate was chosen by: losses, weights and inputs of unusual size."""
 
 import jax
 import jax.numpy as jnp
