@@ -1,4 +1,4 @@
-"""Workloads that no default was chosen by: networks and losses of kinds that the others lack.
+"""Workloads that no rate was chosen by: networks and losses of kinds that the others lack.
 
 On the embedded digits or made-up data: they need no folder of data sets.
 """
