@@ -354,6 +354,11 @@ def test_bad_input(name):
     act()
 
 
+def test_arguments_in_another_order():
+  with pytest.raises(TypeError, match="takes the function of the loss first.*not a dict"):
+    fop_optax.capture(P, X, Y)
+
+
 def test_equinox_module_with_its_functions_says_how_to_split_it():
   model = eqx.nn.MLP(D, C, 4, 1, key=jax.random.key(0))
   loss = lambda m, x, y: fop_optax.softmax_cross_entropy(jax.vmap(m)(x), y)

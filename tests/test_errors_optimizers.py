@@ -105,6 +105,21 @@ def test_layers_of_another_type():
 
 
 @pytest.mark.parametrize("make", [fop_optax.kfac, fop_optax.fop])
+@pytest.mark.parametrize(
+  ("fallback", "message"),
+  [({}, r"not \{\}"), (optax.adam, "not the function adam"), (LAYERS, "not a Layers")],
+)
+def test_a_fallback_that_is_no_optimizer(make, fallback, message):
+  with pytest.raises(TypeError, match=f"`fallback` should be an `optax.Grad.*{message}"):
+    make(0.1, LAYERS, fallback=fallback)
+
+
+def test_by_group_of_something_else():
+  with pytest.raises(TypeError, match="`inner` should be an `optax.*not 0.01"):
+    fop_optax.by_group(0.01)
+
+
+@pytest.mark.parametrize("make", [fop_optax.kfac, fop_optax.fop])
 def test_a_callable_mask_has_to_be_static_when_injected(make):
   mask = lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 1, tree)
   tx = optax.inject_hyperparams(make)(0.1, LAYERS, mask=mask)

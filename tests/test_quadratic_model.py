@@ -175,6 +175,8 @@ def test_bad_input():
     fop_optax.quadratic_model(captured, params, (x, y), [])
   with pytest.raises(ValueError, match=r"tree `vectors\[0\]` in `quadratic_model`"):
     fop_optax.quadratic_model(captured, params, (x, y), [{"w1": params["w1"]}])
+  with pytest.raises(TypeError, match="has a function for `captured`: pass what"):
+    fop_optax.quadratic_model(two_marks, params, (x, y), [params])
   with pytest.raises(ValueError, match=r"as a tuple, `\(x, y\)` or `\(x,\)`, not a "):
     fop_optax.quadratic_model(captured, params, x, [params])
   model = fop_optax.quadratic_model(captured, params, (x, y), [params])

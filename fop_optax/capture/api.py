@@ -127,6 +127,7 @@ def capture(
     ValueError: if the arguments do not fit together or cannot be cut into the pieces, params are
       not floating, the loss is no mean over the batch and is to be cut into pieces, no parameter is
       in a layer, or, with `strict`, any is not.
+    TypeError: if `loss_fn` is no function.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -146,6 +147,11 @@ def capture(
   counts = {"groups": groups, "micro_batches": micro_batches, "max_dim": max_dim}
   counts |= {} if block_size is None else {"block_size": block_size}
   _check_options(counts, fisher, sharing, terms_per_example)
+  if not callable(loss_fn):
+    raise TypeError(
+      "`capture(loss_fn, params, *args)` takes the function of the loss first, as"
+      f" `loss_fn(params, *args)` gives one number, not a {type(loss_fn).__name__}."
+    )
   every = _every(curvature_fraction)
   flat, treedef = jax.tree_util.tree_flatten_with_path(params)
   paths = tuple(layer_table.printable(path) for path, _ in flat)

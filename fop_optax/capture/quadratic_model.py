@@ -119,6 +119,7 @@ def quadratic_model(
   Raises:
     ValueError: if there is no marked loss or one inside of `cond` or `while_loop`; without a
       direction, and for trees that are not like params; if `args` is no sequence.
+    TypeError: if `captured` is something else.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp
@@ -139,6 +140,11 @@ def quadratic_model(
     Martens and Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
     <https://arxiv.org/abs/1503.05671>`_, 2015
   """
+  if not isinstance(captured, Captured):
+    raise TypeError(
+      f"`quadratic_model(captured, params, args, vectors)` has a {type(captured).__name__} for"
+      " `captured`: pass what `captured = fop_optax.capture(loss, params, ...)` returned."
+    )
   if hasattr(args, "shape") or not isinstance(args, Sequence):
     raise ValueError(
       f"`quadratic_model(captured, params, args, vectors)` takes the loss's arguments after params"

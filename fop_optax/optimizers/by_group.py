@@ -6,6 +6,7 @@ import optax
 
 from fop_optax import group_gradients
 from fop_optax.layers import Stats, is_masked
+from fop_optax.optimizers import checks
 from fop_optax.optimizers.per_example import check_batch, means
 
 
@@ -31,6 +32,7 @@ def by_group(
   Raises:
     ValueError: if there are no two groups; in `update` if these are no gradients of examples at
       `params`, or of a number that `groups` does not divide.
+    TypeError: if `inner` is no optimizer.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp
@@ -45,6 +47,7 @@ def by_group(
   """
   if not isinstance(groups, int) or groups < 2:
     raise ValueError(f"`groups={groups!r}` should be a whole number of groups, at least 2.")
+  checks.check_optimizer("inner", inner)
   inner = optax.with_extra_args_support(inner)
 
   def update(updates, state, params=None, **extra_args):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import functools
+import inspect
 import numbers
 from typing import Any
 
@@ -23,6 +24,16 @@ def check_layers(layers: Any) -> Layers:
   if not layers:
     raise ValueError("`layers` is empty: the loss has no layer to precondition.")
   return layers
+
+
+def check_optimizer(name: str, value: Any) -> None:
+  """Checks that an optimizer that is given as an argument is one."""
+  if not all(callable(getattr(value, part, None)) for part in ("init", "update")):
+    shown = f"the function {value.__name__}" if inspect.isfunction(value) else repr(value)
+    raise TypeError(
+      f"`{name}` should be an `optax.GradientTransformation`, as `optax.adam(1e-3)` makes it, not"
+      f" {shown if len(shown) < 80 else f'a {type(value).__name__}'}."
+    )
 
 
 def check(name: str, value: Any, valid: Callable[[Any], bool], wanted: str) -> None:

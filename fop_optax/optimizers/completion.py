@@ -116,6 +116,16 @@ def keep_dtypes(
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+def or_default(
+  fallback: optax.GradientTransformation | None, default: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """What takes care of leaves in no layer: what the user gave, or else `default`."""
+  if fallback is None:
+    return default
+  checks.check_optimizer("fallback", fallback)
+  return fallback
+
+
 def slow_adamw(
   learning_rate: ScalarOrSchedule, weight_decay: Scalar, mask: Any
 ) -> optax.GradientTransformation:

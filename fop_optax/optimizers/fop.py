@@ -138,9 +138,8 @@ def scale_by_fop(
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
   inner = project(options, fop_options, checks.check_layers(layers))
-  return completion.by_layer(
-    layers, inner, fallback or completion.wide_adam(), ScaleByFopState, sharding
-  )
+  outside = completion.or_default(fallback, completion.wide_adam())
+  return completion.by_layer(layers, inner, outside, ScaleByFopState, sharding)
 
 
 def project(
@@ -302,7 +301,7 @@ def fop(
   Raises:
     ValueError: as `kfac`; if the loss was captured with `groups=1`; if a `beta` is given with more
       than two groups, or a tree asked for of a number that is no power of two.
-    TypeError: if `layers`, `stats` or `sharding` are of another type.
+    TypeError: if `layers`, `stats`, `sharding` or `fallback` are of another type.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp, optax
@@ -345,10 +344,13 @@ def fop(
   )
   fop_options = FopOptions(projection_metric, total_gradient, adaptive_step, beta, contrast_tree)
   inner = project(options, fop_options, checks.check_layers(layers))
+  outside = completion.or_default(
+    fallback, completion.slow_adamw(learning_rate, weight_decay, mask)
+  )
   return completion.by_layer(
     layers,
     completion.complete(options, inner, nesterov, weight_decay, mask),
-    completion.keep_dtypes(fallback or completion.slow_adamw(learning_rate, weight_decay, mask)),
+    completion.keep_dtypes(outside),
     ScaleByFopState,
     sharding,
   )

@@ -73,9 +73,8 @@ def scale_by_kfac(
     sharding=sharding,
   )
   inner = precondition(options, checks.check_layers(layers))
-  return completion.by_layer(
-    layers, inner, fallback or completion.wide_adam(), ScaleByKfacState, sharding
-  )
+  outside = completion.or_default(fallback, completion.wide_adam())
+  return completion.by_layer(layers, inner, outside, ScaleByKfacState, sharding)
 
 
 def precondition(options: Options, layers: Layers) -> optax.GradientTransformationExtraArgs:
@@ -242,7 +241,7 @@ def kfac(
   Raises:
     ValueError: for hyperparameters out of range; in `init` and `update` for trees, statistics or
       states that are not of these layers, and layers that are masked in part.
-    TypeError: if `layers`, `stats` or `sharding` are of another type.
+    TypeError: if `layers`, `stats`, `sharding` or `fallback` are of another type.
 
   Example:
     >>> import fop_optax, jax, jax.numpy as jnp, optax
@@ -287,10 +286,13 @@ def kfac(
     sharding=sharding,
   )
   inner = precondition(options, checks.check_layers(layers))
+  outside = completion.or_default(
+    fallback, completion.slow_adamw(learning_rate, weight_decay, mask)
+  )
   return completion.by_layer(
     layers,
     completion.complete(options, inner, nesterov, weight_decay, mask),
-    completion.keep_dtypes(fallback or completion.slow_adamw(learning_rate, weight_decay, mask)),
+    completion.keep_dtypes(outside),
     ScaleByKfacState,
     sharding,
   )
