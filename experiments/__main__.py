@@ -63,6 +63,7 @@ def output() -> Console:
 def train(name: str, config: Config) -> None:
   """Trains one optimizer from one seed, and prints what each epoch came to."""
   optimizer, seed = config.optimizers[0], config.first_seed
+  configs.check_pieces(config, (optimizer,))
   task = tasks.load(config)
   build = functools.partial(training.build, config, getattr(config, optimizer), task)
   path = runs.folder_of(pathlib.Path(config.out) / name, config, optimizer, seed)
@@ -84,6 +85,7 @@ def train(name: str, config: Config) -> None:
 
 def compare(name: str, config: Config) -> None:
   """Trains all optimizers of `config`, batch size by batch size and seed by seed, and reports."""
+  configs.check_pieces(config, config.optimizers)
   folder = pathlib.Path(config.out) / name
   seeds = range(config.first_seed, config.first_seed + config.seeds)
   rows: list[runs.Row] = []
@@ -122,6 +124,7 @@ def compare(name: str, config: Config) -> None:
 
 def tune(name: str, config: Config, grid: dict[str, dict[str, tuple[float, ...]]]) -> None:
   """Runs the grid on held-out training examples; best: most runs at the target, then soonest."""
+  configs.check_pieces(config, config.optimizers)
   task = tasks.load(config, tuning=True)
   points = [
     (optimizer, point)

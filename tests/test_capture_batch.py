@@ -354,6 +354,12 @@ def test_bad_input(name):
     act()
 
 
+def test_a_batch_that_cannot_be_divided_is_said_once():
+  with pytest.raises(ValueError, match="cannot be divided") as raised:
+    fop_optax.capture(cross_entropy, P, X[:7], Y[:7], groups=2)
+  assert raised.value.__context__ is None
+
+
 def test_arguments_in_another_order():
   with pytest.raises(TypeError, match="takes the function of the loss first.*not a dict"):
     fop_optax.capture(P, X, Y)

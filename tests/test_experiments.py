@@ -106,6 +106,8 @@ def test_tune_ranks_the_grid():
     (["compare", "--optimizers", "lion"], "unknown optimizers .'lion'.: any of sgd, adamw"),
     (["compare", "--epoch", "3"], "--epoch"),
     (["compare", "--batch-size", "5000"], "larger than the 1437 training examples"),
+    (["compare", "--batch-sizes", "8", "7"], "--batch-size 7: FOP needs a multiple of 2, of"),
+    (["tune", "--micro-batches", "3"], "--batch-size 256: SGD needs a multiple of 3"),
     (["train", "c4_360m"], "--dataset byte_pairs needs --files"),
   ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import pkgutil
 from typing import Literal
 
@@ -143,6 +144,17 @@ def by_batch_size(config: Config) -> list[Config]:
     }
     out.append(dataclasses.replace(config, batch_size=size, batch_sizes=(), **scaled))
   return out
+
+
+def check_pieces(config: Config, optimizers: tuple[str, ...]) -> None:
+  """Raises SystemExit if an optimizer cannot divide a batch into its groups and micro-batches."""
+  for own, name in itertools.product(by_batch_size(config), optimizers):
+    pieces = (TABLE[name].groups or 1) * config.micro_batches
+    if own.batch_size % pieces:
+      raise SystemExit(
+        f"--batch-size {own.batch_size}: {TABLE[name].title} needs a multiple of {pieces}, of"
+        f" groups={pieces // config.micro_batches} times micro_batches={config.micro_batches}."
+      )
 
 
 def load(name: str) -> tuple[Config, dict[str, dict[str, tuple[float, ...]]]]:

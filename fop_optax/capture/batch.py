@@ -151,12 +151,13 @@ class Chunks:
   @contextlib.contextmanager
   def explained(self) -> Iterator[None]:
     """Errors of the loss say that it got a piece of the batch."""
+    size = self.size  # one that cannot be divided is no error of the loss
     try:
       yield
     except Exception as error:
       if self.count > 1:
         error.add_note(
-          f"fop_optax traces the loss on {self.size} examples, one piece of {self.count} (groups="
+          f"fop_optax traces the loss on {size} examples, one piece of {self.count} (groups="
           f"{self.groups}, micro_batches={self.micro_batches}). If a batch size is written into the"
           " loss, take it from the arrays at hand, as `len(x)`."
         )
