@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import fop_optax
+from fop_optax.optimizers.common import Options
 from fop_optax.optimizers.momentum import with_momentum
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -377,3 +378,31 @@ def test_a_bound_that_was_given_is_held():
     assert last_looseness(make(0.1, captured.layers, norm_constraint=0.1)) == default
     assert last_looseness(make(0.1, captured.layers, norm_constraint=0.05)) == 1
   assert last_looseness(fop_optax.kfac(0.1, captured.layers, norm_constraint=schedule)) == 1
+
+
+@pytest.mark.parametrize("dtype", (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
+def test_the_default_bound_is_known_in_any_dtype(dtype):
+  """`optax.inject_hyperparams` makes it an array like the parameters; steps are compiled."""
+  loss, params, x, y = narrow(2.0)
+  layers = fop_optax.capture(loss, params, x, y).layers
+  params = jax.tree.map(lambda p: p.astype(dtype), params)
+
+  @jax.jit
+  def loosens(kappa):
+    return Options(
+      damping=None,
+      relative_damping=None,
+      decay=0.95,
+      scaling="factored",
+      curvature_update_period=10,
+      inverse_update_period=None,
+      stagger=False,
+      norm_constraint=kappa,
+      learning_rate=0.1,
+    ).loosens
+
+  for given, want in ((0.1, True), (0.099, False)):
+    tx = optax.inject_hyperparams(fop_optax.kfac)(0.1, layers, norm_constraint=given)
+    kappa = tx.init(params).hyperparams["norm_constraint"]
+    assert kappa.dtype == dtype
+    assert loosens(kappa) == want

@@ -103,7 +103,8 @@ class Options:
     kappa = self.norm_constraint
     if kappa is None or callable(kappa) or not self.own_bounds:
       return False
-    return abs(kappa / NORM_CONSTRAINT - 1) < 1e-6
+    # Equal too: XLA divides float16 by a number that is not rounded to it.
+    return (kappa == NORM_CONSTRAINT) | (abs(kappa / NORM_CONSTRAINT - 1) < 1e-6)
 
   def damping_at(self, count: jax.Array) -> Damping:
     """Damping at a step: what was given, and the default where nothing was."""
