@@ -35,6 +35,8 @@ HELD_OUT: dict[str, Callable[[], Workload]] = {
   "small-loss": scales.small_loss,
   "small-weights": scales.small_weights,
   "large-inputs": scales.large_inputs,
+  "small-batches": scales.small_batches,
+  "many-steps": scales.many_steps,
 }
 
 

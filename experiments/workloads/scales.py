@@ -1,4 +1,4 @@
-"""Workloads that no rate was chosen by: losses, weights and inputs of unusual size."""
+"""Workloads that no rate was chosen by: losses, weights and inputs of unusual size, many steps."""
 
 import jax
 import jax.numpy as jnp
@@ -50,3 +50,30 @@ def large_inputs():
   """64-128-128-10 on pixels up to 255: a saturated start."""
   loss = lambda params, x, y: fop_optax.softmax_cross_entropy(mlp(params, 255 * x), y)
   return Workload("large-inputs", init_mlp(64, 128, 128, 10), loss, *digits(), 256, 100)
+
+
+def small_batches():
+  """20-64-64-8 after a network that drew the labels, a tenth of them wrong: 600 steps of 64."""
+  x, logits = _teacher(20, 40, 8, 8000)
+  rng = np.random.default_rng(1)
+  y = np.where(rng.random(len(x)) < 0.1, rng.integers(0, 8, len(x)), logits.argmax(axis=1))
+  loss = lambda params, x, y: fop_optax.softmax_cross_entropy(mlp(params, x), y)
+  return Workload("small-batches", init_mlp(20, 64, 64, 8), loss, *split((x, y), 2000), 64, 600)
+
+
+def many_steps():
+  """8-32-32-4 after a network, squared error without noise: 1,000 steps of 32."""
+  x, y = _teacher(8, 16, 4, 3000)
+  loss = lambda params, x, y: jnp.mean((mlp(params, x) - y) ** 2)
+  train, validation = split((x, y), 1000)
+  init = init_mlp(8, 32, 32, 4)
+  return Workload("many-steps", init, loss, train, validation, 32, 1000, marked=False)
+
+
+def _teacher(inputs: int, hidden: int, outputs: int, examples: int):
+  """Normal inputs, and what a network of one hidden layer makes of them."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  x = draw(examples, inputs)
+  hidden_units = np.tanh(2 * x @ draw(inputs, hidden) / inputs**0.5)
+  return x, hidden_units @ draw(hidden, outputs) / hidden**0.5

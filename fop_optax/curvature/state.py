@@ -88,28 +88,32 @@ class CurvatureState(NamedTuple):
     is about that matrix, and half the square below 1. So
 
     .. math::
-      s = \max(u, \min(L, t)), \qquad u = \min(1, \max(|L_0|, t_0)), \qquad
-      t = \tfrac{1}{2} \operatorname{median}_l \operatorname{tr} G_l
+      s = \max(u, \min(L, \operatorname{median}_l t_l)), \qquad
+      u = \min(1, \max(|L_0|, \max_l t_l)), \qquad
+      t_l = \tfrac{1}{2} \operatorname{tr} G_l
 
     with the present loss L, which may have an offset, and the traces' running averages, where they
-    are not zero: behind a head of zeros most are. The unit u is 1 of a cross entropy, and less of a
-    loss that starts small: that of the first step, which does not shrink as the loss comes down; it
-    is at least a hundredth of what came later.
+    are not zero: behind a head of zeros most are, and behind a small one next to it, for which the
+    unit takes the largest. The unit u is 1 of a cross entropy, and less of a loss that
+    starts small: that of the first step, which does not shrink as the loss comes down; it is at
+    least a hundredth of what came later.
     """
-    return jnp.maximum(self.unit, jnp.minimum(loss, self._half_trace()))
+    median = jnp.nan_to_num(jnp.nanmedian(self._half_traces()))
+    return jnp.maximum(self.unit, jnp.minimum(loss, median))
 
   def in_unit_of(self, loss: jax.typing.ArrayLike, finite: jax.Array) -> "CurvatureState":
     """With the unit brought up to date by the loss of a step that is `finite`."""
-    now = jnp.clip(jnp.maximum(jnp.abs(loss), self._half_trace()), 0, 1).astype(self.unit.dtype)
+    largest = jnp.nan_to_num(jnp.nanmax(self._half_traces()))
+    now = jnp.clip(jnp.maximum(jnp.abs(loss), largest), 0, 1).astype(self.unit.dtype)
     later = jnp.maximum(self.unit, now / 100)
     unit = jnp.where(self.unit > 0, later, now)
     return self._replace(unit=jnp.where(finite, unit, self.unit))
 
-  def _half_trace(self) -> jax.Array:
+  def _half_traces(self) -> jax.Array:
+    """Of all blocks, NaN where it is zero."""
     if self.blocks is None:
-      return jnp.zeros(())
-    traces = self.blocks.trace_G
-    return jnp.nan_to_num(jnp.nanmedian(jnp.where(traces > 0, traces / 2, jnp.nan)))
+      return jnp.zeros(1)
+    return jnp.where(self.blocks.trace_G > 0, self.blocks.trace_G / 2, jnp.nan)
 
   def per_stack(self, flat: Any) -> list[Any]:
     """Numbers of all blocks (or None), stack by stack."""

@@ -84,12 +84,13 @@ def within_weights(
 
   .. math::
     d \leftarrow \min\Big(1, \frac{2 (1 - \mu) |W|_F}{\alpha |d|_F}\Big) \, d
-    \quad\text{where}\quad W \ne 0
+    \quad\text{(where W = 0: } |W| \text{ of all blocks)}
 
   Layers multiply: their first-order changes add up to what they do together only while each is
   small beside its weights. A network that starts with small ones, or behind a small scale, has
   little curvature, and would leave its start by a thousand times its size. Weights that are zero
-  stay free: nothing that the other layers do there counts yet.
+  have no size of their own, and may do much while nothing that other layers do there counts yet:
+  they take that of all weights together.
   """
   leaves = layers.leaves(params, "params")
   if step.layout is None:
@@ -102,6 +103,7 @@ def within_weights(
     sizes = [len(own.places) for own in step.layout.families]
     squares = step.layout.squares_by_block(step.layout.split(leaves), directions)
   W, d = map(jnp.sqrt, squares)
+  W = jnp.where(W > 0, W, jnp.linalg.norm(W))
   longer = (W > 0) & (rate * d > W)
   shares = per_stack(jnp.where(longer, W / jnp.where(longer, rate * d, 1), 1), sizes)
   scaled = lambda x, own: own.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype) * x

@@ -11,7 +11,7 @@ import optax
 from fop_optax.curvature.layouts import laid_like
 from fop_optax.layers import Layers, is_masked
 from fop_optax.optimizers import checks
-from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule
+from fop_optax.optimizers.common import Options, Scalar, ScalarOrSchedule, value_at
 from fop_optax.optimizers.momentum import with_momentum
 from fop_optax.optimizers.whole_steps import all_finite, whole_steps
 from fop_optax.sharding import Sharding
@@ -89,6 +89,7 @@ def complete(
       precondition,
       options.momentum,
       nesterov,
+      rate=lambda state: value_at(options.learning_rate, state.curvature.steps.count),
       restart=options.norm_constraint is not None,
       loosen=options.loosens,
       examples=options.per_example,

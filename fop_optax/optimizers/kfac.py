@@ -156,13 +156,14 @@ def kfac(
   bounded, with `relative_damping` alone, is
 
   .. math::
-    s = \max(u, \min(L, t)), \qquad u = \min(1, \max(|L_0|, t_0)), \qquad
-    t = \tfrac{1}{2} \operatorname{median}_l \operatorname{tr} G_l
+    s = \max(u, \min(L, \operatorname{median}_l t_l)), \qquad
+    u = \min(1, \max(|L_0|, \max_l t_l)), \qquad t_l = \tfrac{1}{2} \operatorname{tr} G_l
 
   times as large, L the present loss and the median that of layers with a gradient: 1 of a cross
   entropy, more of large residuals, less of a loss that starts small (u is of the first step, and at
   least a hundredth of what came later). And where momentum would carry a bounded step uphill, by
-  the present gradient, it begins anew (O'Donoghue and Candes, 2015).
+  the present gradient, it begins anew (O'Donoghue and Candes, 2015); where the rate rises it is
+  what it was in the steps of the last one.
 
   Nor is a step longer than twice the weights that it moves. Layers multiply, and a network that
   starts with small weights, or behind a small scale, has so little curvature that its first bounded
@@ -172,13 +173,18 @@ def kfac(
   .. math::
     d \leftarrow \min\Big(1, \frac{2 (1 - \mu) |W|_F}{\alpha |d|_F}\Big) \, d
 
-  with alpha the rate, mu the momentum and the bias in `W`; where the weights are zero it is free.
+  with alpha the rate, mu the momentum and the bias in `W`; of weights that are zero `|W|` is that
+  of all together.
 
-  And the default bound gives way where the loss is straight: with `relative_damping` alone it is
-  half as much again where nine tenths of the slope along the last step, which it held back, are
-  left, and half as much, down to 0.1, where less than half is. So a network that starts in a
-  saturated cross entropy (inputs up to 255) gets out of it; with ordinary ones this is rare. A
-  bound other than the default is held as it was given.
+  And the default bound, with `relative_damping` alone, goes with what a step leaves of the slope
+  along it. Where the slope has turned, steps are longer than the way down, and go back and forth on
+  the noise of their batches: by up to a tenth a step the bound falls, down to a millionth, or comes
+  back to 0.1, so that a step ends where the slope along it does. So steps get shorter as a training
+  comes to the floor of its noise, at small batches soon, and at a constant rate too. Where nine
+  tenths are left of a step that it held back the loss is straight: it is half as much again, and
+  half as much, down to 0.1, where less than half is left. So a network that starts in a saturated
+  cross entropy (inputs up to 255) gets out of it. The equations are in
+  `fop_optax/optimizers/momentum.py`. A bound other than the default is held as it was given.
 
   If the loss, a gradient or the update is not finite, the whole step is skipped: the update is zero
   for every parameter, and momentum, weight decay and fallback stand still with the count. Skipped
@@ -203,8 +209,8 @@ def kfac(
       them, as an expert that hardly a row came to has next to no curvature. With both, their sum.
     decay: weight of the old average when statistics are folded in; less in the beginning, so that
       the average starts exact.
-    momentum: decay of the trace of directions, None for none: then the bound does not give way
-      either. See above for where it begins anew.
+    momentum: decay of the trace of directions, None for none: then the bound stays as it
+      is, too. See above for where it begins anew.
     nesterov: whether momentum looks ahead.
     weight_decay: decoupled decay, times the learning rate; of leaves in layers and of those that
       the default `fallback` takes care of.
@@ -219,7 +225,7 @@ def kfac(
     stagger: whether blocks take turns to remake their inverses, so that no step pays for all.
     norm_constraint: kappa, a number or a schedule: the step that is taken, rate and momentum in it,
       has at most this squared length in the damped Fisher metric, which is twice the KL divergence
-      it predicts (times s squared, s as above; the default also gives way, as above). Without decay
+      it predicts (times s squared, s as above; the default moves, as above). Without decay
       and fallback, which have no part in it. None: no bound, and nothing else of what goes with it.
     fallback: a complete optimizer for leaves that are in no layer, applied as it is; by default
       Adam at 0.03 of `learning_rate`, with `weight_decay` and `mask` as above.
