@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.benchmarks.defaults import results
 from experiments.benchmarks.defaults.__main__ import Config, gradients, main
 from experiments.benchmarks.defaults.methods import METHODS
 from experiments.workloads import HELD_OUT, WORKLOADS, build
@@ -12,7 +13,7 @@ from experiments.workloads import HELD_OUT, WORKLOADS, build
 
 def test_held_out_workloads_are_beside_the_default_sweep():
   assert Config().workloads == tuple(WORKLOADS) and len(WORKLOADS) == 13
-  assert len(HELD_OUT) == 12 and not set(HELD_OUT) & set(WORKLOADS)
+  assert len(HELD_OUT) == 14 and not set(HELD_OUT) & set(WORKLOADS)
 
 
 @pytest.mark.parametrize("name", HELD_OUT)
@@ -48,6 +49,20 @@ def test_kfac_takes_a_held_out_workload_in_one_compile(name):
   assert step._cache_size() == 1
   assert np.isfinite(losses).all()
   assert losses[-1] < losses[0] or name == "td"  # where the target moves
+
+
+def test_runs_at_other_rates_are_not_taken_for_ours(tmp_path):
+  curve = np.linspace(2.0, 1.0, 10)
+  rates = {"AdamW": 0.01, "SOAP": METHODS["SOAP"].rates[0]}  # the latter with more than five digits
+  made = [
+    results.Run("mlp-digits", name, at, 0, 1.0, 1.0, 1.0, curve) for name, at in rates.items()
+  ]
+  results.save(made, tmp_path)
+  assert {run.method: run.rate for run in results.load(tmp_path)} == rates
+  path = tmp_path / "runs.csv"
+  path.write_text(path.read_text(encoding="utf-8").replace(",0.01,", ",0.02,"), encoding="utf-8")
+  with pytest.raises(SystemExit, match="of another version: choose another --out"):
+    results.load(tmp_path)
 
 
 def test_held_out_stands_for_all_and_unknown_names_list_both():

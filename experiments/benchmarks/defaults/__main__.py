@@ -5,7 +5,7 @@
 Every method takes the same steps on the same batches from the same parameters, with a cosine to
 zero. AdamW and Muon are tuned: the best of four rates, by their mean final training loss. K-FAC,
 FOP and what else is of this library are not: each has one set of defaults for all workloads, at a
-third, once and three times the same rate. `--workloads held-out` takes twelve of other kinds, by
+third, once and three times the same rate. `--workloads held-out` takes fourteen of other kinds, by
 which no rate was chosen, and that need no folder of data sets.
 Writes `runs.csv` (a line a run), `table.md` and `losses.png` into `--out`; runs that are there
 already are not made again: a sweep that was stopped goes on, and more seeds are added.

@@ -9,7 +9,8 @@ import optax
 import fop_optax
 
 RATE = 0.1  # of K-FAC and FOP
-ADAM_RATE = 0.03  # of methods whose steps are of the size of Adam's
+ADAM_RATE = 0.01  # of methods whose steps are of the size of Adam's
+POLAR_RATE = 0.03  # of matrices whose singular values are all one
 FALLING = optax.exponential_decay(0.3, 20, 1 / 3, end_value=0.1)  # a bound that is loose at first
 
 
@@ -52,7 +53,7 @@ def _then_polar(direction, groups=None):
     polar = fop_optax.orthogonalize(layers=layers)
     return optax.chain(direction(layers), polar, optax.scale_by_learning_rate(schedule))
 
-  return Method(make, _around(RATE), groups=groups)
+  return Method(make, _around(POLAR_RATE), groups=groups)
 
 
 def _kfac_direction(layers):
@@ -64,6 +65,12 @@ def _gradient_only(optimizer, rate=ADAM_RATE, **options):
   return Method(lambda schedule, _: optimizer(schedule, **options), _around(rate))
 
 
+def _neumann(schedule):
+  """Behind a clip, as the method has no bound of its own on what a steep start does to a step."""
+  clip = optax.clip_by_global_norm(1.0)
+  return optax.chain(clip, fop_optax.neumann(schedule, steps_per_epoch=1))
+
+
 TABLE = {
   "AdamW": Method(lambda rate, _: optax.adamw(rate), (3e-3, 1e-2, 3e-2, 1e-1), tuned=True),
   "Muon": Method(lambda rate, _: optax.contrib.muon(rate), (1e-2, 3e-2, 1e-1, 3e-1), tuned=True),
@@ -73,12 +80,12 @@ TABLE = {
 OTHERS = {
   "SOAP": _gradient_only(fop_optax.soap),
   "SOAP every step": _gradient_only(fop_optax.soap, inverse_update_period=1),
-  "KL-SOAP": _gradient_only(fop_optax.soap, kl=True, correct_bias=False),
+  "KL-SOAP": _gradient_only(fop_optax.soap, rate=0.03, kl=True, correct_bias=False),
   "Shampoo": _gradient_only(fop_optax.shampoo),
   "EKFAC": _kfac(scaling="eigenvalue"),
   "K-FAC then polar": _then_polar(_kfac_direction, groups=1),
   "SOAP then polar": _then_polar(lambda _: fop_optax.scale_by_soap(inverse_update_period=1)),
-  "Neumann": _gradient_only(fop_optax.neumann, rate=0.1, steps_per_epoch=1),
+  "Neumann": _gradient_only(_neumann, rate=0.3),
 }
 # What the defaults were chosen from, and what else is on offer: the model's own Fisher in place of
 # the empirical one, the rows of an example added up.
