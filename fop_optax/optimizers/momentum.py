@@ -79,8 +79,8 @@ def with_momentum(
   may_loosen = loosen is not False  # an array, where hyperparameters are injected
 
   def init(params: optax.Params) -> MomentumState:
-    zero, one = jnp.zeros(()), jnp.ones(())
-    return MomentumState(direction.init(params), trace.init(params), zero, one, zero)
+    slope, looseness, rate = jnp.zeros(()), jnp.ones(()), jnp.zeros(())  # no buffer twice
+    return MomentumState(direction.init(params), trace.init(params), slope, looseness, rate)
 
   def update(updates, state, params=None, **extra_args):
     gradient = jax.tree.map(lambda g: jnp.mean(g, axis=0), updates) if examples else updates
