@@ -86,11 +86,13 @@ def with_momentum(
     gradient = jax.tree.map(lambda g: jnp.mean(g, axis=0), updates) if examples else updates
     if may_loosen:
       extra_args = {**extra_args, "looseness": jnp.where(loosen, state.looseness, 1)}
-    now = rate(state.direction).astype(state.rate.dtype)
+    now = state.rate
     directions, inner = direction.update(updates, state.direction, params, **extra_args)
     old, slope, looseness = state.trace, state.slope, state.looseness
     checks.check_trace(old.trace, gradient)
-    if restart or may_loosen:  # both products at once: a sum over devices each
+    if (restart or may_loosen) and jax.tree.leaves(gradient):
+      now = rate(state.direction).astype(state.rate.dtype)
+      # both products at once: a sum over devices each
       carried, own = inner_product(gradient, old.trace), inner_product(gradient, directions)
       rises = now > state.rate
       part = jnp.where(rises, state.rate / jnp.where(rises, now, 1), 1) if restart else 1
