@@ -54,8 +54,8 @@ def with_momentum(
   .. math::
     l &\leftarrow \begin{cases}
       1.5 \, l & q > 0.9 \text{, the bound held the last step back, v has gathered} \\
-      \max(1, l / 2) & l > 1, q < 0.5 \\
-      \min(1, l \, e^{r / 10}) & l \le 1 \end{cases} \\
+      \max(1, l / 2) & \text{else, where } l > 1, q < 0.5 \\
+      \min(1, l \, e^{r / 10}) & \text{else, where } l \le 1 \end{cases} \\
     q &= \frac{\langle g, v \rangle}{\langle g_{last}, v \rangle}, \qquad
     r = \frac{\langle g, v \rangle}{|\langle g, v \rangle| + h \langle g_{last}, v \rangle}, \qquad
     h = \frac{\alpha \nu}{1 - \mu}
