@@ -211,7 +211,10 @@ def _run(row: dict[str, str]) -> Run:
 
 
 def draw(path: pathlib.Path, runs: Sequence[Run]) -> None:
-  """Training loss by step of every method on every workload, mean of the seeds."""
+  """Training loss by step of every method on every workload, mean of the seeds.
+
+  Of long trainings it is the mean of the last fiftieth of the steps.
+  """
   import matplotlib
 
   matplotlib.use("Agg")
@@ -234,8 +237,11 @@ def draw(path: pathlib.Path, runs: Sequence[Run]) -> None:
       chosen = reported(own)
       finite += [run.curve for run in chosen if not run.diverged]
       curve = np.mean([run.curve for run in chosen], axis=0)
-      steps = 1 + np.arange(len(curve))
-      axis.plot(steps, curve, color=colours(index), linewidth=1.3, label=name)
+      window = len(curve) // 50 if len(curve) > 200 else 1
+      smooth = np.convolve(curve, np.full(window, 1 / window), mode="valid")
+      axis.plot(
+        window + np.arange(len(smooth)), smooth, color=colours(index), linewidth=1.3, label=name
+      )
     low = min((curve.min() for curve in finite), default=np.nan)
     # A loss whose target moves may stay above its start.
     high = max((max(curve[0], np.quantile(curve, 0.9)) for curve in finite), default=np.nan)
