@@ -19,17 +19,17 @@ slow = pytest.mark.slow
 )
 def test_an_example_goes_on_where_it_stopped(name, tmp_path, capsys):
   main = importlib.import_module(f"experiments.examples.{name}").main
-  whole, accuracy = main(str(tmp_path / "whole"), steps=12, every=4)
+  whole, accuracy = main(str(tmp_path / "whole"), steps=20, every=4)
   assert accuracy > 0.8
   # the rate's schedule is that of all steps: stopped, not shortened
   with pytest.raises(RuntimeError, match="stopped"), pytest.MonkeyPatch.context() as patch:
     patch.setattr("builtins.print", stop_at("step    8"))
-    main(str(tmp_path / "stopped"), steps=12, every=4)
+    main(str(tmp_path / "stopped"), steps=20, every=4)
   capsys.readouterr()
-  again, _ = main(str(tmp_path / "stopped"), steps=12, every=4)
+  again, _ = main(str(tmp_path / "stopped"), steps=20, every=4)
   printed = capsys.readouterr().out
   assert "step    4" not in printed and "step    8" in printed
-  assert int(again.step) == 12
+  assert int(again.step) == 20
   for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
     np.testing.assert_array_equal(a, b)
 

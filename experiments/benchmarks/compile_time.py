@@ -2,10 +2,10 @@
 
     python -m experiments.benchmarks.compile_time [--networks vit-3 scanned-12] [--rounds 3]
 
-The refresh of K-FAC and FOP is traced: one program for all steps. Programs alternate, each of an
-empty cache. Seconds are of the processor, all threads of XLA's together, which other work on the
-machine changes less than those of a clock; both are medians over the rounds, and so is the ratio of
-each round. Beside them what the optimized HLO holds: conditionals, loops, fusions, and how many of
+K-FAC and FOP have their defaults, and their refresh is traced: one program for all steps. Programs
+alternate, each of an empty cache. Seconds are of the processor, all threads of XLA's together,
+which other work on the machine changes less than those of a clock; both are medians over the
+rounds, and so is the ratio of each round. Beside them what the optimized HLO holds: conditionals, loops, fusions, and how many of
 those are different and not of XLA's library of kernels. On CPU each of these is a function that
 LLVM compiles, most of the seconds; equal ones are compiled once.
 
@@ -79,7 +79,7 @@ def step_of(case: Case, name: str) -> tuple[Step, Any]:
     return plain, (case.params, tx.init(case.params))
   groups = 2 if name == "fop" else 1
   captured = fop_optax.capture(case.loss, case.params, case.x, case.y, groups=groups)
-  ours = step_cost.MAKERS[name](1e-3, captured.layers, damping=1e-2, curvature_update_period=10)
+  ours = step_cost.MAKERS[name](0.1, captured.layers)
 
   def step(carry, x, y):
     params, state = carry
