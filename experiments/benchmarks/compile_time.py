@@ -5,9 +5,9 @@
 K-FAC and FOP have their defaults, and their refresh is traced: one program for all steps. Programs
 alternate, each of an empty cache. Seconds are of the processor, all threads of XLA's together,
 which other work on the machine changes less than those of a clock; both are medians over the
-rounds, and so is the ratio of each round. Beside them what the optimized HLO holds: conditionals, loops, fusions, and how many of
-those are different and not of XLA's library of kernels. On CPU each of these is a function that
-LLVM compiles, most of the seconds; equal ones are compiled once.
+rounds, and so is the ratio of each round. Beside them what the optimized HLO holds: conditionals,
+loops, fusions, and how many of those are different and not of XLA's library of kernels. On CPU each
+of these is a function that LLVM compiles, most of the seconds; equal ones are compiled once.
 
 Networks are small, as the seconds hardly depend on sizes: those of `compile_cases`.
 """
