@@ -158,7 +158,7 @@ def estimate(
     smaller by 67.1 MB: capture(max_dim=1024)
     smaller by 18 MB: factor_dtype=jnp.bfloat16
     >>> estimate.state_bytes
-    78552232
+    78552236
     >>> tx = fop_optax.kfac(0.1, captured.layers, momentum=None)
     >>> fop_optax.estimate(captured, tx).state_bytes
     72039584
