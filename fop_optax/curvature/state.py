@@ -94,9 +94,9 @@ class CurvatureState(NamedTuple):
 
     with the present loss L, which may have an offset, and the traces' running averages, where they
     are not zero: behind a head of zeros most are, and behind a small one next to it, for which the
-    unit takes the largest. The unit u is 1 of a cross entropy, and less of a loss that
-    starts small: that of the first step, which does not shrink as the loss comes down; it is at
-    least a hundredth of what came later.
+    unit takes the largest. It is 1 of a cross entropy, and less of a loss that starts small: that
+    of the first step, which does not shrink as the loss comes down; it is at least a hundredth of
+    what came later.
     """
     median = jnp.nan_to_num(jnp.nanmedian(self._half_traces()))
     return jnp.maximum(self.unit, jnp.minimum(loss, median))

@@ -53,7 +53,8 @@ def constrain(
   (Ba, Grosse and Martens, 2017, but for 1 - mu), so that of the step taken, alpha times the trace
   of directions, the squared length in `M` is at most kappa: twice the KL divergence `M` predicts.
   The sum of geometrically weighted lengths bounds it, with Nesterov's momentum too, while `M`
-  stays and alpha does not rise; of a kappa that falls it is the largest that momentum remembers.
+  stays: where alpha rises, the trace keeps its steps; of a kappa that falls it is the largest that
+  momentum remembers.
   Weight decay and the fallback have no part in it: the one is known beforehand, the other has no
   metric. `norm2` is the sum over layers. Where it overflows nu is NaN: the step is skipped, as no
   direction is known.
